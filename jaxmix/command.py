@@ -1,0 +1,259 @@
+"""What every command line shares: flags from a dataclass, one-line errors, progress, the compile cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxmix.types import InputError
+
+_BOOLEANS = ("true", "false", "yes", "no")
+_OWN_KEYS = ("config", "print_config", "help", "version")
+
+
+def run(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Parse the command line into main's config dataclass, call main, and exit with its status.
+
+    `main` takes one argument annotated with a dataclass; every field is a flag (`--batch-size` and `--batch_size`
+    both work, nested dataclasses are `--a.b`) and a key of the YAML file given as `--config FILE.yaml`. Flags win over
+    the file wherever they stand. A user's mistake (InputError, an unreadable path) is one `error:` line on stderr and
+    status 2; Ctrl-C is status 130.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its tokenizer is used: torch is not missed
+    try:
+        status = main(parse(main, sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        if error.filename is None:
+            raise  # not a path the user named: a traceback says more
+        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status or 0)
+
+
+def parse(main: Callable[[Any], int | None], argv: Sequence[str]) -> Any:
+    """Return main's config dataclass filled from `argv`; raises InputError with one line on the first mistake."""
+    import jsonargparse
+
+    config_type = _config_type(main)
+    # Field help may stand in the class docstring (Attributes:) or as a string under each field.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=_program_name(main),
+        description=(inspect.getdoc(inspect.getmodule(main)) or "").split("\n\n")[0],
+        exit_on_error=False,
+        version=_version(),
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it.")
+    parser.add_class_arguments(config_type, nested_key=None, fail_untyped=True)
+    known = {action.dest for action in parser._actions}.difference(_OWN_KEYS)
+    switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    arguments, files = _normalise(argv, known, switches)
+    for file in files:
+        _check_file(file, known)
+    try:
+        namespace = parser.parse_args([*(f"--config={file}" for file in files), *arguments])
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise InputError(_one_line(str(error)) + (f" (flags and {', '.join(files)})" if files else "")) from None
+    filled = parser.instantiate(namespace)  # builds the nested dataclasses; the outer one is ours to build
+    return config_type(**{field.name: filled[field.name] for field in dataclasses.fields(config_type)})
+
+
+def near_misses(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" with the names closest to `name`, or "; known: ..." where none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; known: {', '.join(known)}"
+
+
+class Progress:
+    """Count work done out of `total`: a bar on a terminal, elsewhere a plain line every `every` seconds.
+
+    Both show the rate and the time left; log files of jobs without a terminal stay readable.
+    """
+
+    def __init__(self, total: int, desc: str, unit: str = "it", every: float = 10.0) -> None:
+        self.total, self.desc, self.unit, self.every = total, desc, unit, every
+        self.done = 0
+        self._started = self._printed = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=desc, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr)
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """Add `count` finished units; `note` (a loss, a file name) is shown behind the rate."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if self.done < self.total and now - self._printed < self.every:
+            return
+        self._printed = now
+        rate = self.done / max(now - self._started, 1e-9)
+        left = f"{format_seconds((self.total - self.done) / rate)} left" if rate > 0 else "time left unknown"
+        parts = (f"{self.done}/{self.total} {self.unit}", f"{rate:.3g} {self.unit}/s", left, note)
+        print(f"{self.desc}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+
+    def write(self, message: str) -> None:
+        """Print a line on stderr without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def progress(total: int, desc: str, unit: str = "it", every: float = 10.0) -> Progress:
+    """Return a Progress over `total` units named `unit`; use it in a `with` and call `update` as units finish."""
+    return Progress(total, desc, unit, every)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as people say it: '8 s', '3 min 05 s', '2 h 10 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def enable_compilation_cache() -> Path | None:
+    """Turn on XLA's persistent compile cache, say where it is in one line on stderr, and return the folder.
+
+    The folder is ~/.cache/jaxmix/xla unless JAX_COMPILATION_CACHE_DIR names another (local or gs://). Where it cannot
+    be written the line says so and None is returned: a cache is never a reason to stop.
+    """
+    import jax
+    from etils import epath
+    from jax.experimental.compilation_cache import compilation_cache
+
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = epath.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(home) / "jaxmix" / "xla")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = sum(1 for _ in folder.glob("*-cache"))
+    except OSError as error:
+        print(f"compile cache: off ({folder}: {error.strerror})", file=sys.stderr)
+        return None
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    compilation_cache.reset_cache()  # JAX decides at its first compile, which may have been before this call
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up, too
+    print(f"compile cache: on, {folder} ({held} compiled programs held)", file=sys.stderr)
+    return folder
+
+
+def _config_type(main: Callable[[Any], int | None]) -> type:
+    (parameter,) = inspect.signature(main).parameters
+    return typing.get_type_hints(main)[parameter]
+
+
+def _program_name(main: Callable[[Any], int | None]) -> str:
+    module = inspect.getmodule(main)
+    spec = getattr(module, "__spec__", None)  # under `python -m` __name__ is '__main__', the spec keeps the real name
+    return f"python -m {spec.name}" if spec is not None else Path(sys.argv[0]).name
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("jaxmix-diffusion")
+    except metadata.PackageNotFoundError:
+        return "not installed (a checkout)"
+
+
+def _normalise(argv: Sequence[str], known: set[str], switches: set[str]) -> tuple[list[str], list[str]]:
+    """Split argv into canonical flags and config files, refusing flags that no field has.
+
+    `--a-b 1` becomes `--a_b=1`; a bare `--strict` of a bool field becomes `--strict=true`.
+    """
+    arguments: list[str] = []
+    files: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help", "--version") or word.startswith("--print_config"):
+            arguments.append(word)
+            continue
+        if not word.startswith("--"):
+            raise InputError(f"'{word}' is not a flag; every value needs one, as in --key {word}")
+        name, equals, value = word[2:].partition("=")
+        key = name.replace("-", "_")
+        if key not in known and key != "config":
+            raise InputError(f"unknown flag --{name}{near_misses(key, known | {'config'})}")
+        if not equals:
+            if key in switches and (not rest or rest[0].lower() not in _BOOLEANS):
+                value = "true"
+            elif rest:
+                value = rest.pop(0)
+            else:
+                raise InputError(f"--{name} needs a value")
+        if key == "config":
+            files.append(value)
+        else:
+            arguments.append(f"--{key}={value}")
+    return arguments, files
+
+
+def _check_file(path: str, known: set[str]) -> None:
+    """Refuse a config file that is missing, is not a YAML mapping, or holds a key that no field has."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not readable as YAML: {_one_line(str(error))}") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"--config {path}: expected keys and values, found {type(content).__name__}")
+    for key in _flat_keys(content, known):
+        if key not in known:
+            raise InputError(f"--config {path}: unknown key '{key}'{near_misses(key, known)}")
+
+
+def _flat_keys(content: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterable[str]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and any(other.startswith(f"{name}.") for other in known):
+            yield from _flat_keys(value, known, f"{name}.")
+        else:
+            yield name
+
+
+def _one_line(message: str) -> str:
+    message = re.sub(r"\s+", " ", message).strip()
+    message = re.sub(r'^Parser key "([^"]+)":', r"--\1:", message)
+    message = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, found ", message)
+    message = re.sub(r"Does not validate .+? Subtypes: \[(.+)\] .* Given value: ", r"expected \1, found ", message)
+    return re.sub(r"<class '(\w+)'>|typing\.", r"\1", message).replace(", NoneType", " or null")
