@@ -1,0 +1,307 @@
+"""The noise schedule of a diffusion model, read from a diffusers `scheduler_config.json`.
+
+x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps. The tables are computed in the order and the precision in which torch
+diffusers computes them, so that alphas_cumprod agrees bit for bit and trajectories can be compared.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmix.types import InputError
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+
+# diffusers classes that share this noise schedule. Which of them a folder names says only which solver its author
+# preferred. True: the class clips x0 when its config does not say otherwise.
+_CLASSES = {
+    "DDIMScheduler": True,
+    "DDPMScheduler": True,
+    "PNDMScheduler": False,
+    "EulerDiscreteScheduler": False,
+    "EulerAncestralDiscreteScheduler": False,
+    "DPMSolverMultistepScheduler": False,
+    "DPMSolverSinglestepScheduler": False,
+    "DPMSolverSDEScheduler": False,
+    "DEISMultistepScheduler": False,
+    "UniPCMultistepScheduler": False,
+    "HeunDiscreteScheduler": False,
+    "KDPM2DiscreteScheduler": False,
+    "KDPM2AncestralDiscreteScheduler": False,
+    "LMSDiscreteScheduler": False,
+}
+
+# Keys that choose or tune another solver and leave the noise schedule alone.
+_HARMLESS = frozenset(
+    {
+        "algorithm_type",
+        "disable_corrector",
+        "dynamic_thresholding_ratio",
+        "euler_at_final",
+        "final_sigmas_type",
+        "flow_shift",
+        "interpolation_type",
+        "lambda_min_clipped",
+        "lower_order_final",
+        "noise_sampler_seed",
+        "predict_x0",
+        "sample_max_value",
+        "sigma_max",
+        "sigma_min",
+        "skip_prk_steps",
+        "solver_order",
+        "solver_p",
+        "solver_type",
+        "time_shift_type",
+        "timestep_type",
+        "use_beta_sigmas",
+        "use_dynamic_shifting",
+        "use_exponential_sigmas",
+        "use_karras_sigmas",
+        "use_lu_lambdas",
+        "variance_type",
+    }
+)
+
+# Keys that do change the noise schedule or the step; only the value given here is supported.
+_FIXED = {"rescale_betas_zero_snr": False, "thresholding": False, "use_flow_sigmas": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """A discrete variance-preserving noise schedule with the fields of diffusers' DDIMScheduler.
+
+    Timesteps `t` are integers in [0, num_train_timesteps). The object is hashable and holds no arrays, so it can be a
+    static argument of `jax.jit`. The array methods take `t` as a scalar or (b,), x0, noise, x and pred as (b, ...),
+    compute in float32 and return float32.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
+    steps_offset: int = 0
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    class_name: str = "DDIMScheduler"
+    extra: tuple[tuple[str, str], ...] = ()  # harmless keys with their JSON values, written back by to_config
+
+    def __post_init__(self) -> None:
+        _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        _check_choice("_class_name", self.class_name, tuple(_CLASSES))
+        for key in ("num_train_timesteps", "steps_offset"):
+            value, least = getattr(self, key), 0 if key == "steps_offset" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"scheduler config: {key} is {value!r}, expected an integer >= {least}")
+        for key in ("clip_sample", "set_alpha_to_one"):
+            if not isinstance(getattr(self, key), bool):
+                raise InputError(f"scheduler config: {key} is {getattr(self, key)!r}, expected true or false")
+        for key in ("beta_start", "beta_end", "clip_sample_range"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise InputError(f"scheduler config: {key} is {value!r}, expected a number > 0")
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise InputError(
+                f"scheduler config: trained_betas has {len(self.trained_betas)} values, "
+                f"expected num_train_timesteps = {self.num_train_timesteps}"
+            )
+        if not (np.all(self.betas > 0) and np.all(self.betas < 1)):
+            raise InputError(
+                f"scheduler config: betas run from {self.betas.min():g} to {self.betas.max():g} "
+                f"(beta_start, beta_end or trained_betas), expected every beta in (0, 1)"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """Builds the schedule that a diffusers `scheduler_config.json` describes.
+
+        Missing keys take the defaults of DDIMScheduler, except that a class that never clips (PNDM, Euler, ...) is
+        not made to clip. Raises InputError naming the key for an unsupported value or an unknown key.
+        """
+        if not isinstance(config, Mapping):
+            raise InputError(f"scheduler config: found {type(config).__name__}, expected a JSON object")
+        class_name = config.get("_class_name", "DDIMScheduler")
+        _check_choice("_class_name", class_name, tuple(_CLASSES))
+        fields: dict[str, Any] = {"class_name": class_name, "clip_sample": _CLASSES[class_name]}
+        known = {field.name for field in dataclasses.fields(cls)} - {"class_name", "extra"}
+        extra = {}
+        for key, value in config.items():
+            if key == "_class_name":
+                continue
+            if key in _FIXED:
+                if value is not None and value != _FIXED[key]:
+                    raise InputError(f"scheduler config: {key} is {value!r}, expected {_FIXED[key]!r}: not supported")
+                extra[key] = json.dumps(value)
+            elif key in known:
+                fields[key] = value
+            elif key.startswith("_") or key in _HARMLESS:
+                extra[key] = json.dumps(value)
+            else:
+                raise InputError(f"scheduler config: unknown key {key!r} with value {value!r}: not supported")
+        if fields.get("trained_betas") is not None:
+            try:
+                fields["trained_betas"] = tuple(float(beta) for beta in fields["trained_betas"])
+            except (TypeError, ValueError):
+                found = fields["trained_betas"]
+                raise InputError(f"scheduler config: trained_betas is {found!r}, expected a list of numbers") from None
+        return cls(**fields, extra=tuple(sorted(extra.items())))
+
+    def to_config(self) -> dict[str, Any]:
+        """Returns the `scheduler_config.json` dict, with the class name and the harmless keys it was read with."""
+        config: dict[str, Any] = {"_class_name": self.class_name}
+        for field in dataclasses.fields(self):
+            if field.name not in ("class_name", "extra"):
+                config[field.name] = getattr(self, field.name)
+        if self.trained_betas is not None:
+            config["trained_betas"] = list(self.trained_betas)
+        return config | {key: json.loads(value) for key, value in self.extra}
+
+    @functools.cached_property
+    def betas(self) -> np.ndarray:
+        """The noise variances beta_t, float32 (T,)."""
+        if self.trained_betas is not None:
+            return np.asarray(self.trained_betas, np.float32)
+        steps = self.num_train_timesteps
+        if self.beta_schedule == "linear":
+            return _linspace(self.beta_start, self.beta_end, steps)
+        if self.beta_schedule == "scaled_linear":
+            return _linspace(self.beta_start**0.5, self.beta_end**0.5, steps) ** 2
+        cosine = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        return np.asarray([min(1 - cosine[i + 1] / cosine[i], 0.999) for i in range(steps)], np.float32)
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """The signal variances abar_t, the product of 1 - beta up to t, float32 (T,)."""
+        # torch.cumprod accumulates float32 on the CPU in float64 and rounds every entry once.
+        alphas = np.float32(1) - self.betas
+        return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+
+    @property
+    def final_alpha_cumprod(self) -> np.float32:
+        """The abar that the last sampling step moves to."""
+        return np.float32(1) if self.set_alpha_to_one else self.alphas_cumprod[0]
+
+    def timesteps(self, steps: int) -> np.ndarray:
+        """Returns the timesteps of a sampling run of `steps` steps in the order visited, int32 (steps,), descending.
+
+        Spacings are those of arXiv 2305.08891, Table 2, rounded as diffusers rounds. `steps_offset` acts on `leading`
+        only. Raises InputError if steps is not in [1, num_train_timesteps].
+        """
+        total = self.num_train_timesteps
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
+            raise InputError(f"steps is {steps!r}, expected an integer from 1 to {total}")
+        if self.timestep_spacing == "linspace":
+            grid = np.linspace(0, total - 1, steps).round()[::-1]
+        elif self.timestep_spacing == "leading":
+            grid = (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
+        else:
+            # arange may run one element too far by rounding; it would be timestep -1.
+            grid = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
+        if grid[0] >= total:
+            raise InputError(
+                f"steps is {steps} with steps_offset {self.steps_offset}: the first timestep would be {int(grid[0])}, "
+                f"expected at most {total - 1}; take fewer steps"
+            )
+        return grid.astype(np.int32)
+
+    def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """Returns x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
+        signal, sigma = self._coefficients(t, x0)
+        return signal * _f32(x0) + sigma * _f32(noise)
+
+    def velocity(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """Returns v_t = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (arXiv 2202.00512, appendix D)."""
+        signal, sigma = self._coefficients(t, x0)
+        return signal * _f32(noise) - sigma * _f32(x0)
+
+    def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """Returns what a model of this prediction type learns to output at (x_t, t)."""
+        if self.prediction_type == "epsilon":
+            return _f32(noise)
+        if self.prediction_type == "sample":
+            return _f32(x0)
+        return self.velocity(x0, noise, t)
+
+    def to_x0(self, pred: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        """Returns the x0 that a model output `pred` at (x, t) stands for, unclipped."""
+        signal, sigma = self._coefficients(t, x)
+        return prediction_to_x0(self.prediction_type, _f32(pred), _f32(x), signal, sigma)
+
+    def to_eps(self, pred: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        """Returns the noise that a model output `pred` at (x, t) stands for."""
+        signal, sigma = self._coefficients(t, x)
+        return prediction_to_eps(self.prediction_type, _f32(pred), _f32(x), signal, sigma)
+
+    def snr(self, t: jax.Array) -> jax.Array:
+        """Returns the signal-to-noise ratio abar_t / (1 - abar_t), float32, shape of t."""
+        abar = jnp.asarray(self.alphas_cumprod)[t]
+        return abar / (1 - abar)
+
+    def _coefficients(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply x."""
+        abar = jnp.asarray(self.alphas_cumprod)[t]
+        abar = abar.reshape(abar.shape + (1,) * (x.ndim - abar.ndim))
+        return jnp.sqrt(abar), jnp.sqrt(1 - abar)
+
+
+def prediction_to_x0(
+    prediction_type: str, pred: jax.Array, x: jax.Array, signal: jax.Array, sigma: jax.Array
+) -> jax.Array:
+    """Returns x0 from a prediction at x = signal x0 + sigma eps, where signal = sqrt(abar), sigma = sqrt(1 - abar).
+
+    A v prediction is turned into x0 directly: by way of eps it would divide by signal, which a cosine schedule brings
+    to nearly zero at the last timesteps.
+    """
+    if prediction_type == "epsilon":
+        return (x - sigma * pred) / signal
+    if prediction_type == "sample":
+        return pred
+    return signal * x - sigma * pred
+
+
+def prediction_to_eps(
+    prediction_type: str, pred: jax.Array, x: jax.Array, signal: jax.Array, sigma: jax.Array
+) -> jax.Array:
+    """Returns eps from a prediction at x = signal x0 + sigma eps."""
+    if prediction_type == "epsilon":
+        return pred
+    if prediction_type == "sample":
+        return (x - signal * pred) / sigma
+    return signal * pred + sigma * x
+
+
+def _f32(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _linspace(start: float, end: float, steps: int) -> np.ndarray:
+    """Returns an even float32 grid, built from both ends as torch.linspace builds it."""
+    start32, end32 = np.float32(start), np.float32(end)
+    if steps == 1:
+        return np.asarray([start32], np.float32)
+    step = (end32 - start32) / np.float32(steps - 1)
+    index = np.arange(steps)
+    # The sum is rounded once (a fused multiply-add in torch), hence float64 inside.
+    rising = np.float64(start32) + np.float64(step) * index
+    falling = np.float64(end32) - np.float64(step) * (steps - 1 - index)
+    return np.where(index < steps // 2, rising, falling).astype(np.float32)
+
+
+def _check_choice(key: str, found: Any, expected: tuple[str, ...]) -> None:
+    if found not in expected:
+        raise InputError(f"scheduler config: {key} is {found!r}, expected one of {', '.join(expected)}")

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+
+from jaxmix.schedule import NoiseSchedule
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+BETAS = {
+    "linear": {},
+    "stable diffusion": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained": {"trained_betas": np.linspace(0.001, 0.03, 1000).tolist()},
+}
+
+
+def pair(**config):
+    theirs = diffusers.DDIMScheduler(**config)
+    return NoiseSchedule.from_config(dict(theirs.config)), theirs
+
+
+@pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS)
+@pytest.mark.parametrize("total", [1000, 77, 4])
+def test_tables_agree_bit_for_bit(betas, total):
+    if "trained_betas" in betas:
+        betas = {"trained_betas": betas["trained_betas"][:total]}
+    ours, theirs = pair(num_train_timesteps=total, **betas)
+    assert np.array_equal(ours.betas, theirs.betas.numpy())
+    assert np.array_equal(ours.alphas_cumprod, theirs.alphas_cumprod.numpy())
+    assert ours.alphas_cumprod.dtype == np.float32
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("total", [1000, 37])
+def test_timesteps_agree_for_every_number_of_steps(spacing, total):
+    ours, theirs = pair(timestep_spacing=spacing, num_train_timesteps=total)
+    for steps in range(1, total + 1):
+        theirs.set_timesteps(steps)
+        expected = theirs.timesteps.numpy()
+        if len(expected) == steps + 1:  # diffusers takes a step too many where arange rounds up, at timestep -1
+            assert expected[-1] == -1
+            expected = expected[:steps]
+        assert ours.timesteps(steps).tolist() == expected.tolist()
+
+
+def test_steps_offset_agrees():
+    ours, theirs = pair(steps_offset=1)
+    theirs.set_timesteps(50)
+    assert ours.timesteps(50).tolist() == theirs.timesteps.tolist() == list(range(981, 0, -20))
+
+
+@pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS)
+def test_noising_and_velocity_agree(betas):
+    ours, theirs = pair(**betas)
+    draw = np.random.default_rng(0).normal
+    x0, noise = draw(size=(2, 6, 4, 4, 3)).astype("f4")
+    t = np.array([0, 1, 250, 500, 981, 999])
+    args = torch.from_numpy(x0), torch.from_numpy(noise), torch.from_numpy(t)
+    np.testing.assert_allclose(ours.add_noise(x0, noise, t), theirs.add_noise(*args).numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours.velocity(x0, noise, t), theirs.get_velocity(*args).numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["PNDMScheduler", "EulerDiscreteScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"]
+)
+def test_configs_of_other_schedulers_give_the_same_tables(name, tmp_path):
+    theirs = getattr(diffusers, name)(**BETAS["stable diffusion"])
+    ours = NoiseSchedule.from_config(dict(theirs.config))
+    assert np.array_equal(ours.alphas_cumprod, theirs.alphas_cumprod.numpy())
+
+
+def test_diffusers_opens_our_config():
+    config = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
+    ours = NoiseSchedule.from_config(config | BETAS["stable diffusion"] | {"clip_sample": False})
+    theirs = diffusers.DDIMScheduler.from_config(ours.to_config())
+    assert np.array_equal(ours.alphas_cumprod, theirs.alphas_cumprod.numpy())
+    assert theirs.final_alpha_cumprod == theirs.alphas_cumprod[0] == float(ours.final_alpha_cumprod)
+    assert (theirs.config.steps_offset, theirs.config.clip_sample) == (1, False)
+    assert diffusers.PNDMScheduler.from_config(ours.to_config()).config.skip_prk_steps is True

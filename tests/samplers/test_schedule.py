@@ -1,0 +1,123 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmix.schedule import NoiseSchedule
+from jaxmix.types import InputError
+
+SD15 = {  # scheduler_config.json as Stable Diffusion 1.5 ships it
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+def test_stable_diffusion_has_its_published_values():
+    schedule = NoiseSchedule.from_config(SD15)
+    np.testing.assert_allclose(
+        schedule.alphas_cumprod[[1, 701, 961, 981, 999]], [0.99830, 0.0819, 0.00728, 0.00578, 0.00466], rtol=1e-3
+    )
+    assert schedule.timesteps(50).tolist() == list(range(981, 0, -20))
+    assert schedule.final_alpha_cumprod == schedule.alphas_cumprod[0]
+
+
+def test_config_round_trips_with_its_harmless_keys():
+    config = NoiseSchedule.from_config(SD15).to_config()
+    assert config.items() >= SD15.items()
+    assert NoiseSchedule.from_config(json.loads(json.dumps(config))) == NoiseSchedule.from_config(SD15)
+    trained = NoiseSchedule.from_config({"num_train_timesteps": 2, "trained_betas": [0.1, 0.2]})
+    assert NoiseSchedule.from_config(trained.to_config()) == trained
+
+
+def test_schedule_is_a_static_argument():
+    schedules = {NoiseSchedule.from_config(SD15), NoiseSchedule.from_config(dict(SD15))}
+    assert len(schedules) == 1
+    double = jax.jit(lambda schedule, t: 2 * schedule.snr(t), static_argnums=0)
+    assert double(schedules.pop(), 3) > 0
+
+
+def test_a_class_that_never_clips_is_not_made_to_clip():
+    assert NoiseSchedule.from_config({}).clip_sample
+    assert not NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler"}).clip_sample
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("beta_schedule", "sigmoid", "linear, scaled_linear, squaredcos_cap_v2"),
+        ("prediction_type", "flow_prediction", "epsilon, v_prediction, sample"),
+        ("timestep_spacing", "karras", "leading, trailing, linspace"),
+        ("_class_name", "LCMScheduler", "DDIMScheduler"),
+        ("rescale_betas_zero_snr", True, "False"),
+        ("thresholding", True, "False"),
+        ("num_train_timesteps", 0, "an integer >= 1"),
+        ("num_train_timesteps", "1000", "an integer >= 1"),
+        ("steps_offset", -1, "an integer >= 0"),
+        ("clip_sample", "no", "true or false"),
+        ("beta_end", None, "a number > 0"),
+        ("trained_betas", [0.1], "num_train_timesteps = 1000"),
+        ("trained_betas", 3, "a list of numbers"),
+        ("beta_end", 1.5, "every beta in"),
+        ("snr_shift_scale", 3.0, "not supported"),
+    ],
+)
+def test_unsupported_values_name_key_found_and_expected(key, value, expected):
+    with pytest.raises(InputError, match=key) as error:
+        NoiseSchedule.from_config(SD15 | {key: value})
+    text = str(error.value)
+    assert expected in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, True])
+def test_impossible_steps_are_refused(steps):
+    with pytest.raises(InputError, match=f"steps is {steps}, expected an integer from 1 to 1000"):
+        NoiseSchedule().timesteps(steps)
+
+
+def test_an_offset_past_the_last_timestep_is_refused():
+    with pytest.raises(InputError, match="the first timestep would be 1000, expected at most 999"):
+        NoiseSchedule(steps_offset=1).timesteps(1000)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_targets_convert_back_to_x0_and_noise(prediction_type):
+    schedule = NoiseSchedule.from_config(SD15 | {"prediction_type": prediction_type})
+    x0, noise = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 2))
+    t = jnp.array([0, 10, 500, 999])
+    x = schedule.add_noise(x0, noise, t)
+    pred = schedule.target(x0, noise, t)
+    np.testing.assert_allclose(schedule.to_x0(pred, x, t), x0, atol=1e-5)
+    np.testing.assert_allclose(schedule.to_eps(pred, x, t), noise, atol=1e-4)
+
+
+def test_v_prediction_gives_x0_where_nearly_no_signal_is_left():
+    schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    x0, noise = jax.random.normal(jax.random.key(0), (2, 1, 8))
+    t = jnp.array([999])
+    x, pred = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
+    np.testing.assert_allclose(schedule.to_x0(pred, x, t), x0, atol=1e-6)
+
+
+def test_results_are_float32_from_bfloat16_inputs():
+    schedule = NoiseSchedule()
+    x0 = jnp.ones((2, 3), jnp.bfloat16)
+    for result in (schedule.add_noise(x0, x0, jnp.array([1, 2])), schedule.target(x0, x0, 5), schedule.snr(5)):
+        assert result.dtype == jnp.float32
+
+
+def test_snr_is_signal_variance_over_noise_variance():
+    abar = NoiseSchedule().alphas_cumprod.astype("f8")
+    t = jnp.array([[0, 7], [500, 999]])
+    np.testing.assert_allclose(NoiseSchedule().snr(t), (abar / (1 - abar))[np.asarray(t)], rtol=2e-3)
