@@ -1,0 +1,25 @@
+"""Stable Diffusion in JAX and Flax with attention control, for TPUs and GPUs."""
+
+from jaxmix.adapters import VMix
+from jaxmix.control import KV, QKV, Control, Moments, Site, gate, per_row, static
+from jaxmix.pipeline import Pipeline, load
+from jaxmix.sharding import data_mesh
+from jaxmix.types import InputError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KV",
+    "QKV",
+    "Control",
+    "InputError",
+    "Moments",
+    "Pipeline",
+    "Site",
+    "VMix",
+    "data_mesh",
+    "gate",
+    "load",
+    "per_row",
+    "static",
+]

@@ -1,0 +1,308 @@
+"""The attention seam: sites, controls, and the one function through which all attention goes.
+
+A method that edits attention is a `Control`: a pytree of arrays with a static pattern over site names. The UNet takes
+a tuple of them as an explicit argument and applies the live ones left to right, so one trace serves any strengths, and
+grad, vmap, remat and sharding of an adapter are plain JAX.
+
+The stages, in the order in which an attention layer meets them::
+
+    kv       keys and values of attn2, before the denoising loop (they do not depend on the timestep)
+    qkv      queries, keys and values
+    logits   scaled scores before the softmax, float32; the only stage that forces the unfused path
+    out      the mixed values before ``to_out``
+    moments  mean and variance of a GroupNorm
+
+Rows are (sample, branch) with the branch minor: u0, c0, u1, c1, ... Which row gets how much is data (`gate`), never a
+``chunk(2)``, so sharded rows stay on their device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+from jaxtyping import Float
+
+from jaxmix.types import Array, InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place in a UNet that controls can reach; static and hashable.
+
+    ``name`` is the diffusers name of the attention or norm module, ``heads`` its number of heads (0 for a norm) and
+    ``hw`` the height and width of its query grid (of its input, for a norm).
+    """
+
+    name: str
+    heads: int
+    hw: tuple[int, int]
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values after projection and head split, unscaled."""
+
+    q: Float[Array, "b n h d"]
+    k: Float[Array, "b s h d"]
+    v: Float[Array, "b s h d"]
+
+
+class KV(NamedTuple):
+    """Keys and values of one attn2 after projection and head split."""
+
+    k: Float[Array, "b s h d"]
+    v: Float[Array, "b s h d"]
+
+
+class Moments(NamedTuple):
+    """Mean and (biased) variance of a GroupNorm, float32, one of each per row and group."""
+
+    mean: Float[Array, "b g"]
+    var: Float[Array, "b g"]
+
+
+def per_row(**kwargs: Any) -> Any:
+    """Declare a control's field whose leaves have a leading row axis (1 means: the same for all rows)."""
+    return struct.field(metadata={"rows": "row"}, **kwargs)
+
+
+def gate(**kwargs: Any) -> Any:
+    """Declare a control's per-row strength, shape (b,) or (1,): like `per_row`, and 0 on unconditional rows."""
+    return struct.field(metadata={"rows": "gate"}, **kwargs)
+
+
+def static(**kwargs: Any) -> Any:
+    """Declare a static field of a control: hashable, part of the trace, changing it recompiles."""
+    return struct.field(pytree_node=False, **kwargs)
+
+
+@struct.dataclass
+class Control:
+    """An edit of attention. Subclasses are final ``flax.struct`` dataclasses that override the stages they need.
+
+    ``sites`` is a regular expression searched in `Site.name`. ``window`` is the share of the sampling steps, from
+    start (0) to end (1), in which the control is live; outside of it the sampler runs a separate scan without it.
+    Numbers that may change without recompiling are arrays: convert with ``jnp.asarray(x, jnp.float32)``, since a
+    Python float is weakly typed and costs one more trace.
+    """
+
+    sites: str = struct.field(pytree_node=False, default=r"\.attn[12]$", kw_only=True)
+    window: tuple[float, float] = struct.field(pytree_node=False, default=(0.0, 1.0), kw_only=True)
+
+    #: What this control takes for itself at each of its sites; two controls with a common claim exclude each other.
+    claims: ClassVar[frozenset[str]] = frozenset()
+
+    def at(self, step: Array) -> Control:
+        """Return the control as it is at one sampling step; time enters a control only here."""
+        return self
+
+    def kv(self, site: Site, a: KV) -> KV:
+        """Edit the keys and values of an attn2. Runs before the loop, so it must not depend on the step."""
+        return a
+
+    def qkv(self, site: Site, a: QKV) -> QKV:
+        """Edit queries, keys and values."""
+        return a
+
+    def logits(self, site: Site, x: Float[Array, "b h n s"]) -> Float[Array, "b h n s"]:
+        """Edit the scaled scores, float32. Overriding this stage forces the unfused path at the control's sites."""
+        return x
+
+    def out(self, site: Site, a: QKV, o: Float[Array, "b n h d"]) -> Float[Array, "b n h d"]:
+        """Edit the attention output before ``to_out``; ``a`` is what the attention saw."""
+        return o
+
+    def moments(self, site: Site, m: Moments) -> Moments:
+        """Edit the statistics of a GroupNorm."""
+        return m
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise `InputError` if this control cannot work at the given sites; runs before anything is compiled."""
+
+
+Controls = tuple[Control, ...]
+_STAGES = ("kv", "qkv", "logits", "out", "moments")
+C = TypeVar("C", bound=Control)
+
+
+@functools.lru_cache(maxsize=None)
+def _pattern(sites: str) -> re.Pattern[str]:
+    try:
+        return re.compile(sites)
+    except re.error as e:
+        raise InputError(f"sites={sites!r} is not a regular expression: {e}") from None
+
+
+def matches(control: Control, name: str) -> bool:
+    """Say whether the control's pattern finds the site name."""
+    return _pattern(control.sites).search(name) is not None
+
+
+def overrides(control: Control, stage: str) -> bool:
+    """Say whether the control does anything at a stage."""
+    return getattr(type(control), stage) is not getattr(Control, stage)
+
+
+def _live(controls: Iterable[Control], site: Site, stage: str) -> list[Control]:
+    return [c for c in controls if overrides(c, stage) and matches(c, site.name)]
+
+
+def validate(controls: Sequence[Control], attention: Sequence[Site], norms: Sequence[Site] = ()) -> None:
+    """Check a tuple of controls against the sites of a UNet, before anything is compiled.
+
+    Raises `InputError` for something that is not a control, a pattern that matches no site (with near misses), two
+    controls that claim the same thing at one site, an impossible window, and whatever a control's own `check` finds.
+    """
+    claimed: dict[tuple[str, str], str] = {}
+    for control in controls:
+        kind = type(control).__name__
+        if not isinstance(control, Control):
+            raise InputError(f"controls: expected Control objects, found {kind}")
+        start, stop = control.window
+        if not 0.0 <= start < stop <= 1.0:
+            raise InputError(f"{kind}: window={control.window} is not 0 <= start < stop <= 1")
+        on_norms = overrides(control, "moments")
+        on_attention = any(overrides(control, s) for s in _STAGES[:-1]) or not on_norms
+        candidates = [*(attention if on_attention else ()), *(norms if on_norms else ())]
+        if overrides(control, "kv") and not any(overrides(control, s) for s in ("qkv", "logits", "out", "moments")):
+            candidates = [s for s in candidates if s.name.endswith("attn2")]
+        found = [s for s in candidates if matches(control, s.name)]
+        if not found:
+            names = [s.name for s in candidates]
+            near = difflib.get_close_matches(control.sites.replace("\\", ""), names, n=3, cutoff=0.0)
+            raise InputError(
+                f"{kind}: sites={control.sites!r} matches none of the {len(names)} sites; near misses: "
+                + (", ".join(near) or "none")
+            )
+        for site in found:
+            for claim in control.claims:
+                other = claimed.setdefault((site.name, claim), kind)
+                if other != kind or sum(type(c) is type(control) and matches(c, site.name) for c in controls) > 1:
+                    raise InputError(f"{kind} and {other} exclude each other at {site.name}: both set its {claim}")
+        control.check(found)
+
+
+def apply_kv(site: Site, a: KV, controls: Sequence[Control]) -> KV:
+    """Apply the kv stage of the controls that are live at an attn2 site."""
+    for c in _live(controls, site, "kv"):
+        a = c.kv(site, a)
+    return a
+
+
+def apply_moments(site: Site, m: Moments, controls: Sequence[Control]) -> Moments:
+    """Apply the moments stage of the controls that are live at a norm site."""
+    for c in _live(controls, site, "moments"):
+        m = c.moments(site, m)
+    return m
+
+
+def attend(
+    site: Site, a: QKV, controls: Sequence[Control] = (), *, return_probs: bool = False
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b h n s"] | None]:
+    """Run one attention layer under the live controls; the one place where a kernel is chosen.
+
+    Softmax is float32 over keys, scale 1/sqrt(d). Returns the output before ``to_out`` and, if asked, the attention
+    probabilities.
+    """
+    for c in _live(controls, site, "qkv"):
+        a = c.qkv(site, a)
+    editors = _live(controls, site, "logits")
+    b, n, h, d = a.q.shape
+    s = a.k.shape[1]
+    # Plain batched products over (row, head): on XLA:CPU several times faster than a bqhd einsum, elsewhere XLA fuses
+    # it as well. The scale is folded into q so that no second (n, s) array is made.
+    q = (a.q * jnp.asarray(d**-0.5, a.q.dtype)).transpose(0, 2, 1, 3).reshape(b * h, n, d)
+    k = a.k.transpose(0, 2, 3, 1).reshape(b * h, d, s)
+    v = a.v.transpose(0, 2, 1, 3).reshape(b * h, s, d)
+    x = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    if editors:
+        x = x.reshape(b, h, n, s)
+        for c in editors:
+            x = c.logits(site, x)
+        x = x.reshape(b * h, n, s)
+    probs = jax.nn.softmax(x, axis=-1)
+    o = jnp.matmul(probs.astype(v.dtype), v)
+    o = o.reshape(b, h, n, d).transpose(0, 2, 1, 3)
+    for c in _live(controls, site, "out"):
+        o = c.out(site, a, o)
+    return o, probs.reshape(b, h, n, s) if return_probs else None
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def _map_rows(control: C, fn: Any) -> C:
+    changed = {}
+    for f in dataclasses.fields(control):
+        kind = f.metadata.get("rows")
+        if kind:
+            value = getattr(control, f.name)
+            changed[f.name] = jax.tree.map(lambda x, f=f, kind=kind: fn(x, kind, f.name), value)
+    return dataclasses.replace(control, **changed)
+
+
+def tile_rows(control: C, n: int) -> C:
+    """Give every per-row leaf of a control ``n`` rows; leaves of one row are repeated.
+
+    Raises `InputError` for a leaf that has neither one row nor ``n``.
+    """
+
+    def tile(x: Array, kind: str, name: str) -> Array:
+        x = jnp.asarray(x)
+        if x.ndim == 0 or x.shape[0] not in (1, n):
+            found = x.shape[0] if x.ndim else "no"
+            raise InputError(f"{type(control).__name__}.{name}: found {found} rows, expected 1 or {n}")
+        return jnp.broadcast_to(x, (n, *x.shape[1:]))
+
+    return _map_rows(control, tile)
+
+
+def take_rows(control: C, rows: Array) -> C:
+    """Select rows of a control whose leaves have all been tiled."""
+    return _map_rows(control, lambda x, kind, name: x[rows])
+
+
+def to_branches(control: C, live: Sequence[float] = (0.0, 1.0)) -> C:
+    """Repeat each sample's row once a branch (branch minor) and multiply the gates by ``live[branch]``."""
+
+    def expand(x: Array, kind: str, name: str) -> Array:
+        y = jnp.repeat(x, len(live), axis=0)
+        if kind == "gate":
+            on = jnp.tile(jnp.asarray(live, y.dtype), x.shape[0]).reshape(-1, *([1] * (y.ndim - 1)))
+            y = y * on
+        return y
+
+    return _map_rows(control, expand)
+
+
+def row_specs(control: C, axis: str) -> C:
+    """Return the control with each leaf replaced by its PartitionSpec: rows over ``axis``, the rest replicated."""
+    replicated = jax.tree.map(lambda _: PartitionSpec(), control)
+    return _map_rows(replicated, lambda x, kind, name: PartitionSpec(axis))
+
+
+def rows_like(strength: Float[Array, " b"], x: Array) -> Array:
+    """Reshape a per-row strength so that it broadcasts against ``x`` (b, ...), in the dtype of ``x``."""
+    return strength.reshape(-1, *([1] * (x.ndim - 1))).astype(x.dtype)
+
+
+def phases(controls: Sequence[Control], steps: int) -> list[tuple[int, int, Controls]]:
+    """Cut ``steps`` sampling steps where the set of live controls changes.
+
+    Returns ``(start, stop, live controls)`` in order, covering 0 to ``steps``. A window (a, b) covers the step indices
+    i with round(a * steps) <= i < round(b * steps).
+    """
+    spans = [(round(c.window[0] * steps), round(c.window[1] * steps)) for c in controls]
+    cuts = sorted({0, steps, *(i for span in spans for i in span)})
+    return [
+        (start, stop, tuple(c for c, (a, b) in zip(controls, spans, strict=True) if a <= start and stop <= b))
+        for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
+    ]

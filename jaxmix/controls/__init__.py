@@ -1,0 +1,1 @@
+"""One paper a file: the maths of each method as a control."""

@@ -1,0 +1,8 @@
+"""Flax Linen models under diffusers' names: the only room that imports flax.linen."""
+
+from jaxmix.models.clip import CLIPTextModel
+from jaxmix.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from jaxmix.models.unet import UNet2DConditionModel
+from jaxmix.models.vae import AutoencoderKL
+
+__all__ = ["AutoencoderKL", "CLIPTextConfig", "CLIPTextModel", "UNet2DConditionModel", "UNetConfig", "VAEConfig"]

@@ -1,0 +1,139 @@
+"""CLIPTextModel: the text encoder of Stable Diffusion (arXiv 2103.00020), under transformers' names.
+
+The tree is rooted at ``text_model``, as in every checkpoint that is in circulation; transformers 5 drops that prefix
+when it writes, and the weights room reads both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Float, Int
+
+from jaxmix.models.config import CLIPTextConfig
+from jaxmix.models.layers import LayerNorm, Linear
+from jaxmix.types import Array, Params
+
+_init = nn.initializers.normal(0.02)
+
+
+@struct.dataclass
+class TextStates:
+    """What a text encoder gives: the last states after the final norm, and the state at the end-of-text token."""
+
+    last_hidden_state: Float[Array, "b s d"]
+    pooled: Float[Array, "b d"]
+
+
+class Embed(nn.Module):
+    """A table of vectors."""
+
+    rows: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        return self.param("embedding", _init, (self.rows, self.features))[ids]
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head self-attention, scores and softmax in float32."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        b, s, d = x.shape
+
+        def project(name: str) -> Array:
+            return Linear(d, dtype=self.dtype, name=name)(x).reshape(b, s, self.heads, d // self.heads)
+
+        q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q * (d // self.heads) ** -0.5, k, preferred_element_type=jnp.float32)
+        causal = jnp.tril(jnp.ones((s, s), bool))
+        probs = jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(jnp.float32).min), axis=-1)
+        o = jnp.einsum("bhqk,bkhd->bqhd", probs.astype(self.dtype), v).reshape(b, s, d)
+        return Linear(d, dtype=self.dtype, name="out_proj")(o)
+
+
+class MLP(nn.Module):
+    """Two dense layers with CLIP's activation between."""
+
+    hidden: int
+    act: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        y = Linear(self.hidden, dtype=self.dtype, name="fc1")(x)
+        y = y * jax.nn.sigmoid(1.702 * y) if self.act == "quick_gelu" else jax.nn.gelu(y, approximate=False)
+        return Linear(x.shape[-1], dtype=self.dtype, name="fc2")(y)
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        cfg = self.config
+        y = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
+        x = x + SelfAttention(cfg.num_attention_heads, self.dtype, name="self_attn")(y)
+        y = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(x)
+        return x + MLP(cfg.intermediate_size, cfg.hidden_act, self.dtype, name="mlp")(y)
+
+
+class TextTransformer(nn.Module):
+    """Token and position embeddings, the layers, the final norm."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        cfg = self.config
+        d, s = cfg.hidden_size, ids.shape[1]
+        x = Embed(cfg.vocab_size, d, name="embeddings.token_embedding")(ids)
+        x = x + Embed(cfg.max_position_embeddings, d, name="embeddings.position_embedding")(jnp.arange(s))
+        x = x.astype(self.dtype)
+        for i in range(cfg.num_hidden_layers):
+            x = EncoderLayer(cfg, self.dtype, name=f"encoder.layers.{i}")(x)
+        return LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x)
+
+
+class CLIPTextModel(nn.Module):
+    """CLIP's text encoder: causal transformer over token ids, at most ``max_position_embeddings`` of them."""
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b s"]) -> TextStates:
+        """Encode token ids (b, s). The end-of-text token is the first one that has the configured id.
+
+        Old configs say ``eos_token_id: 2``, which is no token that prompts hold; the largest id is taken then, as
+        transformers does.
+        """
+        cfg = self.config
+        x = TextTransformer(cfg, self.dtype, name="text_model")(ids)
+        end = ids.argmax(-1) if cfg.eos_token_id == 2 else (ids == cfg.eos_token_id).argmax(-1)
+        return TextStates(x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
+
+    @nn.nowrap
+    def init_params(self, key: Array) -> Params:
+        """Return fresh float32 parameters."""
+        return jax.jit(lambda key: self.init(key, jnp.zeros((1, self.config.max_position_embeddings), int))["params"])(
+            key
+        )
+
+    @nn.nowrap
+    def abstract_params(self) -> Params:
+        """Return the parameter tree as ShapeDtypeStructs, without computing anything."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))

@@ -1,0 +1,252 @@
+"""Model configurations: diffusers / transformers ``config.json`` dictionaries as frozen dataclasses.
+
+Keys that change what is computed are fields; keys that this library supports in one form only are checked against that
+form. Anything else is an error that names the key, so that no checkpoint is ever run as something that it is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from jaxmix.types import InputError
+
+
+def _tuple(x: Any) -> Any:
+    return tuple(_tuple(i) for i in x) if isinstance(x, (list, tuple)) else x
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    class_name: ClassVar[str]
+    #: Keys supported in one form only, with the accepted values.
+    fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
+    #: Keys that do not change what is computed at inference.
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Read a ``config.json`` dictionary; an unsupported key or value raises `InputError` that names it."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        for key, value in config.items():
+            if key.startswith("_") or key in names or key in cls.ignored:
+                continue
+            if key not in cls.fixed:
+                if value in (None, False):
+                    continue
+                raise InputError(f"{cls.class_name} config: key {key!r} (value {value!r}) is not known")
+            if _tuple(value) not in cls.fixed[key]:
+                accepted = " or ".join(repr(v) for v in cls.fixed[key])
+                raise InputError(f"{cls.class_name} config: {key}={value!r} is not supported, expected {accepted}")
+        named = config.get("_class_name", cls.class_name)
+        if named not in (cls.class_name, "Flax" + cls.class_name):
+            raise InputError(f"config: _class_name is {named!r}, expected {cls.class_name!r}")
+        try:
+            out = cls(**{k: _tuple(v) for k, v in config.items() if k in names})
+        except TypeError as e:
+            raise InputError(f"{cls.class_name} config: {e}") from None
+        out.check()
+        return out
+
+    def check(self) -> None:
+        """Raise `InputError` for fields that contradict each other."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ``config.json`` dictionary, which the torch libraries open."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def _per_block(value: Any, n: int, key: str) -> tuple[Any, ...]:
+    values = value if isinstance(value, tuple) else (value,) * n
+    if len(values) != n:
+        raise InputError(f"UNet2DConditionModel config: {key} has {len(values)} entries, expected {n}")
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(_Config):
+    """Configuration of `UNet2DConditionModel`; fields as in diffusers."""
+
+    sample_size: int | tuple[int, int] = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+
+    class_name: ClassVar[str] = "UNet2DConditionModel"
+    fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu", "swish"),
+        "center_input_sample": (False,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "only_cross_attention": (False,),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        "dropout": (0.0,),
+        "dual_cross_attention": (False,),
+        "class_embed_type": (None,),
+        "addition_embed_type": (None,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "num_class_embeds": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "time_cond_proj_dim": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
+        "mid_block_only_cross_attention": (None, False),
+        "cross_attention_norm": (None,),
+        "reverse_transformer_layers_per_block": (None,),
+    }
+    # The softmax is float32 here in any case, which is what upcast_attention asks for.
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {"upcast_attention", "addition_embed_type_num_heads", "projection_class_embeddings_input_dim"}
+    )
+
+    def check(self) -> None:
+        n = len(self.block_out_channels)
+        for key, known in (
+            ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
+            ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
+        ):
+            for block in _per_block(getattr(self, key), n, key):
+                if block not in known:
+                    raise InputError(
+                        f"{self.class_name} config: {key} has {block!r}, which is not supported, expected "
+                        + " or ".join(known)
+                    )
+        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if channels % heads or channels % self.norm_num_groups:
+                raise InputError(
+                    f"{self.class_name} config: block_out_channels has {channels}, which is not a multiple of "
+                    f"{heads} heads and {self.norm_num_groups} norm groups"
+                )
+        _per_block(self.transformer_layers_per_block, n, "transformer_layers_per_block")
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads of each block. diffusers' ``attention_head_dim`` holds it unless named apart."""
+        value = self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
+        return _per_block(value, len(self.block_out_channels), "attention_head_dim")
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Number of transformer blocks in each attention module of each block."""
+        value = self.transformer_layers_per_block
+        return _per_block(value, len(self.block_out_channels), "transformer_layers_per_block")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"_class_name": self.class_name, **super().to_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig(_Config):
+    """Configuration of `AutoencoderKL`; fields as in diffusers."""
+
+    sample_size: int = 512
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    class_name: ClassVar[str] = "AutoencoderKL"
+    fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu", "swish"),
+        "shift_factor": (None,),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    }
+    ignored: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
+
+    def check(self) -> None:
+        n = len(self.block_out_channels)
+        for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            types = getattr(self, key)
+            if len(types) != n:
+                raise InputError(f"{self.class_name} config: {key} has {len(types)} entries, expected {n}")
+            for block in types:
+                if block != known:
+                    raise InputError(f"{self.class_name} config: {key} has {block!r}, expected {known!r}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"_class_name": self.class_name, **super().to_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(_Config):
+    """Configuration of `CLIPTextModel`; fields as in transformers."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    bos_token_id: int = 49406
+    pad_token_id: int | None = 1
+    projection_dim: int = 512
+
+    class_name: ClassVar[str] = "CLIPTextModel"
+    fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model_type": ("clip_text_model", "clip")}
+    # Training-time settings and the generation defaults that transformers writes into every config.
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        names = {f.name for f in dataclasses.fields(cls)} | set(cls.fixed)
+        found = config.get("architectures") or [cls.class_name]
+        if cls.class_name not in found:
+            raise InputError(f"config: architectures is {found}, expected [{cls.class_name!r}]")
+        # transformers writes dozens of generation and training settings into each config.json; none of them changes a
+        # text encoder, so only the keys that do are read.
+        return super().from_dict({k: v for k, v in config.items() if k in names})
+
+    def check(self) -> None:
+        if self.hidden_act not in ("quick_gelu", "gelu"):
+            raise InputError(
+                f"{self.class_name} config: hidden_act={self.hidden_act!r} is not supported, expected 'quick_gelu' or "
+                "'gelu'"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"{self.class_name} config: hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"architectures": [self.class_name], "model_type": "clip_text_model", **super().to_dict()}

@@ -1,0 +1,132 @@
+"""Layers that every model shares: products on flattened tokens, convolutions, GroupNorm with a control stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from jaxmix.control import Control, Moments, Site, apply_moments
+from jaxmix.types import Array
+
+_kernel_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # what torch layers start from
+
+
+class Linear(nn.Module):
+    """A dense layer over the last axis.
+
+    Tokens are flattened to one matrix first: on XLA:CPU the weight gradient of a 3-d product is several times slower.
+    With ``conv`` the kernel is stored as that of a 1x1 convolution, (1, 1, in, out), as some checkpoints have it.
+    """
+
+    features: int
+    use_bias: bool = True
+    conv: bool = False
+    dtype: Any = jnp.float32
+    kernel_init: Any = _kernel_init
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        i = x.shape[-1]
+        shape = (1, 1, i, self.features) if self.conv else (i, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        y = x.reshape(-1, i).astype(self.dtype) @ kernel.reshape(i, self.features).astype(self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class Conv(nn.Module):
+    """A 3x3 convolution, NHWC, padded by one pixel on each side unless told otherwise."""
+
+    features: int
+    stride: int = 1
+    padding: Sequence[tuple[int, int]] = ((1, 1), (1, 1))
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        kernel = self.param("kernel", _kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel,
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with float32 statistics and torch's epsilon (flax's default is 1e-6)."""
+
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm over (h, w, channels of a group), float32 statistics; controls may edit them (`Control.moments`)."""
+
+    groups: int
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], controls: Sequence[Control] = ()) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        g = self.groups
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        y = x.astype(jnp.float32)
+
+        def mean_of(y: Array) -> Array:
+            # Space first, then the channels of a group: the large reduction stays contiguous. Scaled before the sum and
+            # not after it, because a product after it may be fused with what a control (or epsilon) adds, and a control
+            # of strength 0 would then change the last bit.
+            per_channel = (y * (1.0 / (h * w))).sum((1, 2))
+            return (per_channel.reshape(b, g, c // g) * (g / c)).sum(-1)
+
+        def to_channels(per_group: Array) -> Array:
+            return jnp.repeat(per_group, c // g, axis=1)[:, None, None, :]
+
+        mean = mean_of(y)
+        var = mean_of(jnp.square(y - to_channels(mean)))  # E[x^2] - E[x]^2 would cancel where the mean is large
+        m = Moments(mean, var)
+        if controls:
+            m = apply_moments(Site(".".join(self.path), 0, (h, w)), m, controls)
+        a = to_channels(jax.lax.rsqrt(m.var + self.eps)) * scale.astype(jnp.float32)
+        return ((y - to_channels(m.mean)) * a + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def timestep_embedding(
+    t: Float[Array, " b"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> Float[Array, "b dim"]:
+    """Embed timesteps as sinusoids, float32 (arXiv 2006.11239, appendix B; periods from 2 pi to 10000 * 2 pi)."""
+    half = dim // 2
+    freqs = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    args = t.astype(jnp.float32)[:, None] * freqs
+    parts = [jnp.cos(args), jnp.sin(args)] if flip_sin_to_cos else [jnp.sin(args), jnp.cos(args)]
+    return jnp.pad(jnp.concatenate(parts, -1), ((0, 0), (0, dim % 2)))
+
+
+def upsample_nearest(x: Float[Array, "b h w c"], hw: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+    """Enlarge by nearest neighbour, taking source index floor(i * in / out) as torch does."""
+    b, h, w, c = x.shape
+    if hw == (2 * h, 2 * w):
+        return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    rows, cols = (jnp.arange(o) * i // o for o, i in zip(hw, (h, w), strict=True))
+    return x[:, rows][:, :, cols]

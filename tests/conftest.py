@@ -1,0 +1,82 @@
+"""Fixtures that every test folder shares: eight virtual devices and a tiny random pipeline."""
+
+import os
+
+# Before jax is imported anywhere: the sharding tests want eight devices, and all tests want the CPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_FLAG = "--xla_force_host_platform_device_count=8"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import jaxmix  # noqa: E402
+from jaxmix.models import (  # noqa: E402
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    UNet2DConditionModel,
+    UNetConfig,
+    VAEConfig,
+)
+from jaxmix.pipeline import ASSETS  # noqa: E402
+from jaxmix.schedule import NoiseSchedule  # noqa: E402
+
+TINY_UNET = {
+    "sample_size": 8,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+TINY_VAE = {
+    "sample_size": 16,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+TINY_SCHEDULE = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline() -> jaxmix.Pipeline:
+    """A complete pipeline of a few thousand random parameters, 16 px images, the embedded model's tokenizer."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(ASSETS / "mini" / "tokenizer"))
+    text = {
+        "architectures": ["CLIPTextModel"],
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    modules = {
+        "unet": UNet2DConditionModel(UNetConfig.from_dict(TINY_UNET)),
+        "vae": AutoencoderKL(VAEConfig.from_dict(TINY_VAE)),
+        "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(text)),
+    }
+    keys = jax.random.split(jax.random.key(0), len(modules))
+    params = {name: m.init_params(key) for (name, m), key in zip(modules.items(), keys, strict=True)}
+    return jaxmix.Pipeline(
+        **modules, params=params, schedule=NoiseSchedule.from_config(TINY_SCHEDULE), tokenizer=tokenizer
+    )

@@ -1,0 +1,287 @@
+"""The laws that every control obeys, on a tiny UNet and a tiny pipeline."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmix import Control, InputError, Site
+from jaxmix.control import matches, phases, tile_rows, to_branches, validate
+from jaxmix.models import UNet2DConditionModel
+from jaxmix.models.unet import norm_sites, sites
+from jaxmix.pipeline import denoise
+
+from .controls import CASES, Claiming, FadeOut, FavourFirst, FlipKeys, ShiftValues, make
+
+HW = (8, 8)
+
+
+@pytest.fixture(scope="module")
+def unet(tiny_pipeline):
+    """(module, params, inputs of four rows)."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(keys[0], (4, *HW, 4))
+    t = jnp.asarray([1, 400, 700, 981])
+    context = jax.random.normal(keys[1], (4, 7, 16))
+    return tiny_pipeline.unet, tiny_pipeline.params["unet"], (x, t, context)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predict(module, params, inputs, controls, step):
+    return module.apply({"params": params}, *inputs, tuple(c.at(step) for c in controls))
+
+
+def run(unet, controls=(), step=0):
+    return np.asarray(predict(*unet, controls, step))
+
+
+def differ(a, b):
+    return float(np.abs(a - b).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_stage_changes_the_prediction(unet, case):
+    assert differ(run(unet, (make(case, 1.0),)), run(unet)) > 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_zero_strength_is_identity_bit_for_bit(unet, case):
+    np.testing.assert_array_equal(run(unet, (make(case, 0.0),)), run(unet))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_with_a_closed_gate_are_untouched_bit_for_bit(unet, case):
+    base, got = run(unet), run(unet, (make(case, [0.0, 1.0, 0.0, 1.0]),))
+    np.testing.assert_array_equal(got[::2], base[::2])
+    assert differ(got[1::2], base[1::2]) > 1e-4
+
+
+def test_disjoint_sites_commute_bit_for_bit(unet):
+    a = make("logits on attn1", 1.0)
+    b = make("out on attn2", 0.7)
+    c = make("moments on norms", 0.3)
+    np.testing.assert_array_equal(run(unet, (a, b, c)), run(unet, (c, b, a)))
+
+
+def test_controls_at_one_site_apply_left_to_right(unet):
+    a, b = make("qkv on attn1", 1.0), make("qkv on attn1", 0.5)
+    shift = FadeOut(scale=jnp.ones(1), sites=r"\.attn1$")
+    assert differ(run(unet, (a, shift)), run(unet, (a,))) > 1e-4
+    # Flip by 1 then by 0.5 is not flip by 0.5 alone.
+    assert differ(run(unet, (a, b)), run(unet, (b,))) > 1e-4
+
+
+def test_a_pattern_limits_a_control_to_its_sites(unet):
+    module, _, (x, t, context) = unet
+    only = make("qkv on attn1", 1.0, sites=r"up_blocks\.1.*attn1$")
+
+    def record(controls):
+        _, seen = module.apply({"params": unet[1]}, x, t, context, controls, mutable=["probs"])
+        return seen["probs"]
+
+    base, got = record(()), record((only,))
+    path = ("down_blocks.0", "attentions.0", "transformer_blocks.0", "attn1", "probs")
+    for name in path:
+        base_down, got_down = (base, got) if name == path[0] else (base_down, got_down)
+        base_down, got_down = base_down[name], got_down[name]
+    np.testing.assert_array_equal(base_down, got_down)
+    assert differ(run(unet, (only,)), run(unet)) > 1e-4
+
+
+def test_time_enters_a_control_through_at_alone(unet):
+    control = make("out on attn1", 1.0)
+    early, late = run(unet, (control,), step=0), run(unet, (control,), step=5)
+    assert differ(early, late) > 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_reach_the_strength_and_agree_under_remat(unet, case):
+    module, params, inputs = unet
+    remat = UNet2DConditionModel(module.config, remat=True)
+    control = make(case, 0.5)
+
+    def loss(m):
+        return lambda p, c: jnp.mean(jnp.square(m.apply({"params": p}, *inputs, (c,))))
+
+    plain = jax.jit(jax.value_and_grad(loss(module), argnums=(0, 1)))(params, control)
+    again = jax.jit(jax.value_and_grad(loss(remat), argnums=(0, 1)))(params, control)
+    chex.assert_trees_all_close(plain, again, rtol=1e-4, atol=1e-6)
+    assert float(jnp.abs(plain[1][1].scale).max()) > 0.0
+
+
+def test_probabilities_and_projections_are_recorded_by_sow(unet):
+    module, params, inputs = unet
+    _, seen = module.apply({"params": params}, *inputs, mutable=["probs", "qkv"])
+    layer = seen["probs"]["down_blocks.0"]["attentions.0"]["transformer_blocks.0"]["attn2"]["probs"]
+    assert layer.shape == (4, 4, 64, 7)
+    np.testing.assert_allclose(layer.sum(-1), 1.0, atol=1e-5)
+    a = seen["qkv"]["mid_block"]["attentions.0"]["transformer_blocks.0"]["attn1"]["qkv"]
+    assert a.q.shape == a.k.shape == (4, 16, 4, 8)
+
+
+def test_the_listed_sites_are_those_that_run(unet):
+    seen, norms = [], []
+
+    class Spy(Control):
+        sites = ".*"
+
+        def __init__(self):
+            pass
+
+        def out(self, site, a, o):
+            seen.append(site)
+            return o
+
+        def moments(self, site, m):
+            norms.append(site)
+            return m
+
+    module, params, (x, t, context) = unet
+    for hw in (HW, (10, 7)):
+        seen.clear(), norms.clear()
+        rows = jax.ShapeDtypeStruct((4, *hw, 4), jnp.float32)
+        jax.eval_shape(lambda p, x, t, c: module.apply({"params": p}, x, t, c, (Spy(),)), params, rows, t, context)
+        assert seen == list(sites(module.config, hw))
+        assert set(norms) == set(norm_sites(module.config, hw)) and len(norms) == len(set(norms))
+
+
+def test_numbers_never_retrace_the_sampler(tiny_pipeline):
+    pipe = tiny_pipeline
+
+    @chex.assert_max_traces(n=1)
+    def traced(params, latents, context, scale, controls):
+        return denoise.__wrapped__(pipe.unet, pipe.schedule, 3, None, params, latents, context, scale, controls)
+
+    chex.clear_trace_counter()
+    fn = jax.jit(traced)
+    for i in range(3):
+        latents = pipe.initial_latents([i, i + 9])
+        context = pipe.encode_prompt(["", f"a car {i}", "blurred", "a red apple"][: 4]).reshape(2, 2, 32, 16)
+        strengths = [make(case, [0.3 * i, 1.0]) for case in CASES]
+        fn(pipe.params["unet"], latents, context, jnp.full((2,), 1.0 + i), tuple(strengths))
+
+
+def test_the_public_sampler_compiles_once_for_any_numbers(tiny_pipeline):
+    before = denoise._cache_size()
+    for i in range(3):
+        tiny_pipeline.generate(
+            [f"a car {i}", "a dog"], [i, 5], 4, 1.0 + i, controls=(make("logits on attn2", 0.2 * i),), output="latent"
+        )
+    assert denoise._cache_size() == before + 1
+
+
+def test_unconditional_rows_get_closed_gates():
+    control = to_branches(tile_rows(make("out on attn1", 0.5), 3))
+    np.testing.assert_array_equal(control.scale, [0, 0.5, 0, 0.5, 0, 0.5])
+
+
+def test_tiling_refuses_a_wrong_number_of_rows():
+    with pytest.raises(InputError, match=r"FadeOut.scale: found 2 rows, expected 1 or 3"):
+        tile_rows(make("out on attn1", [1.0, 2.0]), 3)
+
+
+def test_a_window_gets_its_own_phase():
+    a = make("out on attn1", 1.0, window=(0.0, 0.3))
+    b = make("out on attn2", 1.0)
+    assert [(s, e, len(live)) for s, e, live in phases((a, b), 10)] == [(0, 3, 2), (3, 10, 1)]
+    assert phases((b,), 10) == [(0, 10, (b,))]
+
+
+def test_later_phases_run_without_the_control(tiny_pipeline):
+    pipe = tiny_pipeline
+    prompts, seeds = ["a red apple"], [3]
+
+    def draw(*controls):
+        return pipe.generate(prompts, seeds, 4, 2.0, controls=controls, output="latent")
+
+    early = make("kv on attn2", 1.0, window=(0.0, 0.5))
+    late = make("kv on attn2", 1.0, window=(0.5, 1.0))
+    whole = make("kv on attn2", 1.0)
+    base = draw()
+    assert differ(draw(early), base) > 1e-5 and differ(draw(late), base) > 1e-5
+    # Both halves together are the whole, though each half is a scan of its own.
+    np.testing.assert_allclose(draw(early, late), draw(whole), atol=2e-6)
+    # A control outside of its window is not in the program of that phase at all.
+    hlo = _sampler_text(pipe, (make("logits on attn1", 1.0, window=(0.0, 0.5)),))
+    assert hlo.count("while(") >= 2
+
+
+def _sampler_text(pipe, controls):
+    context = pipe.encode_prompt(["", "a car"]).reshape(1, 2, 32, 16)
+    controls = tuple(tile_rows(c, 1) for c in controls)
+    args = (pipe.params["unet"], pipe.initial_latents([0]), context, jnp.ones((1,)), controls)
+    return denoise.lower(pipe.unet, pipe.schedule, 4, None, *args).compile().as_text()
+
+
+def test_keys_and_values_of_attn2_are_computed_outside_the_loop(tiny_pipeline):
+    pipe = tiny_pipeline
+    context = pipe.encode_prompt(["", "a car"]).reshape(1, 2, 32, 16)
+    args = (pipe.params["unet"], pipe.initial_latents([0]), context, jnp.ones((1,)), ())
+    jaxpr = jax.make_jaxpr(lambda *a: denoise.__wrapped__(pipe.unet, pipe.schedule, 4, None, *a))(*args)
+    loops = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
+    assert len(loops) == 1
+
+    def text_products(eqns):
+        # Products over the 2 x 32 text tokens' channels: (64, 16) @ (16, inner).
+        return sum(
+            e.primitive.name == "dot_general" and e.invars[0].aval.shape == (2 * 32, 16) for e in _all_eqns(eqns)
+        )
+
+    attn2 = [s for s in sites(pipe.unet.config, HW) if s.name.endswith("attn2")]
+    outside = [e for e in jaxpr.jaxpr.eqns if e.primitive.name != "scan"]
+    assert text_products(loops[0].params["jaxpr"].jaxpr.eqns) == 0
+    assert text_products(outside) == 2 * len(attn2)
+
+
+def _all_eqns(eqns):
+    for e in eqns:
+        yield e
+        for v in e.params.values():
+            if hasattr(v, "jaxpr"):
+                yield from _all_eqns(v.jaxpr.eqns)
+            elif hasattr(v, "eqns"):
+                yield from _all_eqns(v.eqns)
+
+
+SITES = (Site("up_blocks.1.attentions.0.transformer_blocks.0.attn1", 4, HW),)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_misses():
+    with pytest.raises(InputError, match=r"matches none of the 1 sites; near misses: up_blocks\.1\.att"):
+        validate((make("qkv on attn1", 1.0, sites=r"up_block\.1\.attn1"),), SITES)
+
+
+def test_a_pattern_that_is_no_regular_expression_is_an_error():
+    with pytest.raises(InputError, match="is not a regular expression"):
+        matches(make("qkv on attn1", 1.0, sites="("), "x")
+
+
+def test_two_controls_that_claim_the_same_site_exclude_each_other():
+    def claiming(where):
+        return Claiming(scale=jnp.ones(1), sites=where)
+
+    two = (*SITES, Site("mid_block.attentions.0.transformer_blocks.0.attn1", 4, (4, 4)))
+    with pytest.raises(InputError, match=r"exclude each other at up_blocks\.1.*both set its keys"):
+        validate((claiming("attn1"), claiming("up_blocks")), two)
+    validate((claiming("mid_block"), claiming("up_blocks")), two)
+
+
+@pytest.mark.parametrize("window", [(0.5, 0.5), (-0.1, 1.0), (0.2, 1.1)])
+def test_an_impossible_window_is_an_error(window):
+    with pytest.raises(InputError, match=re.escape(f"window={window}")):
+        validate((make("qkv on attn1", 1.0, window=window),), SITES)
+
+
+def test_something_that_is_no_control_is_an_error():
+    with pytest.raises((InputError, AttributeError)):
+        validate((object(),), SITES)
+
+
+def test_kv_controls_look_at_attn2_only():
+    with pytest.raises(InputError, match="matches none"):
+        validate((ShiftValues(scale=jnp.ones(1), sites="attn1"),), SITES)
+    validate((FavourFirst(scale=jnp.ones(1)), FlipKeys(scale=jnp.ones(1))), SITES)

@@ -1,0 +1,191 @@
+"""VMix as methods state it: identity at the start, one attention map, values mixed once per prompt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmix import InputError, Site, VMix
+from jaxmix.control import KV, QKV, attend
+from jaxmix.controls import vmix as maths
+from jaxmix.models.unet import sites
+from jaxmix.pipeline import denoise
+
+LABELS = {"color": ("vibrant color", "[V]"), "light": ("bright light", "[S]"), "focus": ("sharp focus", "[T]")}
+
+
+@pytest.fixture(scope="module")
+def fresh(tiny_pipeline):
+    return VMix.init(jax.random.key(0), tiny_pipeline, LABELS)
+
+
+@pytest.fixture(scope="module")
+def trained(fresh):
+    """An adapter with every learnt array moved away from its start."""
+    leaves, tree = jax.tree.flatten(fresh.params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    params = {**jax.tree.unflatten(tree, moved), "aes_emb": fresh.params["aes_emb"]}
+    return VMix(fresh.config, params)
+
+
+def draw(pipe, *controls, output="latent"):
+    return pipe.generate(["a red apple", "a car"], [3, 4], 3, 4.0, controls=controls, output=output)
+
+
+@pytest.mark.parametrize(("labels", "scale"), [("all", 1.0), ("none", 2.0), ("color,focus", 0.7)])
+def test_an_untrained_adapter_is_the_base_bit_for_bit(tiny_pipeline, fresh, labels, scale):
+    control = fresh.bind(tiny_pipeline, labels, scale)
+    np.testing.assert_array_equal(draw(tiny_pipeline, control), draw(tiny_pipeline))
+
+
+def test_zero_scale_is_the_base_bit_for_bit_after_training(tiny_pipeline, trained):
+    np.testing.assert_array_equal(draw(tiny_pipeline, trained.bind(tiny_pipeline, "all", 0.0)), draw(tiny_pipeline))
+
+
+def test_labels_and_scale_change_the_image_after_training(tiny_pipeline, trained):
+    base = draw(tiny_pipeline)
+    seen = [draw(tiny_pipeline, trained.bind(tiny_pipeline, *a)) for a in (("all", 1), ("all", 2), ("color", 1))]
+    for i, x in enumerate([base, *seen]):
+        for y in seen[i:]:
+            assert np.abs(x - y).max() > 1e-4
+
+
+def test_one_label_set_and_scale_an_image(tiny_pipeline, trained):
+    pipe = tiny_pipeline
+    both = draw(pipe, trained.bind(pipe, ["all", "color"], [0.0, 1.5]))
+    np.testing.assert_array_equal(both[0], draw(pipe)[0])
+    np.testing.assert_allclose(both[1], draw(pipe, trained.bind(pipe, "color", 1.5))[1], atol=1e-5)
+
+
+def test_unconditional_rows_are_untouched(tiny_pipeline, trained):
+    """With guidance 0 only the unconditional branch is left, so the adapter must not show at all."""
+    pipe = tiny_pipeline
+    control = trained.bind(pipe, "all", 1.0)
+    drawn = [pipe.generate(["a car"], [1], 3, 0.0, controls=c, output="latent") for c in ((control,), ())]
+    np.testing.assert_array_equal(*drawn)
+
+
+def test_the_first_attn2_keeps_the_attention_map_of_the_content(tiny_pipeline, trained):
+    pipe = tiny_pipeline
+    x, context = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), pipe.encode_prompt(["a car", "a dog"])
+
+    def probs(*controls):
+        _, seen = pipe.unet.apply({"params": pipe.params["unet"]}, x, 500, context, controls, mutable=["probs"])
+        block = seen["probs"]["down_blocks.0"]["attentions.0"]["transformer_blocks.0"]
+        return np.asarray(block["attn2"]["probs"])
+
+    for scale in (0.5, 2.0):
+        np.testing.assert_array_equal(probs(trained.bind(pipe, "all", scale)), probs())
+
+
+def test_two_branches_equal_the_mixed_value(trained):
+    """softmax(QK) V_c + scale * softmax(QK) V_a, written out, against the one attention that the control runs."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 4, 4)).astype(np.float32) for n in (9, 32, 32))
+    name, inner = trained.config.sites[0]
+    site = Site(name, 4, (3, 3))
+    present, scale = jnp.asarray([[1.0, 0, 1], [0, 1, 0]]), jnp.asarray([0.7, 1.9])
+    control = maths.bind(trained.params, present, scale)
+    got, _ = attend(site, QKV(q, *control.kv(site, KV(k, v))))
+    va = np.asarray(maths.aesthetic_context(trained.params, present) @ trained.params["to_v"][name]["kernel"])
+    content, _ = attend(site, QKV(q, k, v))
+    aesthetic, _ = attend(site, QKV(q, k, jnp.asarray(va.reshape(2, 32, 4, inner // 4))))
+    np.testing.assert_allclose(got, content + scale[:, None, None, None] * aesthetic, atol=2e-6)
+
+
+def test_the_projection_follows_the_paper_in_plain_numpy(trained):
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), trained.params)
+    present = np.asarray([[1, 0, 1], [0, 0, 0]])
+    f = np.stack([[p["aes_emb"][i, present[b, i]] for i in range(3)] for b in range(2)])
+    tokens = np.zeros((2, 32, 16))
+    for c in range(32):  # F acts along the tokens: each of the C positions is a mixture of the N embeddings
+        tokens[:, c] = sum(p["token_proj"]["kernel"][i, c] * f[:, i] for i in range(3)) + p["token_proj"]["bias"][c]
+    normed = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-5)
+    out = (normed * p["norm"]["scale"] + p["norm"]["bias"]) @ p["zero_proj"]["kernel"] + p["zero_proj"]["bias"]
+    np.testing.assert_allclose(maths.aesthetic_context(trained.params, jnp.asarray(present)), out, atol=2e-5)
+
+
+def test_an_absent_label_is_its_rare_token_and_not_zero(tiny_pipeline, fresh):
+    emb = fresh.params["aes_emb"]
+    texts = [text for label, rare in LABELS.values() for text in (rare, label)]
+    alone = [tiny_pipeline.encode_text([text]).pooled[0] for text in texts]
+    np.testing.assert_allclose(emb.reshape(6, -1), jnp.stack(alone), atol=1e-5)
+    assert float(jnp.abs(emb[:, 0]).min(-1).max()) > 0 and float(jnp.abs(emb[:, 0] - emb[:, 1]).max()) > 1e-3
+
+
+def test_gradients_reach_the_zero_layer_first_and_everything_by_step_three(tiny_pipeline, fresh):
+    pipe = tiny_pipeline
+    x, context = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), pipe.encode_prompt(["a car", "a dog"])
+    present = jnp.asarray([[1.0, 0, 1], [0, 1, 0]])
+    optimizer = optax.adam(1e-2)
+
+    def loss(params):
+        control = maths.bind(params, present, jnp.ones(2))
+        return jnp.mean(jnp.square(pipe.unet.apply({"params": pipe.params["unet"]}, x, 500, context, (control,))))
+
+    grad = jax.jit(jax.grad(loss))
+    params, state = fresh.params, optimizer.init(fresh.params)
+    start = params
+    for step in range(3):
+        g = grad(params)
+        if step == 0:
+            moving = {jax.tree_util.keystr(k) for k, v in jax.tree_util.tree_leaves_with_path(g) if jnp.abs(v).max() > 0}
+            assert moving == {"['zero_proj']['kernel']", "['zero_proj']['bias']"}
+        g = {**g, "aes_emb": jnp.zeros_like(g["aes_emb"])}
+        updates, state = optimizer.update(g, state)
+        params = optax.apply_updates(params, updates)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(params), strict=True):
+        if "aes_emb" not in jax.tree_util.keystr(path):
+            assert float(jnp.abs(a - b).max()) > 0, jax.tree_util.keystr(path)
+
+
+def test_f_a_depends_on_the_label_set_alone(tiny_pipeline, trained):
+    values = [trained.bind(tiny_pipeline, "color,focus", s).values for s in (0.5, 2.0)]
+    jax.tree.map(np.testing.assert_array_equal, *values)
+
+
+def test_label_sets_and_scales_compile_once(tiny_pipeline, trained):
+    before = denoise._cache_size()
+    for labels, scale in (("all", 1.0), ("none", 0.5), ("color", 2)):
+        tiny_pipeline.generate(
+            ["a car"], [1], 5, 4.0, controls=(trained.bind(tiny_pipeline, labels, scale),), output="latent"
+        )
+    assert denoise._cache_size() == before + 1
+
+
+def test_the_file_holds_everything_bit_for_bit(tmp_path, tiny_pipeline, trained):
+    trained.save(tmp_path / "adapter.safetensors")
+    again = VMix.load(tmp_path / "adapter.safetensors")
+    assert again.config == trained.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+def test_there_is_one_new_matrix_an_attn2_and_nothing_else(tiny_pipeline, fresh):
+    attn2 = {s.name for s in sites(tiny_pipeline.unet.config, (8, 8)) if s.name.endswith("attn2")}
+    assert set(fresh.params["to_v"]) == attn2 and len(attn2) == 4
+    assert set(fresh.params) == {"aes_emb", "token_proj", "norm", "zero_proj", "to_v"}
+
+
+def test_a_file_that_is_no_adapter_is_one_clear_line(tmp_path, tiny_pipeline):
+    tiny_pipeline.save(tmp_path)
+    with pytest.raises(InputError, match="expected a VMix adapter written by jaxmix"):
+        VMix.load(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_an_adapter_for_another_unet_is_one_clear_line(tiny_pipeline, fresh):
+    config = maths.VMixConfig(fresh.config.labels, 32, 24, fresh.config.sites)
+    with pytest.raises(InputError, match="made for a UNet with 4 attn2 of 24 text channels, found one with 4 of 16"):
+        VMix(config, fresh.params).bind(tiny_pipeline)
+
+
+def test_an_unknown_label_lists_the_known_ones(tiny_pipeline, fresh):
+    with pytest.raises(InputError, match=r"'colour' is not known, expected all, none or some of color, light, focus"):
+        fresh.bind(tiny_pipeline, "colour")
+
+
+def test_rows_that_do_not_fit_the_prompts_are_an_error(tiny_pipeline, fresh):
+    with pytest.raises(InputError, match="found 3 rows, expected 1 or 2"):
+        draw(tiny_pipeline, fresh.bind(tiny_pipeline, ["all", "none", "all"]))

@@ -1,0 +1,77 @@
+"""Sampling on eight virtual devices: the same noise and pixels as on one, and no device ever talks to another."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmix
+from jaxmix import InputError, VMix
+from jaxmix.control import tile_rows
+from jaxmix.pipeline import denoise
+
+PROMPTS = [f"a {word}" for word in ("car", "dog", "apple", "cat", "boat", "rose", "key", "cup", "hat", "bus", "fox")]
+SEEDS = [11, 3, 3, 99, 12, 0, 7, 5, 2**32 - 1, 6, 8]
+COLLECTIVE = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(-start)?\b"
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jaxmix.data_mesh(8)
+
+
+def controls_for(pipe):
+    adapter = VMix.init(jax.random.key(0), pipe)
+    params = jax.tree.map(lambda x: x + 0.1, adapter.params)
+    return (VMix(adapter.config, params).bind(pipe, ["all", "none"] * 5 + ["color"], list(np.linspace(0, 2, 11))),)
+
+
+def test_eight_devices_draw_what_one_draws(tiny_pipeline, mesh):
+    pipe, controls = tiny_pipeline, controls_for(tiny_pipeline)
+    arguments = (PROMPTS, SEEDS, 4, list(np.linspace(1, 8, 11)), controls)
+    one = pipe.generate(*arguments, output="float")
+    eight = pipe.generate(*arguments, output="float", mesh=mesh)
+    assert one.shape == eight.shape == (11, 16, 16, 3)
+    np.testing.assert_allclose(eight, one, atol=1e-5)
+
+
+def test_an_image_depends_on_its_seed_alone(tiny_pipeline, mesh):
+    pipe = tiny_pipeline
+    noise = pipe.initial_latents(SEEDS)
+    np.testing.assert_array_equal(noise[1], noise[2])
+    for i in (0, 5, 8):
+        np.testing.assert_array_equal(noise[i], pipe.initial_latents([SEEDS[i]])[0])
+    np.testing.assert_array_equal(noise[::-1], pipe.initial_latents(SEEDS[::-1]))
+    whole = pipe.generate(PROMPTS, SEEDS, 4, 3.0, output="float")
+    alone = pipe.generate([PROMPTS[5]], [SEEDS[5]], 4, 3.0, output="float", mesh=mesh)
+    batched = pipe.generate(PROMPTS[::-1], SEEDS[::-1], 4, 3.0, output="float", batch_size=3)
+    np.testing.assert_allclose(alone[0], whole[5], atol=1e-5)
+    np.testing.assert_allclose(batched[::-1], whole, atol=1e-5)
+
+
+def test_the_compiled_sampler_holds_no_collective(tiny_pipeline, mesh):
+    pipe = tiny_pipeline
+    controls = tuple(tile_rows(c, 11) for c in controls_for(pipe))
+    controls = jax.tree.map(lambda x: x[:8] if x.shape[:1] == (11,) else x, controls)
+    context = pipe.encode_prompt([p for prompt in PROMPTS[:8] for p in ("", prompt)]).reshape(8, 2, 32, 16)
+    args = (pipe.params["unet"], pipe.initial_latents(SEEDS[:8]), context, jnp.ones(8), controls)
+    text = denoise.lower(pipe.unet, pipe.schedule, 4, mesh, *args).compile().as_text()
+    assert "while(" in text
+    assert not COLLECTIVE.search(text)
+
+
+def test_the_pattern_for_collectives_finds_one(mesh):
+    """The check above can fail: a mean over the mesh is a collective."""
+    spec = jax.sharding.PartitionSpec("data")
+    mean = jax.shard_map(lambda x: jax.lax.pmean(x, "data"), mesh=mesh, in_specs=spec, out_specs=spec)
+    assert COLLECTIVE.search(jax.jit(mean).lower(jnp.ones(8)).compile().as_text())
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_a_device_count_that_does_not_exist_is_one_clear_line(count):
+    with pytest.raises(InputError, match=rf"devices={count}: found 8 cpu device\(s\), expected 1 to 8"):
+        jaxmix.data_mesh(count)
