@@ -1,0 +1,67 @@
+"""The judge of generated scenes: right about real ones, and loud about what it cannot judge."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxmix import command
+from jaxmix.types import InputError
+from train import scorer as scorer_module
+from train.scenes import BACKGROUNDS, STYLES, Scenes
+
+CONFIG = Path(__file__).parents[2] / "configs" / "scorer.yaml"
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return scorer_module.load_scorer()
+
+
+def test_the_committed_scorer_knows_real_scenes(scorer):
+    scenes = Scenes(seed=77, split="all", two_objects=0.0, three_objects=0.0, labelled=0.0)
+    rows = [scenes[i] for i in range(300)]
+    result = scorer_module.accuracy(scorer, np.stack([row["image"] for row in rows]), rows)
+    assert min(result[head] for head in ("object", "style", "background")) >= 0.97
+    wrong = rows[1:] + rows[:1]
+    assert scorer_module.accuracy(scorer, np.stack([row["image"] for row in wrong]), rows)["all"] < 0.05
+
+
+def test_probabilities_do_not_depend_on_the_batch(scorer):
+    images = np.stack([Scenes(seed=5)[i]["image"] for i in range(5)])
+    whole, parts = scorer(images), scorer(images, batch_size=2)
+    assert whole["object"].shape == (5, 24)
+    for head in ("style", "background"):
+        np.testing.assert_allclose(whole[head].sum(-1), 1, rtol=1e-5)
+    for head, values in whole.items():
+        np.testing.assert_allclose(values, parts[head], atol=1e-5)
+
+
+def test_class_names_are_those_of_the_scenes(scorer):
+    assert scorer.objects == Scenes(objects=len(scorer.objects)).object_names
+    assert scorer.styles[:4] == STYLES and scorer.backgrounds == BACKGROUNDS
+
+
+def test_images_of_another_size_or_type_are_refused(scorer):
+    with pytest.raises(InputError, match=r"float32 \(1, 64, 64, 3\)"):
+        scorer(np.zeros((1, 64, 64, 3), np.float32))
+    with pytest.raises(InputError, match=r"\(1, 32, 32, 3\)"):
+        scorer(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_two_steps_train_a_scorer_that_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    flags = [
+        "--config",
+        "configs/scorer.yaml",
+        "--output_dir",
+        str(tmp_path),
+        "--weights",
+        str(tmp_path / "s.safetensors"),
+    ]
+    short = ["--max_train_steps", "2", "--lr_warmup_steps", "0", "--lr_cooldown_steps", "1", "--train_batch_size", "4"]
+    with pytest.raises(SystemExit) as stop:
+        command.run(scorer_module.main, [*flags, *short, "--objects", "6", "--eval_scenes", "8"])
+    assert stop.value.code == 0
+    assert scorer_module.load_scorer(tmp_path / "s.safetensors").objects == Scenes(objects=6).object_names
+    assert "one object, neutral, 8 fresh real scenes: object" in capsys.readouterr().out

@@ -1,0 +1,30 @@
+"""Scenes composed of openly licensed sprites, with captions, masks, aesthetic labels and held-out splits."""
+
+from .atlas import Atlas
+from .backgrounds import BACKGROUNDS
+from .captions import BACKGROUND_WORDS, LABEL_WORDS, RELATIONS, STYLE_WORDS, label_phrase
+from .photometric import DIMENSIONS, apply_labels, measure, off_centre
+from .prompts import eval_prompts
+from .scenes import MAX_OBJECTS, STYLES, Plan, Scenes
+from .splits import HELD_OUT_STYLE, SPLITS
+
+__all__ = [
+    "BACKGROUNDS",
+    "BACKGROUND_WORDS",
+    "DIMENSIONS",
+    "HELD_OUT_STYLE",
+    "LABEL_WORDS",
+    "MAX_OBJECTS",
+    "RELATIONS",
+    "SPLITS",
+    "STYLES",
+    "STYLE_WORDS",
+    "Atlas",
+    "Plan",
+    "Scenes",
+    "apply_labels",
+    "eval_prompts",
+    "label_phrase",
+    "measure",
+    "off_centre",
+]

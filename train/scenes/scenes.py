@@ -1,0 +1,271 @@
+"""Captioned scenes with masks and aesthetic labels, each a pure function of (seed, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from jaxmix.types import InputError
+
+from .atlas import Atlas
+from .backgrounds import BACKGROUNDS, paint_background
+from .captions import RELATIONS, caption, label_phrase
+from .photometric import DIMENSIONS, apply_labels
+from .splits import HELD_OUT_STYLE, SPLITS, WHOLE_OBJECTS, pair_held_out, relation_held_out
+
+MAX_OBJECTS = 3
+STYLES = ("3d", "flat", "ink", "cartoon")
+
+# Longer side of a single object, as a share of the width: (from, to) by size word.
+SIZES = {"small": (0.43, 0.50), "": (0.54, 0.66), "big": (0.70, 0.78)}
+PAIR_SIZE = (0.42, 0.47)
+ROW_SIZE = (0.29, 0.32)
+OFF_CENTRE_SIZE = (0.43, 0.55)
+STEPS = 5  # sizes are drawn from this many steps, so that scaled sprites can be cached
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scene shows, before any pixel: indices into the atlas and into BACKGROUNDS."""
+
+    style: str
+    objects: tuple[int, ...]
+    background: str
+    relation: str = ""
+    size_word: str = ""
+    labels: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DIMENSIONS, 0))
+
+    @property
+    def neutral(self) -> Plan:
+        """The same scene without aesthetic labels."""
+        return replace(self, labels=dict.fromkeys(DIMENSIONS, 0))
+
+
+@dataclass
+class Scenes:
+    """An endless picture book of captioned scenes: `scenes[i]` is a pure function of (seed, i) and the settings.
+
+    Args:
+        size: width and height of the pictures, pixels.
+        objects: number of objects in use, counted from the start of the atlas; 96 at the most.
+        styles: names of the styles in use.
+        seed: start of the random numbers; scenes of different seeds are independent.
+        split: one of `SPLITS`; "train" leaves out the held-out combinations, the other names show only those.
+        two_objects: share of scenes with two objects.
+        three_objects: share of scenes with three objects in a row.
+        labelled: share of scenes with aesthetic labels; in these each dimension is +1 (35 %), -1 (35 %) or neutral.
+        label_words: share of the labelled scenes whose `text` says the labels.
+        length: number that `len` reports; any index works.
+    """
+
+    size: int = 64
+    objects: int = 24
+    styles: Sequence[str] = STYLES
+    seed: int = 0
+    split: str = "train"
+    two_objects: float = 0.25
+    three_objects: float = 0.05
+    labelled: float = 0.4
+    label_words: float = 0.2
+    length: int = 10_000_000
+
+    def __post_init__(self):
+        self.atlas = Atlas()
+        limit = len(self.atlas.objects) - WHOLE_OBJECTS
+        if self.split not in SPLITS:
+            raise InputError(f"split: found {self.split!r}, expected one of {', '.join(SPLITS)}")
+        if not 4 <= self.objects <= limit:
+            raise InputError(f"objects: found {self.objects}, expected 4 to {limit}")
+        if self.size < 16:
+            raise InputError(f"size: found {self.size}, expected 16 pixels or more")
+        unknown = [style for style in self.styles if style not in self.atlas.styles]
+        if unknown or not self.styles:
+            raise InputError(f"styles: found {unknown}, expected some of {', '.join(self.atlas.styles)}")
+        if self.split == "held_out_style":
+            self.styles = (HELD_OUT_STYLE,)
+        elif HELD_OUT_STYLE in self.styles and self.split == "train":
+            raise InputError(f"styles: found {HELD_OUT_STYLE!r}, which training leaves out, in split 'train'")
+        self.styles = tuple(self.styles)
+        if not self.pairs:
+            raise InputError(f"styles: found {self.styles}, which hold no pair of split {self.split!r}")
+        if self.split == "held_out_relations" and not all(self._has_relation(m) for m in self._by_style.values()):
+            raise InputError(f"objects: found {self.objects}, too few for split {self.split!r}")
+
+    def __len__(self) -> int:
+        return self.length
+
+    @cached_property
+    def object_names(self) -> tuple[str, ...]:
+        """Names of the objects that this split can show, in the order of the atlas."""
+        names = self.atlas.objects
+        return names[-WHOLE_OBJECTS:] if self.split == "held_out_objects" else names[: self.objects]
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[str, int], ...]:
+        """Every (style, object) that a scene of this split can show."""
+        total = len(self.atlas.objects)
+        pool = range(total - WHOLE_OBJECTS, total) if self.split == "held_out_objects" else range(self.objects)
+        keep = {"train": (False,), "held_out_relations": (False,), "held_out_pairs": (True,)}.get(
+            self.split, (False, True)
+        )
+        return tuple((s, o) for s in self.styles for o in pool if self._held_out(s, o) in keep)
+
+    @cached_property
+    def _by_style(self) -> dict[str, tuple[int, ...]]:
+        return {style: tuple(o for s, o in self.pairs if s == style) for style in self.styles}
+
+    def _held_out(self, style: str, obj: int) -> bool:
+        return style in self.atlas.drawn and pair_held_out(obj, self.atlas.drawn.index(style))
+
+    @staticmethod
+    def _has_relation(mates: Sequence[int]) -> bool:
+        """Whether some two of these objects have a held-out relation, so that drawing one comes to an end."""
+        choices = ((a, b, r) for a in mates for b in mates if a != b for r in range(len(RELATIONS)))
+        return any(relation_held_out(*choice) for choice in choices)
+
+    def plan(self, rng: np.random.Generator) -> Plan:
+        """Draws what a scene shows."""
+        kind = rng.random()
+        count = 2 if kind < self.two_objects else 3 if kind < self.two_objects + self.three_objects else 1
+        if self.split == "held_out_relations":
+            count = 2
+        style, obj = self.pairs[rng.integers(len(self.pairs))]
+        mates = self._by_style[style]
+        count = min(count, len(mates))
+        objects, relation, size_word = (obj,), "", ""
+        if count == 1:
+            size_word = ("", "", "small", "big")[rng.integers(4)]
+        if count == 2:
+            objects, relation = self._related(style, rng)
+        if count == 3:
+            objects = tuple(mates[i] for i in rng.choice(len(mates), 3, replace=False))
+            relation = "in a row"
+        labels = dict.fromkeys(DIMENSIONS, 0)
+        if rng.random() < self.labelled:
+            signs = np.searchsorted((0.35, 0.65), rng.random(4)) - 1
+            labels = {d: int(sign) for d, sign in zip(DIMENSIONS, signs, strict=True)}
+            if count > 1:
+                labels["composition"] = 0
+            if labels["composition"] < 0:
+                size_word = ""
+        background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+        return Plan(style, objects, background, relation, size_word, labels)
+
+    def _related(self, style: str, rng: np.random.Generator) -> tuple[tuple[int, int], str]:
+        """Draws two different objects and a relation that this split allows."""
+        mates = self._by_style[style]
+        while True:
+            first, second = (mates[i] for i in rng.choice(len(mates), 2, replace=False))
+            relation = int(rng.integers(len(RELATIONS)))
+            held_out = relation_held_out(first, second, relation)
+            if self.split == "all" or held_out == (self.split == "held_out_relations"):
+                return (first, second), RELATIONS[relation]
+
+    def caption(self, plan: Plan) -> str:
+        """The content caption of a plan."""
+        names = [self.atlas.objects[o] for o in plan.objects]
+        return caption(plan.style, names, plan.background, plan.size_word, plan.relation)
+
+    def render(self, plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Paints a plan: uint8 (size, size, 3) and bool masks (3, size, size), empty where there is no object."""
+        canvas = paint_background(plan.background, self.size, rng)
+        masks = np.zeros((MAX_OBJECTS, self.size, self.size), bool)
+        placed = [
+            self.atlas.sprite(plan.style, o, n) for o, n in zip(plan.objects, self._sizes(plan, rng), strict=True)
+        ]
+        boxes = np.array([s.box for s in placed])
+        extent = boxes[:, 2:] - boxes[:, :2]
+        for k, (centre, sprite) in enumerate(zip(self._centres(plan, extent, rng), placed, strict=True)):
+            corner = np.round(np.asarray(centre) - extent[k] / 2).astype(int)
+            corner = np.clip(corner, 0, self.size - extent[k]) - boxes[k, :2]
+            self._paste(canvas, masks[k], sprite, int(corner[0]), int(corner[1]))
+            # What stands in front hides what stands behind.
+            masks[:k] &= ~masks[k]
+        return apply_labels(canvas, plan.labels), masks
+
+    def _sizes(self, plan: Plan, rng: np.random.Generator) -> list[int]:
+        bounds = SIZES[plan.size_word]
+        if plan.labels["composition"] < 0:
+            bounds = OFF_CENTRE_SIZE
+        if len(plan.objects) > 1:
+            bounds = PAIR_SIZE if len(plan.objects) == 2 else ROW_SIZE
+        low, high = bounds
+        steps = rng.integers(STEPS, size=len(plan.objects)) / (STEPS - 1)
+        return [round(self.size * (low + (high - low) * float(s))) for s in steps]
+
+    def _centres(self, plan: Plan, extent: np.ndarray, rng: np.random.Generator) -> list[tuple[float, float]]:
+        """Middles (down, right) of the objects, pixels; `extent` (n, 2) holds their heights and widths."""
+        size, middle = self.size, self.size / 2
+        jitter = (2 * rng.random((MAX_OBJECTS, 2)) - 1) * 0.05 * size
+        if len(plan.objects) == 1:
+            room = np.maximum((size - extent[0]) / 2 - 1, 0)
+            composition = plan.labels["composition"]
+            if composition > 0:
+                shift = np.zeros(2)
+            elif composition < 0:
+                # Toward one of the eight sides and corners, nearly all the way; the roomier axis always takes part.
+                signs = np.array([(-1, 1)[b] for b in rng.integers(2, size=2)]) * room
+                signs[int(room[0] > room[1])] *= float(rng.integers(2))
+                shift = signs * (0.8 + 0.2 * rng.random())
+            else:
+                shift = np.clip(jitter[0], -room, room)
+            return [(middle + shift[0], middle + shift[1])]
+        if plan.relation == "above":
+            gap = 0.245 * size
+            slots = [(middle - gap, middle), (middle + gap, middle)]
+        elif plan.relation == "in a row":
+            slots = [(middle, size * (0.5 + 0.32 * k)) for k in (-1, 0, 1)]
+        else:
+            gap = 0.245 * size
+            slots = [(middle, middle - gap), (middle, middle + gap)]
+        spread = 0.15 if plan.relation == "in a row" else 0.6
+        shared = jitter[-1] if len(slots) == 2 else np.zeros(2)
+        return [
+            (down + 0.3 * shared[0] + spread * j[0], right + 0.3 * shared[1] + 0.3 * spread * j[1])
+            for (down, right), j in zip(slots, jitter, strict=False)
+        ]
+
+    def _paste(self, canvas: np.ndarray, mask: np.ndarray, sprite, top: int, left: int) -> None:
+        side = sprite.mask.shape[0]
+        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, self.size), min(left + side, self.size)
+        inside = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+        canvas[y0:y1, x0:x1] *= 1 - sprite.alpha[inside]
+        canvas[y0:y1, x0:x1] += sprite.rgb[inside]
+        mask[y0:y1, x0:x1] = sprite.mask[inside]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The scene of an index.
+
+        Returns `image` uint8 (size, size, 3); `caption`, its content; `text`, the caption with the label words where
+        they are said; `labels` {dimension: +1, 0, -1}; `masks` bool (3, size, size); `objects` int32 (3,), indices
+        into the atlas, -1 where there is none; `object_names`; `style`, `background`, indices, and their names;
+        `relation` and `size_word`, maybe "".
+        """
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, int(index)]))
+        plan = self.plan(rng)
+        said = rng.random() < self.label_words
+        image, masks = self.render(plan, rng)
+        content = self.caption(plan)
+        words = label_phrase(plan.labels) if said else ""
+        objects = np.full(MAX_OBJECTS, -1, np.int32)
+        objects[: len(plan.objects)] = plan.objects
+        return {
+            "image": image,
+            "caption": content,
+            "text": f"{content}, {words}" if words else content,
+            "labels": plan.labels,
+            "masks": masks,
+            "objects": objects,
+            "object_names": tuple(self.atlas.objects[o] for o in plan.objects),
+            "style": self.atlas.styles.index(plan.style),
+            "style_name": plan.style,
+            "background": BACKGROUNDS.index(plan.background),
+            "background_name": plan.background,
+            "relation": plan.relation,
+            "size_word": plan.size_word,
+            "split": self.split,
+        }

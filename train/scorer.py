@@ -1,0 +1,267 @@
+"""Train and apply the judge of generated scenes: a small CNN that names objects, style and background of a picture.
+
+It is trained on real scenes alone, held-out combinations included, and never sees a generated picture, so that what
+it says about a generator is independent of it. Its own accuracy on fresh real scenes is printed first.
+
+    python -m train.scorer --config configs/scorer.yaml --output_dir runs/scorer
+    python -m train.scorer --evaluate
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmix import command
+from jaxmix.tuning.data import iterate, make_dataset
+from jaxmix.tuning.fit import FitConfig, fit
+from jaxmix.tuning.update import TrainState, make_optimizer, make_update
+from jaxmix.types import InputError
+from jaxmix.weights.load import load_tree
+from jaxmix.weights.safetensors import read_header
+from jaxmix.weights.store import save_tree
+from train.scenes import BACKGROUNDS, HELD_OUT_STYLE, STYLES, Scenes
+
+SIZE = 64
+WEIGHTS = Path(__file__).parent / "scenes" / "scorer.safetensors"
+HEADS = ("object", "style", "background")
+
+
+@dataclasses.dataclass
+class Config(FitConfig):
+    """The scorer trainer's keys, after those of every trainer.
+
+    Attributes:
+        output_dir: folder for checkpoints and logs.
+        weights: the safetensors file to write, or with `evaluate` to read.
+        objects: number of objects to tell apart, counted from the start of the atlas.
+        blur: share of the training pictures that are blurred a little, as a decoder blurs.
+        noise: largest standard deviation of the noise added to training pictures, in [0, 1].
+        evaluate: train nothing; print the accuracy of `weights` on real scenes.
+        eval_scenes: fresh scenes of one object for that accuracy.
+    """
+
+    output_dir: str = "runs/scorer"
+    weights: str = str(WEIGHTS)
+    objects: int = 24
+    blur: float = 0.5
+    noise: float = 0.03
+    evaluate: bool = False
+    eval_scenes: int = 4000
+
+
+class SceneNet(nn.Module):
+    """A strided CNN with three heads.
+
+    Takes images (b, 64, 64, 3) in [0, 1]; gives logits {"object": (b, o), "style": (b, s), "background": (b, k)}.
+    Style is read from fine texture too, so its head also sees the means of the early layers.
+    """
+
+    objects: int
+    styles: int
+    backgrounds: int
+    channels: tuple[int, ...] = (32, 64, 128, 128)
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+        x, means = images * 2.0 - 1.0, []
+        for i, width in enumerate(self.channels):
+            strides = 2 if i < 3 else 1
+            x = nn.Conv(width, (3, 3), strides=strides, name=f"convs.{i}")(x)
+            x = nn.relu(nn.GroupNorm(8, name=f"norms.{i}")(x))
+            means.append(x.mean((1, 2)))
+        features = jnp.concatenate([*means, x.max((1, 2))], -1)
+        sizes = dict(zip(HEADS, (self.objects, self.styles, self.backgrounds), strict=True))
+        return {head: nn.Dense(size, name=f"heads.{head}")(features) for head, size in sizes.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """A trained SceneNet with the names of its classes, in the order of its probabilities."""
+
+    params: Any
+    objects: tuple[str, ...]
+    styles: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+
+    @property
+    def net(self) -> SceneNet:
+        return SceneNet(len(self.objects), len(self.styles), len(self.backgrounds))
+
+    def __call__(self, images: np.ndarray, batch_size: int = 128) -> dict[str, np.ndarray]:
+        """Probabilities {"object": (b, o) each by itself, "style": (b, s), "background": (b, k) summing to one}.
+
+        `images` is uint8 (b, 64, 64, 3).
+        """
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
+            raise InputError(f"images: found {images.dtype} {images.shape}, expected uint8 (b, {SIZE}, {SIZE}, 3)")
+        parts = []
+        for start in range(0, len(images), batch_size):
+            rows = images[start : start + batch_size]
+            padded = np.concatenate([rows, np.zeros((batch_size - len(rows), *rows.shape[1:]), np.uint8)])
+            parts.append(jax.device_get(_judge(self.net, self.params, padded)))
+        return {head: np.concatenate([part[head] for part in parts])[: len(images)] for head in HEADS}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judge(net: SceneNet, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+    logits = net.apply({"params": params}, images.astype(jnp.float32) / 255.0)
+    return {head: jax.nn.sigmoid(x) if head == "object" else jax.nn.softmax(x) for head, x in logits.items()}
+
+
+def load_scorer(path: str | Path = WEIGHTS) -> Scorer:
+    """Loads a trained scorer; its class names are in the file."""
+    names = {key: tuple(json.loads(value)) for key, value in read_header(path).metadata.items() if key != "format"}
+    scorer = Scorer(None, names["objects"], names["styles"], names["backgrounds"])
+    target = jax.eval_shape(scorer.net.init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    return dataclasses.replace(scorer, params=load_tree(path, target))
+
+
+def accuracy(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Shares of pictures judged right, against rows of `eval_prompts` (or scenes) of as many objects each.
+
+    `object` asks the most probable objects (as many as the row has) to be the row's, `any_object` at least one of
+    them, `style` and `background` the most probable one to be right, `all` everything. Also the same by class under
+    `object_by_name`, `style_by_name`, `background_by_name`.
+    """
+    said = scorer(images)
+    styles = [scorer.styles[i] for i in said["style"].argmax(-1)]
+    backgrounds = [scorer.backgrounds[i] for i in said["background"].argmax(-1)]
+    right: dict[str, list[bool]] = {"object": [], "any_object": [], "style": [], "background": []}
+    by_name: dict[str, dict[str, list[bool]]] = {head: {} for head in HEADS}
+    for i, row in enumerate(rows):
+        wanted = set(row["object_names"])
+        found = {scorer.objects[k] for k in np.argsort(-said["object"][i])[: len(wanted)]}
+        right["object"].append(found == wanted)
+        right["any_object"].append(bool(found & wanted))
+        right["style"].append(styles[i] == row["style_name"])
+        right["background"].append(backgrounds[i] == row["background_name"])
+        for name in wanted:
+            by_name["object"].setdefault(name, []).append(name in found)
+        for head in ("style", "background"):
+            by_name[head].setdefault(row[f"{head}_name"], []).append(right[head][-1])
+    result: dict[str, Any] = {head: float(np.mean(values)) for head, values in right.items()}
+    result["all"] = float(np.mean([all(v) for v in zip(*(right[head] for head in HEADS), strict=True)]))
+    for head, classes in by_name.items():
+        result[f"{head}_by_name"] = {name: float(np.mean(values)) for name, values in sorted(classes.items())}
+    return result
+
+
+def make_scenes(objects: int, seed: int, **shares: Any) -> Scenes:
+    """Scenes of everything the scorer must know: all combinations, and the style that generators never see."""
+    return Scenes(size=SIZE, objects=objects, styles=(*STYLES, HELD_OUT_STYLE), seed=seed, split="all", **shares)
+
+
+def make_batches(cfg: Config) -> Callable[[int], Iterator[Any]]:
+    """Return step -> iterator over batches of pictures and their classes."""
+
+    def row(scene: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        present = np.zeros(cfg.objects, np.float32)
+        present[scene["objects"][scene["objects"] >= 0]] = 1
+        return {
+            "image": scene["image"],
+            "object": present,
+            "style": np.int32(scene["style"]),
+            "background": np.int32(scene["background"]),
+        }
+
+    dataset = make_dataset(make_scenes(cfg.objects, cfg.seed + 1), cfg.train_batch_size, cfg.seed, row)
+    return lambda step: iterate(dataset, step, cfg.dataloader_num_workers)
+
+
+def augment(images: jax.Array, key: jax.Array, blur: float, noise: float) -> jax.Array:
+    """Blurs a share of the images (b, h, w, 3) by up to about one pixel and adds noise of a random strength."""
+    which, how_much, how_noisy, grain = jax.random.split(key, 4)
+    rows = (images.shape[0], 1, 1, 1)
+    soft = images
+    for axis in (1, 2):
+        pad = [(0, 0)] * 4
+        pad[axis] = (1, 1)
+        wide = jnp.pad(soft, pad, mode="edge")
+        n = images.shape[axis]
+        parts = [jax.lax.slice_in_dim(wide, k, k + n, axis=axis) for k in range(3)]
+        soft = 0.25 * parts[0] + 0.5 * parts[1] + 0.25 * parts[2]
+    share = jax.random.uniform(how_much, rows) * (jax.random.uniform(which, rows) < blur)
+    strength = noise * jax.random.uniform(how_noisy, rows)
+    mixed = images + share * (soft - images) + strength * jax.random.normal(grain, images.shape)
+    return jnp.clip(mixed, 0.0, 1.0)
+
+
+def make_loss(net: SceneNet, cfg: Config) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """Return loss_fn(params, frozen, batch, key) for the batches of `make_batches`."""
+
+    def loss_fn(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        images = augment(batch["image"].astype(jnp.float32) / 255.0, key, cfg.blur, cfg.noise)
+        logits = net.apply({"params": params}, images)
+        presence = optax.sigmoid_binary_cross_entropy(logits["object"], batch["object"]).sum(-1).mean()
+        losses = {"object_loss": presence}
+        for head in ("style", "background"):
+            entropy = optax.softmax_cross_entropy_with_integer_labels(logits[head], batch[head])
+            losses[f"{head}_loss"] = entropy.mean()
+        return sum(losses.values()), losses
+
+    return loss_fn
+
+
+def evaluate(cfg: Config) -> dict[str, Any]:
+    """Print the accuracy of a scorer on real scenes that it was not trained on; return that of neutral ones."""
+    scorer = load_scorer(cfg.weights)
+    kinds = {
+        "one object, neutral": {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0},
+        "one object, with aesthetic labels": {"two_objects": 0.0, "three_objects": 0.0, "labelled": 1.0},
+        "two objects, neutral": {"two_objects": 1.0, "three_objects": 0.0, "labelled": 0.0},
+    }
+    results = []
+    for kind, shares in kinds.items():
+        scenes = make_scenes(len(scorer.objects), 990_001 + cfg.seed, **shares)
+        rows = [scenes[i] for i in range(cfg.eval_scenes)]
+        result = accuracy(scorer, np.stack([row["image"] for row in rows]), rows)
+        shown = ", ".join(f"{head} {100 * result[head]:.2f} %" for head in (*HEADS, "all"))
+        print(f"{kind}, {len(rows)} fresh real scenes: {shown}")
+        results.append(result)
+    for head in HEADS:
+        classes = results[0][f"{head}_by_name"]
+        print(f"{head}: " + ", ".join(f"{name} {100 * share:.1f}" for name, share in classes.items()))
+    return results[0]
+
+
+def main(cfg: Config) -> int:
+    """Train, write the weights in float16, print their accuracy."""
+    command.enable_compilation_cache()
+    if cfg.evaluate:
+        evaluate(cfg)
+        return 0
+    scenes = make_scenes(cfg.objects, cfg.seed)
+    net = SceneNet(cfg.objects, len(scenes.styles), len(BACKGROUNDS))
+    params = jax.jit(net.init)(jax.random.key(cfg.seed), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    optimizer = make_optimizer(cfg)
+    state, complete = fit(
+        cfg,
+        TrainState.create(params, optimizer, ema=cfg.ema_decay > 0),
+        make_update(make_loss(net, cfg), optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps),
+        {},
+        make_batches(cfg),
+        progress=command.progress,
+    )
+    if not complete:
+        return 0
+    names = {"objects": scenes.object_names, "styles": scenes.styles, "backgrounds": BACKGROUNDS}
+    save_tree(state.averaged, cfg.weights, jnp.float16, {key: json.dumps(value) for key, value in names.items()})
+    print(f"wrote {cfg.weights}, {Path(cfg.weights).stat().st_size / 1e6:.2f} MB")
+    evaluate(cfg)
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
