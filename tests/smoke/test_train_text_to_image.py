@@ -1,0 +1,125 @@
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmix
+from jaxmix.command import parse
+from jaxmix.models import AutoencoderKL, VAEConfig
+from jaxmix.types import InputError
+from train import text_to_image
+from train.autoencoder import export
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    config = VAEConfig.from_dict(
+        {
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "sample_size": 16,
+        }
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    export(folder, config, AutoencoderKL(config).init_params(jax.random.key(0)), 0.9)
+    return folder
+
+
+def shrunk(folder, vae_folder, **changes):
+    cfg = parse(text_to_image.main, ["--config", str(CONFIGS / "mini_text_to_image.yaml"), "--output_dir", str(folder)])
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
+    blocks["up_block_types"] = ["UpBlock2D", "CrossAttnUpBlock2D"]
+    size = {"sample_size": 8, "block_out_channels": [16, 16], "cross_attention_dim": 16, "norm_num_groups": 4}
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base = {
+        "pretrained_vae_model_name_or_path": str(vae_folder),
+        "tokenizer": str(CONFIGS.parent / cfg.tokenizer),
+        "unet": {**cfg.unet, **size, **blocks},
+        "text_encoder": {**cfg.text_encoder, **text},
+        "scenes": {**cfg.scenes, "size": 16, "objects": 4},
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "lr_warmup_steps": 0,
+        "lr_cooldown_steps": 0,
+        "log_steps": 1,
+        "validation_steps": 0,
+    }
+    return dataclasses.replace(cfg, **{**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, vae_folder):
+    """A folder with two runs of two steps: `whole`, and `parts`, which was stopped after one step and resumed."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))
+        options = {"mixed_precision": "bf16", "snr_gamma": 5.0}
+        assert text_to_image.main(shrunk(root / "whole", vae_folder, validation_steps=2, **options)) == 0
+        for steps in (1, 2):
+            text_to_image.main(shrunk(root / "parts", vae_folder, max_train_steps=steps, **options))
+    return root
+
+
+def test_the_shrunk_config_trains_draws_and_exports_a_pipeline(runs):
+    assert (runs / "whole" / "pictures" / "0000002.png").is_file()
+    assert (runs / "whole" / "checkpoints" / "2").is_dir()
+    pipe = jaxmix.load(runs / "whole" / "pipeline")
+    assert pipe.vae.config.scaling_factor == 0.9
+    assert pipe.params["unet"]["conv_in"]["kernel"].dtype == jnp.float32  # the weights stay float32 under bf16
+    assert pipe.default_guidance_scale == 3.0
+    assert pipe.tokenize(["a cat"])[0].shape == (1, 32)
+
+
+def test_resuming_gives_the_same_weights(runs):
+    whole, parts = (jaxmix.load(runs / folder / "pipeline").params for folder in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
+def test_a_frozen_text_encoder_has_no_gradient_and_no_optimizer_state(tmp_path, vae_folder):
+    cfg = shrunk(tmp_path, vae_folder, train_text_encoder=False)
+    models = text_to_image.make_models(cfg)
+    params, frozen = jax.eval_shape(lambda key: text_to_image.split_params(models, cfg, key, {}), jax.random.key(0))
+    assert set(params) == {"unet"}
+    assert set(frozen) == {"text_encoder", "vae"}
+    cfg = dataclasses.replace(cfg, train_text_encoder=True)
+    params, frozen = jax.eval_shape(lambda key: text_to_image.split_params(models, cfg, key, {}), jax.random.key(0))
+    assert set(params) == {"unet", "text_encoder"}
+    assert set(frozen) == {"vae"}
+
+
+def test_the_share_of_dropped_captions_is_the_configured_one():
+    tokenize = lambda text: np.asarray([len(text)], np.int32)  # noqa: E731
+    row = text_to_image.make_rows(tokenize, 0.1)
+    scene = {"image": np.zeros((2, 2, 3), np.uint8), "text": "a cat"}
+    ids = [row(scene, np.random.default_rng(seed))["input_ids"][0] for seed in range(3000)]
+    assert set(ids) == {0, 5}
+    assert np.mean(np.asarray(ids) == 0) == pytest.approx(0.1, abs=0.02)
+
+
+def test_the_validation_prompts_fit_the_text_length(vae_folder, tmp_path):
+    cfg = shrunk(tmp_path, vae_folder)
+    tokenizer = text_to_image.load_tokenizer(cfg.tokenizer)
+    for prompt in cfg.validation_prompts:
+        assert len(tokenizer(prompt)["input_ids"]) <= cfg.text_encoder["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pretrained_vae_model_name_or_path": ""}, "not given"),
+        ({"pretrained_vae_model_name_or_path": "no/such"}, "no config.json in no/such"),
+        ({"tokenizer": "no/such"}, "tokenizer: found no folder"),
+    ],
+)
+def test_missing_folders_are_named(tmp_path, vae_folder, change, words, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=words):
+        text_to_image.main(shrunk(tmp_path, vae_folder, **change))

@@ -1,0 +1,142 @@
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmix.tuning.checkpoints import Checkpoints
+from jaxmix.tuning.data import iterate, make_dataset
+from jaxmix.tuning.fit import FitConfig, Hook, fit, mean_metrics
+from jaxmix.tuning.update import TrainState, make_optimizer, make_update
+from jaxmix.types import InputError
+
+
+class Points:
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        return {"x": rng.normal(size=3).astype(np.float32), "y": rng.normal(size=2).astype(np.float32)}
+
+
+def loss_fn(params, frozen, batch, key):
+    noise = 0.1 * jax.random.normal(key, batch["y"].shape)
+    layer = params["block.0"]["to_out.0"]  # dots as in the models' trees
+    error = batch["x"] @ layer["kernel"] + layer["bias"] - batch["y"] + noise
+    return jnp.mean(error**2), {"bin_sum": jnp.ones(4), "bin_count": jnp.ones(4)}
+
+
+def config(folder, **changes):
+    base = {"output_dir": str(folder), "train_batch_size": 4, "max_train_steps": 6, "log_steps": 2}
+    return FitConfig(**{**base, "learning_rate": 0.1, "checkpointing_steps": 0, "ema_decay": 0.9, **changes})
+
+
+def train(cfg, loss=loss_fn, hooks=()):
+    params = {"block.0": {"to_out.0": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}}
+    optimizer = make_optimizer(cfg)
+    dataset = make_dataset(Points(), cfg.train_batch_size, cfg.seed)
+    update = make_update(loss, optimizer, cfg.ema_decay)
+    state = TrainState.create(params, optimizer)
+    return fit(cfg, state, update, {}, lambda step: iterate(dataset, step), hooks)
+
+
+def assert_equal_states(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tmp_path):
+    whole, complete = train(config(tmp_path / "whole"))
+    assert complete
+
+    def stop_at_three(step, state):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    part, complete = train(config(tmp_path / "parts"), hooks=[Hook(1, stop_at_three)])
+    assert not complete
+    assert int(part.step) == 4  # the step in flight is finished and saved
+    resumed, complete = train(config(tmp_path / "parts"))
+    assert complete
+    assert_equal_states(resumed, whole)
+
+
+def test_saving_does_not_see_later_steps(tmp_path):
+    cfg = config(tmp_path, checkpointing_steps=2, checkpoints_total_limit=10)
+    seen = {}
+    train(cfg, hooks=[Hook(2, lambda step, state: seen.update({step: jax.tree.map(np.array, state)}))])
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (2, 4, 6):
+        restored = checkpoints.restore(step, jax.tree.map(jnp.asarray, seen[step]))
+        assert_equal_states(restored, seen[step])
+    checkpoints.close()
+
+
+def test_time_limit_stops_and_saves(tmp_path):
+    state, complete = train(config(tmp_path, max_seconds=1e-9))
+    assert (int(state.step), complete) == (1, False)
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_resume_choices(tmp_path):
+    train(config(tmp_path, checkpointing_steps=2, checkpoints_total_limit=10))
+    with pytest.raises(InputError, match=r"no step 5 .*2, 4, 6"):
+        train(config(tmp_path, resume_from_checkpoint="5"))
+    with pytest.raises(InputError, match="newest"):
+        train(config(tmp_path, resume_from_checkpoint="newest"))
+    steps = []
+    train(config(tmp_path, resume_from_checkpoint="4"), hooks=[Hook(1, lambda step, state: steps.append(step))])
+    assert steps == [5, 6]
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
+    train(config(tmp_path))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(InputError, match="another model") as caught:
+        checkpoints.restore(6, TrainState.create({"other": jnp.ones(2)}, optimizer))
+    assert "\n" not in str(caught.value)
+    checkpoints.close()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_named_and_nothing_saved(tmp_path):
+    def broken(params, frozen, batch, key):
+        loss, metrics = loss_fn(params, frozen, batch, key)
+        return jnp.where(params["block.0"]["to_out.0"]["bias"][0] != 0.0, jnp.nan, loss), metrics
+
+    with pytest.raises(InputError, match="step 2: loss is nan") as caught:
+        train(config(tmp_path, checkpointing_steps=2), broken)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == []
+
+
+def test_logs_hold_means_learning_rate_and_samples(tmp_path):
+    train(config(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert rows[-1]["samples"] == 24
+    assert rows[0]["learning_rate"] == pytest.approx(0.1)
+    assert {"loss", "loss/t3", "grad_norm", "samples_per_second"} <= set(rows[0])
+    assert list((tmp_path / "logs").glob("events*"))
+
+
+def test_means_leave_empty_bins_open():
+    rows = [{"loss": 1.0, "bin_sum": np.array([2.0, 0.0]), "bin_count": np.array([1.0, 0.0])}] * 2
+    means = mean_metrics(rows)
+    assert means["loss"] == 1.0
+    assert means["loss/t0"] == 2.0
+    assert np.isnan(means["loss/t1"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"output_dir": ""}, {"mixed_precision": "fp16"}, {"gradient_accumulation_steps": 3}]
+)
+def test_settings_that_cannot_work_are_named(tmp_path, change):
+    with pytest.raises(InputError, match=next(iter(change))):
+        config(tmp_path, **change)
