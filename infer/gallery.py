@@ -1,0 +1,170 @@
+"""What people look at: a static gallery.html beside the images, and one contact sheet PNG."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from infer.png import write_whole
+
+CELL = 208  # pixels: the width a picture is shown at, or the nearest whole multiple of a small one
+SHEET_LIMIT = 120
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of an item: its file relative to the gallery, its size in pixels, and a label when it needs one."""
+
+    file: str
+    width: int
+    height: int
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of the job: its pictures side by side (inputs first, the result last), caption and settings.
+
+    An item without pictures is shown as a failed row with `error` as its text.
+    """
+
+    caption: str
+    pictures: Sequence[Picture] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    error: str = ""
+
+
+def write_gallery(folder: Path, items: Sequence[Item], title: str, facts: Mapping[str, str]) -> Path:
+    """Write gallery.html into `folder` and return its path.
+
+    The page needs nothing but itself and the pictures beside it; `facts` (model, date, speeds) stand under the title.
+    """
+    template = Path(__file__).with_name("gallery.template.html").read_text(encoding="utf-8")
+    drawn = [item for item in items if item.pictures]
+    width = max((_shown_width(picture) for item in drawn for picture in item.pictures), default=CELL)
+    most = max((len(item.pictures) for item in drawn), default=1)
+    parts = {
+        "TITLE": html.escape(title),
+        "COLUMN": str(width * most + 12 * (most - 1)),
+        "FACTS": "\n".join(_fact(key, value) for key, value in facts.items()),
+        "ERRORS": _errors([item for item in items if not item.pictures]),
+        "ITEMS": "\n".join(_card(item) for item in drawn),
+    }
+    page = re.sub("@(" + "|".join(parts) + ")@", lambda match: parts[match[1]], template)
+    path = folder / "gallery.html"
+    write_whole(path, page.encode("utf-8"))
+    return path
+
+
+def write_contact_sheet(folder: Path, items: Sequence[Item], title: str, columns: int | None = None) -> Path | None:
+    """Draw all pictures (at most SHEET_LIMIT items) with their captions into contact_sheet.png; return its path.
+
+    Returns None when there is nothing to draw.
+    """
+    drawn = [item for item in items if item.pictures]
+    shown = drawn[:SHEET_LIMIT]
+    if not shown:
+        return None
+    width = max(_shown_width(picture) for item in shown for picture in item.pictures)
+    height = max(_shown_height(picture) for item in shown for picture in item.pictures)
+    most = max(len(item.pictures) for item in shown)
+    columns = columns or max(1, min(len(shown), 6 // most))
+    font, heading = ImageFont.load_default(13), ImageFont.load_default(18)
+    gap, line_height = 14, 17
+    cell = most * width + (most - 1) * 4
+    captions = [_wrapped(item.caption, font, cell, lines=3) for item in shown]
+    rows = [range(start, min(start + columns, len(shown))) for start in range(0, len(shown), columns)]
+    heights = [height + 6 + line_height * max(len(captions[index]) for index in row) + gap for row in rows]
+    sheet = Image.new("RGB", (gap + columns * (cell + gap), 2 * gap + 24 + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    hidden = f" (first {len(shown)} of {len(drawn)})" if len(drawn) > len(shown) else ""
+    heading_line = _wrapped(title + hidden, heading, sheet.width - 2 * gap, lines=1)[0]
+    draw.text((gap, gap), heading_line, fill="#111", font=heading)
+    top = 2 * gap + 24
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, index in enumerate(row):
+            left = gap + column * (cell + gap)
+            for place, picture in enumerate(shown[index].pictures):
+                sheet.paste(_scaled(folder / picture.file, picture), (left + place * (width + 4), top))
+            for number, line in enumerate(captions[index]):
+                draw.text((left, top + height + 6 + number * line_height), line, fill="#222", font=font)
+        top += row_height
+    path = folder / "contact_sheet.png"
+    temporary = folder / f".contact_sheet.{os.getpid()}.tmp"
+    sheet.save(temporary, format="PNG")
+    temporary.replace(path)
+    return path
+
+
+def _shown_width(picture: Picture) -> int:
+    if picture.width > CELL:
+        return CELL
+    return picture.width * round(CELL / picture.width)
+
+
+def _shown_height(picture: Picture) -> int:
+    return round(picture.height * _shown_width(picture) / picture.width)
+
+
+def _scaled(path: Path, picture: Picture) -> Image.Image:
+    enlarge = picture.width <= CELL
+    with Image.open(path) as image:
+        size = (_shown_width(picture), _shown_height(picture))
+        return image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
+    """Break `text` at words (and within a word too long for a line) into at most `lines` lines of `width` pixels."""
+    result = [""]
+    for word in text.split():
+        if font.getlength(f"{result[-1]} {word}".strip()) <= width:
+            result[-1] = f"{result[-1]} {word}".strip()
+            continue
+        if result[-1]:
+            result.append("")
+        for letter in word:
+            if font.getlength(result[-1] + letter) > width:
+                result.append("")
+            result[-1] += letter
+    if len(result) > lines:
+        result = result[:lines]
+        while result[-1] and font.getlength(result[-1] + "...") > width:
+            result[-1] = result[-1][:-1]
+        result[-1] += "..."
+    return result
+
+
+def _fact(key: str, value: str) -> str:
+    return f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>"
+
+
+def _errors(items: Sequence[Item]) -> str:
+    if not items:
+        return ""
+    lines = "\n".join(f"<li>{html.escape(item.error)}</li>" for item in items)
+    return f'<section class="errors"><h2>Rows not drawn</h2><ul>{lines}</ul></section>'
+
+
+def _card(item: Item) -> str:
+    settings = "".join(_fact(key, value) for key, value in item.settings.items())
+    pictures = "".join(_figure(picture, item.caption) for picture in item.pictures)
+    return (
+        f'<article><div class="pictures">{pictures}</div>'
+        f'<p class="caption">{html.escape(item.caption)}</p><dl class="settings">{settings}</dl></article>'
+    )
+
+
+def _figure(picture: Picture, caption: str) -> str:
+    small = ' class="small"' if picture.width <= CELL else ""
+    label = f"<figcaption>{html.escape(picture.label)}</figcaption>" if picture.label else ""
+    file, alt = html.escape(picture.file), html.escape(picture.label or caption)
+    return (
+        f'<figure><a href="{file}" aria-label="Enlarge: {alt}"><img src="{file}"{small} alt="{alt}" loading="lazy" '
+        f'width="{_shown_width(picture)}" height="{_shown_height(picture)}"></a>{label}</figure>'
+    )

@@ -1,0 +1,69 @@
+"""PNG files that carry their own settings, written so that a reader never sees half a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+
+def write_png(path: Path, image: np.ndarray, texts: Mapping[str, str]) -> int:
+    """Write `image` (H, W, 3) uint8 with `texts` as text chunks; return the file's size in bytes.
+
+    The file appears under its name only when it is whole (temporary file, then rename).
+    """
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        chunks.add_text(key, text)  # Latin-1 as tEXt, anything else as iTXt
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", pnginfo=chunks)
+    write_whole(path, buffer.getvalue())
+    return buffer.tell()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` under a temporary name beside `path`, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def setting_chunks(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
+    """Return the two text chunks: `jaxmix` (JSON, complete) and `parameters` (the form that image viewers show).
+
+    `settings` needs prompt, negative_prompt, seed, steps, guidance_scale, model and sampler; `size` is (W, H).
+    """
+    lines = [settings["prompt"]]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    values = {
+        "Steps": settings["steps"],
+        "Sampler": settings["sampler"],
+        "CFG scale": f"{settings['guidance_scale']:g}",
+        "Seed": settings["seed"],
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": settings["model"],
+    }
+    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items()))
+    return {"parameters": "\n".join(lines), "jaxmix": json.dumps(settings, ensure_ascii=False)}
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """Return the settings in a PNG's `jaxmix` chunk, or None where the file is missing, damaged or not ours."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # the chunk may stand anywhere, and a file cut short must not count as drawn
+            return json.loads(image.info["jaxmix"])
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return None
+
+
+def _quoted(value: str) -> str:
+    # Viewers split this line at commas and colons.
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value

@@ -1,0 +1,226 @@
+"""Prompt files into rows: everything a row may say is checked here, before anything is compiled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxmix.command import near_misses
+from jaxmix.types import InputError
+
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image to draw.
+
+    `number` is the row's place in its file, from 0; `where` names it in messages. `steps` and `guidance_scale` are
+    None until `complete` fills in the model's own.
+    """
+
+    number: int
+    where: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int | None
+    guidance_scale: float | None
+    id: str | None = None
+
+    def complete(self, steps: int, guidance_scale: float) -> Row:
+        """Return the row with the defaults of the model where neither the row nor the command line said anything."""
+        return replace(
+            self,
+            steps=steps if self.steps is None else self.steps,
+            guidance_scale=float(guidance_scale if self.guidance_scale is None else self.guidance_scale),
+        )
+
+    @property
+    def file_name(self) -> str:
+        """The name of the row's PNG: row number and seed, so that a run can be continued and two seeds never clash."""
+        return f"{self.number:04d}_seed{self.seed}.png"
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the image depends on, as it is written into the PNG and the manifest."""
+        settings = asdict(self)
+        del settings["where"]
+        settings["row"] = settings.pop("number")
+        return settings
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be drawn, and why, in one line."""
+
+    number: int
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a row gets where it says nothing itself: the flags of the command line; row k draws with `seed` + k."""
+
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+
+FIELDS = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "id")
+
+
+def read_rows(path: str | Path, defaults: Defaults) -> tuple[list[Row], list[BadRow]]:
+    """Read a .txt (one prompt a line) or .jsonl file (one object a line, see FIELDS) into good and bad rows.
+
+    Raises InputError where the file as a whole is no use: missing, empty, not text, or of another kind.
+    """
+    path = Path(path)
+    kinds = {".txt": _from_text, ".jsonl": _from_json}
+    if path.suffix not in kinds:
+        raise InputError(f"{path}: expected a .txt or .jsonl file of prompts, found '{path.suffix or 'no suffix'}'")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such prompt file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from None
+    lines = text.split("\n")  # splitlines() would also split at U+2028, which JSON strings may hold
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise InputError(f"{path}: the prompt file is empty")
+    contents = ((f"{path.name}:{number + 1}", line.removesuffix("\r")) for number, line in enumerate(lines))
+    return _collect(contents, kinds[path.suffix], defaults)
+
+
+def rows_of_prompts(prompts: Iterable[str], defaults: Defaults) -> tuple[list[Row], list[BadRow]]:
+    """Return rows for prompts given on the command line, under the same rules as the lines of a .txt file."""
+    return _collect((("--prompt", prompt) for prompt in prompts), _from_text, defaults)
+
+
+def _collect(contents: Iterable[tuple[str, str]], parse: Any, defaults: Defaults) -> tuple[list[Row], list[BadRow]]:
+    good: list[Row] = []
+    bad: list[BadRow] = []
+    owners: dict[str, str] = {}
+    for number, (where, line) in enumerate(contents):
+        try:
+            row = _row(number, where, parse(line), defaults)
+            if row.id is not None and row.id in owners:
+                raise InputError(f"id: '{row.id}' is already the id of {owners[row.id]}")
+        except InputError as error:
+            bad.append(BadRow(number, where, str(error)))
+            continue
+        if row.id is not None:
+            owners[row.id] = where
+        good.append(row)
+    return good, bad
+
+
+def _from_text(line: str) -> dict[str, Any]:
+    if not line.strip():
+        raise InputError("empty line, expected a prompt")
+    return {"prompt": line.strip()}
+
+
+def _from_json(line: str) -> dict[str, Any]:
+    if not line.strip():
+        raise InputError("empty line, expected a JSON object")
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise InputError("not a row: nested too deeply") from None
+    if not isinstance(content, dict):
+        raise InputError(f'expected an object like {{"prompt": "..."}}, found {_kind(content)}')
+    return content
+
+
+def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults) -> Row:
+    for key in content:
+        if key not in FIELDS:
+            raise InputError(f"unknown field '{key}'{near_misses(key, FIELDS)}")
+    if "prompt" not in content:
+        raise InputError("no field 'prompt'")
+    given = {key: value for key, value in content.items() if value is not None}
+    return Row(
+        number=number,
+        where=where,
+        prompt=check_text("prompt", content["prompt"]),
+        negative_prompt=check_text("negative_prompt", given.get("negative_prompt", defaults.negative_prompt)),
+        seed=check_seed("seed", given.get("seed", defaults.seed + number)),
+        steps=None if (steps := given.get("steps", defaults.steps)) is None else check_steps("steps", steps),
+        guidance_scale=None
+        if (scale := given.get("guidance_scale", defaults.guidance_scale)) is None
+        else check_number("guidance_scale", scale),
+        id=None if "id" not in given else check_id("id", given["id"]),
+    )
+
+
+def check_text(key: str, value: Any) -> str:
+    """Return `value` if it is text that a PNG and a manifest can hold."""
+    if not isinstance(value, str):
+        raise InputError(f"{key}: expected text, found {_kind(value)}")
+    if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{key}: holds a character that is not text (NUL or half a surrogate pair)")
+    return value
+
+
+def check_seed(key: str, value: Any) -> int:
+    """Return `value` if it is a whole number from 0 to 2^32 - 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SEED:
+        raise InputError(f"{key}: expected a whole number from 0 to {MAX_SEED}, found {_kind(value)}")
+    return value
+
+
+def check_steps(key: str, value: Any, most: int | None = None) -> int:
+    """Return `value` if it is a whole number of denoising steps, at least 1 and at most `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
+        expected = "of at least 1" if most is None else f"from 1 to {most}"
+        raise InputError(f"{key}: expected a whole number {expected}, found {_kind(value)}")
+    return value
+
+
+def check_number(key: str, value: Any) -> float:
+    """Return `value` as a float if it is a finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{key}: expected a number, found {_kind(value)}")
+    return float(value)
+
+
+def check_id(key: str, value: Any) -> str:
+    """Return `value` as text if it is a name (text or a whole number)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{key}: expected a name, found {_kind(value)}")
+    return check_text(key, value)
+
+
+def buckets(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
+    """Yield (steps, rows) in order of first appearance: one bucket is one compiled program."""
+    held: dict[int, list[Row]] = {}
+    for row in rows:
+        assert row.steps is not None, "complete() the rows first"
+        held.setdefault(row.steps, []).append(row)
+    yield from held.items()
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a truth value", str: "text", list: "a list", dict: "an object", type(None): "null"}
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return repr(value)
+    name = names.get(type(value), type(value).__name__)
+    if isinstance(value, (bool, str)):
+        shown = json.dumps(value)
+        return f"{name} {shown if len(shown) <= 40 else shown[:37] + '...'}"
+    return name

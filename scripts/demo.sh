@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Draws the gallery of built-in prompts with the embedded model, from a fresh clone.
+# usage: scripts/demo.sh [flags of infer.generate]
+#   PYTHON=...  the Python (3.11 or newer) to make the environment with; default: the first one found
+#   VENV=...    where the environment goes; default: .venv
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/find_python.sh
+
+venv=${VENV:-.venv}
+if [ ! -x "$venv/bin/python" ]; then
+  python=$(find_python)
+  echo "==> making $venv with $("$python" --version)"
+  "$python" -m venv "$venv"
+fi
+# Installing again is needed only when what is to be installed has changed.
+if ! cmp -s pyproject.toml "$venv/.installed-demo"; then
+  echo "==> installing jaxmix-diffusion and what it needs (about 1 GB on disk, a few minutes)"
+  install_quietly "$venv/bin/python" -e .
+  cp pyproject.toml "$venv/.installed-demo"
+fi
+echo "==> drawing"
+"$venv/bin/python" -m infer.generate --model mini --out gallery "$@"
+echo
+echo "==> look at $PWD/gallery/gallery.html in a browser, or at $PWD/gallery/contact_sheet.png"

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them: ruff, mypy, pytest.
+# usage: scripts/test.sh [--no-parity] [--smoke] [arguments of pytest]
+#   --no-parity  without torch and diffusers (left out by itself on Python 3.12 and newer)
+#   --smoke      no linters, and only the tests that touch what changes from one JAX to the next
+#   PYTHON=...   the Python (3.11 or newer) to make the environment with
+#   VENV=...     where the environment goes; default: .venv-test-MAJOR.MINOR
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/find_python.sh
+
+parity=yes smoke=no
+while [ $# -gt 0 ]; do
+  case $1 in
+    --no-parity) parity=no ;;
+    --smoke) smoke=yes ;;
+    *) break ;;
+  esac
+  shift
+done
+
+python=$(find_python)
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+[ "$version" = 3.11 ] || parity=no  # the pinned torch oracle has been checked there
+extras=dev
+[ $parity = no ] || extras=dev,parity
+venv=${VENV:-.venv-test-$version}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if ! { echo "$extras" && cat pyproject.toml; } | cmp -s - "$venv/.installed-test"; then
+  echo "==> Python $version: installing jaxmix-diffusion[$extras] into $venv"
+  install_quietly "$venv/bin/python" -e ".[$extras]"
+  { echo "$extras" && cat pyproject.toml; } >"$venv/.installed-test"
+fi
+run="$venv/bin/python -m"
+
+if [ $smoke = yes ]; then
+  echo "==> Python $version: smoke"
+  [ $# -gt 0 ] || set -- tests/laws tests/smoke tests/sharding tests/test_house.py
+  exec $run pytest -q -m "not slow" "$@"
+fi
+echo "==> Python $version: ruff"
+$run ruff check .
+$run ruff format --check .
+echo "==> mypy"
+$run mypy
+echo "==> pytest"
+exec $run pytest -q "$@"

@@ -1,0 +1,142 @@
+"""What every command line promises: flags from a dataclass, flags over files, one line for a mistake."""
+
+import dataclasses
+
+import pytest
+
+from jaxmix.command import Progress, enable_compilation_cache, format_seconds, parse, run
+from jaxmix.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How to step.
+
+    Attributes:
+        learning_rate: peak rate, a step
+    """
+
+    learning_rate: float = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to do.
+
+    Attributes:
+        batch_size: images a step
+        name: what to call it
+        verbose: say more
+    """
+
+    batch_size: int = 8
+    name: str | None = None
+    verbose: bool = False
+    sizes: tuple[int, ...] = (1, 2)
+    optimizer: Optimizer = Optimizer()
+
+
+def command(settings: Settings) -> int:
+    if settings.batch_size < 1:
+        raise InputError("batch_size: expected at least 1")
+    if settings.name == "interrupt":
+        raise KeyboardInterrupt
+    if settings.name is not None:
+        open(settings.name).close()
+    return 0
+
+
+def test_without_flags_the_defaults_stand():
+    assert parse(command, []) == Settings()
+
+
+def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("batch_size: 4\noptimizer:\n  learning_rate: 0.5\n")
+    found = parse(command, ["--batch-size", "2", "--config", str(file), "--sizes=[3]", "--verbose"])
+    assert found == Settings(batch_size=2, verbose=True, sizes=(3,), optimizer=Optimizer(0.5))
+
+
+@pytest.mark.parametrize("flags", [["--optimizer.learning-rate", "2"], ["--optimizer.learning_rate=2"]])
+def test_dashes_and_underscores_are_the_same(flags):
+    assert parse(command, flags).optimizer.learning_rate == 2.0
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("batchsize: 4", "unknown key 'batchsize'; did you mean 'batch_size'"),
+        (
+            "optimizer: {learning_rat: 1}",
+            "unknown key 'optimizer.learning_rat'; did you mean 'optimizer.learning_rate'",
+        ),
+        ("batch_size: many", "batch_size: expected int, found many"),
+        ("- 1", "expected keys and values, found list"),
+        ("a: [", "not readable as YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, found):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError) as error:
+        parse(command, ["--config", str(file)])
+    assert found in str(error.value) and "wrong.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--batchsize", "4"], "unknown flag --batchsize; did you mean 'batch_size'"),
+        (["--batch_size"], "--batch_size needs a value"),
+        (["--batch_size", "4.5"], "batch_size: expected int, found 4.5"),
+        (["4"], "'4' is not a flag"),
+        (["--config", "gone.yaml"], "gone.yaml: no such file"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, found):
+    with pytest.raises(InputError) as error:
+        parse(command, flags)
+    assert found in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "error"),
+    [
+        ([], 0, ""),
+        (["--batch-size", "0"], 2, "error: batch_size: expected at least 1\n"),
+        (["--name", "gone/file"], 2, "error: gone/file: No such file or directory\n"),
+        (["--name", "interrupt"], 130, "interrupted\n"),
+    ],
+)
+def test_statuses_and_stderr(capsys, flags, status, error):
+    with pytest.raises(SystemExit) as end:
+        run(command, flags)
+    assert (end.value.code, capsys.readouterr().err) == (status, error)
+
+
+def test_help_tells_what_a_field_is_and_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        run(command, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert "images a step (type: int, default: 8)" in text and "peak rate, a step" in text
+
+
+def test_progress_without_a_terminal_is_plain_lines_with_the_time_left(capsys):
+    with Progress(4, "train", "steps", every=0.0) as bar:
+        bar.update(3, note="loss 0.5")
+        bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("train: 3/4 steps, ") and lines[0].endswith(" left, loss 0.5")
+    assert lines[1].startswith("train: 4/4 steps, ")
+
+
+def test_seconds_are_told_as_people_do():
+    assert [format_seconds(s) for s in (7.6, 185, 7800)] == ["8 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert enable_compilation_cache() is None
+    assert capsys.readouterr().err.startswith("compile cache: off")

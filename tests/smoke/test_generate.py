@@ -1,0 +1,222 @@
+"""infer.generate around a stand-in for the pipeline: files, messages and exit statuses, in milliseconds."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from infer.generate import Config, choose_mesh, collect_rows, draw, main
+from infer.manifest import Manifest
+from infer.measure import CompileClock
+from infer.png import read_settings, setting_chunks, write_png
+from jaxmix.command import parse
+from jaxmix.types import InputError
+
+
+class StandIn:
+    """Draws a flat colour that is a function of the row's settings; counts what it was asked for."""
+
+    default_steps = 4
+    default_guidance_scale = 3.0
+    schedule = SimpleNamespace(num_train_timesteps=1000)
+
+    def __init__(self):
+        self.calls = []
+
+    def tokenize(self, prompts):
+        return None, [" ".join(prompt.split()[5:]) for prompt in prompts]
+
+    def generate(self, prompts, seeds, steps, guidance_scale, negative_prompts, mesh, output):
+        assert output == "latent" and len(prompts) == len(seeds) == len(guidance_scale) == len(negative_prompts)
+        self.calls.append((steps, list(seeds)))
+        return np.array([np.full((4, 4, 2), (seed * 7 + steps) % 256) for seed in seeds], np.float32)
+
+    def decode(self, latents, mesh):
+        return np.repeat(latents.repeat(4, 1).repeat(4, 2)[..., :1], 3, axis=-1).astype(np.uint8)
+
+
+def job(tmp_path, text, name="p.jsonl", pipe=None, **settings):
+    path = tmp_path / name
+    path.write_text(text)
+    config = Config(prompts=str(path), out=str(tmp_path / "out"), **settings)
+    pipe = pipe or StandIn()
+    rows, bad = collect_rows(config)
+    return draw(config, rows, bad, lambda: pipe), pipe, tmp_path / "out"
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_every_row_gets_a_png_with_its_own_settings(tmp_path):
+    text = '{"prompt": "a cat", "seed": 5}\n'
+    text += '{"prompt": "a dög, one", "steps": 2, "negative_prompt": "blur", "id": "d"}\n'
+    status, _, out = job(tmp_path, text, seed=100)
+    assert status == 0
+    first, second = (read_settings(out / name) for name in ("0000_seed5.png", "0001_seed101.png"))
+    assert (first["prompt"], first["seed"], first["steps"], first["guidance_scale"]) == ("a cat", 5, 4, 3.0)
+    assert (second["prompt"], second["steps"], second["id"]) == ("a dög, one", 2, "d")
+    with Image.open(out / "0001_seed101.png") as image:
+        assert np.asarray(image)[0, 0, 0] == (101 * 7 + 2) % 256  # the picture of this row, not of its neighbour
+        assert image.info["parameters"].split("\n") == [
+            "a dög, one",
+            "Negative prompt: blur",
+            "Steps: 2, Sampler: DDIM, CFG scale: 3, Seed: 101, Size: 16x16, Model: mini",
+        ]
+    assert [(line["status"], line["file"], line["latents"]) for line in lines_of(out)] == [
+        ("ok", "0000_seed5.png", [4, 4, 2]),
+        ("ok", "0001_seed101.png", [4, 4, 2]),
+    ]
+    assert (out / "contact_sheet.png").exists()
+    assert not list(out.glob(".*"))
+
+
+def test_rows_are_batched_by_steps_and_a_short_batch_is_filled_up(tmp_path):
+    text = "\n".join(json.dumps({"prompt": "x", "steps": 2 + 5 * (k == 1)}) for k in range(6))
+    _, pipe, out = job(tmp_path, text, batch_size=2)
+    assert pipe.calls == [(2, [0, 2]), (2, [3, 4]), (2, [5, 5]), (7, [1])]
+    assert len(list(out.glob("0*.png"))) == 6
+
+
+def test_bad_rows_are_listed_and_the_others_drawn(tmp_path, capsys):
+    text = '{"prompt": "a"}\nnot json\n{"prompt": "c", "steps": 1001}\n{"prompt": "d"}\n'
+    status, _, out = job(tmp_path, text)
+    assert status == 2
+    assert sorted(path.name for path in out.glob("0*.png")) == ["0000_seed0.png", "0003_seed3.png"]
+    errors = [line for line in lines_of(out) if line["status"] == "error"]
+    assert [(line["row"], line["where"]) for line in errors] == [(1, "p.jsonl:2"), (2, "p.jsonl:3")]
+    listed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bad row: ")]
+    assert listed[0].startswith("bad row: p.jsonl:2: not JSON")
+    assert listed[1] == "bad row: p.jsonl:3: steps: expected a whole number from 1 to 1000, found 1001"
+    assert "p.jsonl:2: not JSON" in (out / "gallery.html").read_text()
+
+
+@pytest.mark.parametrize(("text", "settings"), [("a\n\n", {"strict": True}), ("\n\n", {})])
+def test_nothing_is_drawn_when_strict_or_all_rows_are_bad(tmp_path, capsys, text, settings):
+    with pytest.raises(InputError):
+        job(tmp_path, text, name="p.txt", **settings)
+    assert not (tmp_path / "out").exists()
+    assert "empty line" in capsys.readouterr().err
+
+
+def test_words_beyond_the_text_length_are_named(tmp_path, capsys):
+    status, _, out = job(tmp_path, "one two three four five six seven\n", name="p.txt")
+    assert status == 0
+    expected = "warning: p.txt:1: prompt is too long for the model; cut off: 'six seven'"
+    assert expected in capsys.readouterr().err.splitlines()
+    assert lines_of(out)[0]["cut"] == "six seven"
+
+
+def test_resume_draws_only_what_is_missing_or_changed(tmp_path):
+    text = "\n".join(json.dumps({"prompt": f"p{k}"}) for k in range(4)) + "\nbad\n"
+    _, _, out = job(tmp_path, text, resume=True)
+    (out / "0001_seed1.png").unlink()
+    whole = (out / "0002_seed2.png").read_bytes()
+    (out / "0002_seed2.png").write_bytes(whole[:-20])
+    with (out / "manifest.jsonl").open("a") as file:
+        file.write('{"row": 3, "sta')  # the end of a run that was killed
+    status, pipe, _ = job(tmp_path, text.replace("p3", "changed"), resume=True)
+    assert status == 2
+    assert pipe.calls == [(4, [1, 2, 3])]
+    assert (out / "0002_seed2.png").read_bytes() == whole
+    assert read_settings(out / "0003_seed3.png")["prompt"] == "changed"
+    assert (out / "manifest.jsonl").read_text().count('"status": "error"') == 1  # not added again
+    _, pipe, _ = job(tmp_path, text.replace("p3", "changed"), resume=True)
+    assert pipe.calls == []
+    assert (out / "gallery.html").read_text().count("<article>") == 4
+
+
+def test_a_run_without_resume_starts_a_new_manifest(tmp_path):
+    _, _, out = job(tmp_path, "a\nb\n", name="p.txt")
+    _, pipe, _ = job(tmp_path, "a\n", name="p.txt")
+    assert len(pipe.calls) == 1 and len(lines_of(out)) == 1
+
+
+def test_a_dry_run_prints_the_plan_and_writes_no_image(tmp_path, capsys):
+    status, pipe, out = job(tmp_path, "a\nb\nc\n", name="p.txt", dry_run=True, batch_size=2)
+    assert status == 0 and pipe.calls == []
+    assert "4 steps: 3 images in 2 batches of 2" in capsys.readouterr().out
+    assert not (out / "manifest.jsonl").exists()
+
+
+def test_the_last_line_tells_speed_compile_and_decode_seconds(tmp_path, capsys):
+    job(tmp_path, "a\nb\n", name="p.txt")
+    captured = capsys.readouterr()
+    last = captured.out.splitlines()[-1]
+    assert last.startswith("2 images in ")
+    for part in ("images/s", "compile ", "decode ", "PNG "):
+        assert part in last
+    assert "compile cache: on" in captured.err
+
+
+def test_captions_cannot_break_the_gallery(tmp_path):
+    _, _, out = job(tmp_path, "<script>@ITEMS@</script> & co\n", name="p.txt")
+    page = (out / "gallery.html").read_text()
+    assert "&lt;script&gt;@ITEMS@&lt;/script&gt; &amp; co" in page
+    assert page.count("<article>") == 1
+    assert "http" not in page  # nothing from outside
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--steps", "0"], "--steps: expected a whole number of at least 1, found 0"),
+        (["--step", "3"], "unknown flag --step; did you mean 'steps'"),
+        (["--seed=-1"], "--seed: expected"),
+        (["--batch-size", "0"], "--batch-size: expected at least 1"),
+        (["--devices", "0"], "--devices: expected at least 1"),
+        (["--guidance-scale", "nan"], "--guidance_scale: expected float or null, found nan"),
+        (["--prompt", "a", "--prompts", "b"], "not both"),
+        (["--dtype", "int8"], "--dtype"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, found):
+    with pytest.raises(InputError) as error:
+        parse(main, flags)
+    assert found in str(error.value) and "\n" not in str(error.value)
+
+
+def test_more_devices_than_there_are_is_an_error():
+    with pytest.raises(InputError, match=r"--devices 1000: only \d+ here \(cpu\)"):
+        choose_mesh(1000, images=1)
+
+
+def test_a_single_image_takes_a_single_device():
+    assert choose_mesh(None, images=1) is None
+
+
+def test_the_built_in_prompts_are_all_good():
+    rows, bad = collect_rows(Config())
+    assert len(rows) == 24 and not bad
+
+
+def test_compile_seconds_count_nested_tracing_once():
+    with CompileClock() as clock:
+        jax.jit(lambda x: jax.jit(lambda y: y * 2 + len(str(clock.programs)))(x) + 1)(np.float32(1)).block_until_ready()
+    spans = clock._spans
+    assert clock.seconds > 0 and all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    counted = clock.seconds
+    jax.jit(lambda x: x * 3)(np.float32(1)).block_until_ready()
+    assert clock.seconds == counted
+
+
+def test_a_model_name_with_a_comma_stays_one_value(tmp_path):
+    settings = {"prompt": "x", "negative_prompt": "", "seed": 1, "steps": 2, "guidance_scale": 1.5}
+    settings |= {"model": "a, b: c", "sampler": "DDIM"}
+    chunks = setting_chunks(settings, (8, 8))
+    assert chunks["parameters"].endswith('Model: "a, b: c"')
+    write_png(tmp_path / "x.png", np.zeros((8, 8, 3), np.uint8), chunks)
+    assert read_settings(tmp_path / "x.png") == settings
+    assert not Manifest(tmp_path).holds("x.png", settings)

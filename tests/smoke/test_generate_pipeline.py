@@ -1,0 +1,102 @@
+"""infer.generate with a small random pipeline from a folder: from the command line to the pixels."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from infer.generate import Config, main
+from jaxmix.command import run
+from jaxmix.pipeline import ASSETS, denoise
+
+QUICK = ["--steps", "1", "--devices", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_pipeline, tmp_path_factory):
+    """The tiny pipeline as a diffusers folder."""
+    path = tmp_path_factory.mktemp("tiny")
+    dataclasses.replace(tiny_pipeline, tokenizer=ASSETS / "mini" / "tokenizer").save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_row_in_a_batch_is_the_image_it_is_alone(folder, tiny_pipeline, tmp_path, devices):
+    rows = [
+        {"prompt": "a cat", "guidance_scale": 1.0},
+        {"prompt": "a dog", "seed": 9, "negative_prompt": "snow"},
+        {"prompt": "a fish", "seed": 9},
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out"
+    shared = {"model": str(folder), "steps": 2, "batch_size": 2, "guidance_scale": 300.0, "devices": devices}
+    assert main(Config(**shared, prompts=file, out=str(out))) == 0
+    arguments = {"seeds": [9], "steps": 2, "guidance_scale": 300.0, "negative_prompts": ["snow"]}
+    alone = tiny_pipeline.generate(["a dog"], **arguments)[0]
+    drawn = [np.asarray(Image.open(out / name)).astype(int) for name in ("0001_seed9.png", "0002_seed9.png")]
+    assert np.abs(drawn[0] - alone).max() <= 1
+    assert np.abs(drawn[1] - alone).max() > 1
+
+
+def test_other_prompts_seeds_and_scales_compile_nothing_new(folder, tmp_path):
+    settings = {"model": str(folder), "batch_size": 3, "steps": 2, "devices": 1}
+    first = write_rows(tmp_path / "a.jsonl", [{"prompt": "a cat"}] * 4)
+    before = denoise._cache_size()
+    assert main(Config(**settings, prompts=first, out=str(tmp_path / "a"))) == 0
+    compiled = denoise._cache_size()
+    assert compiled == before + 1  # for two batches, one of them short
+    rows = [{"prompt": f"a {k}", "seed": 50 + k, "guidance_scale": k, "negative_prompt": "x"} for k in range(5)]
+    second = write_rows(tmp_path / "b.jsonl", rows)
+    assert main(Config(**settings, prompts=second, out=str(tmp_path / "b"))) == 0
+    assert denoise._cache_size() == compiled
+
+
+def test_the_command_warns_of_words_cut_off_and_draws(folder, tmp_path, capsys):
+    words = " ".join(["apple"] * 40)
+    with pytest.raises(SystemExit) as end:
+        run(main, ["--model", str(folder), "--prompt", words, "--out", str(tmp_path / "out"), *QUICK])
+    assert end.value.code == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warnings == [f"warning: --prompt: prompt is too long for the model; cut off: {' '.join(['apple'] * 10)!r}"]
+    assert (tmp_path / "out" / "0000_seed0.png").exists()
+
+
+def truncate(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def unknown_block(folder):
+    path = folder / "unet" / "config.json"
+    path.write_text(path.read_text().replace("CrossAttnDownBlock2D", "TwistedDownBlock2D"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"), [(shutil.rmtree, "no such folder"), (truncate, "safetensors"), (unknown_block, "TwistedDown")]
+)
+def test_a_model_that_cannot_be_opened_is_one_line_and_status_2(folder, tmp_path, capsys, damage, found):
+    model = shutil.copytree(folder, tmp_path / "model")
+    damage(model)
+    with pytest.raises(SystemExit) as end:
+        run(main, ["--model", str(model), "--prompt", "a cat", "--out", str(tmp_path / "out")])
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("compile cache")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and found in lines[0]
+    assert not (tmp_path / "out").exists()

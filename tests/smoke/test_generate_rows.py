@@ -1,0 +1,91 @@
+"""What a prompt file may say, and what is said about one that is wrong."""
+
+import pytest
+
+from infer.rows import BadRow, Defaults, Row, buckets, read_rows, rows_of_prompts
+from jaxmix.types import InputError
+
+
+def read(tmp_path, name, text, **defaults):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_rows(path, Defaults(**defaults))
+
+
+def test_row_k_draws_with_base_seed_plus_k(tmp_path):
+    rows, bad = read(tmp_path, "p.txt", "a cat\r\na dog\n\na fox\n", seed=10)
+    assert [(row.number, row.prompt, row.seed) for row in rows] == [
+        (0, "a cat", 10),
+        (1, "a dog", 11),
+        (3, "a fox", 13),
+    ]
+    assert bad == [BadRow(2, "p.txt:3", "empty line, expected a prompt")]
+
+
+def test_a_row_of_jsonl_overrides_every_flag(tmp_path):
+    text = (
+        '{"prompt": "x"}\n{"prompt": "y", "negative_prompt": "n", "seed": 5, "steps": 3, "guidance_scale": 2, "id": 7}'
+    )
+    rows, bad = read(tmp_path, "p.jsonl", text, steps=9, guidance_scale=1.5, negative_prompt="blur")
+    assert not bad
+    assert rows[0] == Row(0, "p.jsonl:1", "x", "blur", 0, 9, 1.5, None)
+    assert rows[1] == Row(1, "p.jsonl:2", "y", "n", 5, 3, 2.0, "7")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("", "empty line, expected a JSON object"),
+        ("{", "not JSON"),
+        ("[1]", "found a list"),
+        ('{"seed": 1}', "no field 'prompt'"),
+        ('{"prompt": null}', "prompt: expected text, found null"),
+        ('{"prompt": "x", "step": 3}', "unknown field 'step'; did you mean 'steps'?"),
+        ('{"prompt": "x", "steps": 0}', "steps: expected a whole number of at least 1, found 0"),
+        ('{"prompt": "x", "steps": 2.5}', "steps: expected a whole number of at least 1, found 2.5"),
+        ('{"prompt": "x", "steps": true}', "found a truth value true"),
+        ('{"prompt": "x", "seed": -1}', "seed: expected a whole number from 0"),
+        ('{"prompt": "x", "seed": "7"}', 'found text "7"'),
+        ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale: expected a number, found nan"),
+        ('{"prompt": "\\ud800"}', "not text"),
+        ('{"prompt": "x", "id": "first"}', "id: 'first' is already the id of p.jsonl:1"),
+    ],
+)
+def test_a_bad_row_says_why_and_the_others_stay(tmp_path, line, reason):
+    text = '{"prompt": "a", "id": "first"}\n' + line + '\n{"prompt": "c"}\n'
+    rows, bad = read(tmp_path, "p.jsonl", text)
+    assert [row.number for row in rows] == [0, 2]
+    assert len(bad) == 1 and bad[0].where == "p.jsonl:2"
+    assert reason in str(bad[0]) and "\n" not in str(bad[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("p.txt", "", "is empty"),
+        ("p.txt", b"caf\xe9\n", "not UTF-8 text (byte 3"),
+        ("p.csv", "a cat", "expected a .txt or .jsonl"),
+        ("p", "a cat", "no suffix"),
+    ],
+)
+def test_a_file_of_no_use_is_one_error(tmp_path, name, text, found):
+    with pytest.raises(InputError) as error:
+        read(tmp_path, name, text)
+    assert found in str(error.value) and name in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.txt: no such prompt file"):
+        read_rows(tmp_path / "gone.txt", Defaults())
+
+
+def test_buckets_hold_rows_of_equal_steps(tmp_path):
+    text = '{"prompt": "a", "steps": 2}\n{"prompt": "b"}\n{"prompt": "c", "steps": 2}\n{"prompt": "d", "steps": 4}'
+    rows, _ = read(tmp_path, "p.jsonl", text)
+    held = [(steps, [row.prompt for row in part]) for steps, part in buckets(row.complete(4, 3.0) for row in rows)]
+    assert held == [(2, ["a", "c"]), (4, ["b", "d"])]
+
+
+def test_an_empty_prompt_flag_is_a_bad_row():
+    rows, bad = rows_of_prompts([" "], Defaults())
+    assert not rows and str(bad[0]) == "--prompt: empty line, expected a prompt"
