@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -133,7 +134,7 @@ _STAGES = ("kv", "qkv", "logits", "out", "moments")
 C = TypeVar("C", bound=Control)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _pattern(sites: str) -> re.Pattern[str]:
     try:
         return re.compile(sites)
@@ -304,5 +305,5 @@ def phases(controls: Sequence[Control], steps: int) -> list[tuple[int, int, Cont
     cuts = sorted({0, steps, *(i for span in spans for i in span)})
     return [
         (start, stop, tuple(c for c, (a, b) in zip(controls, spans, strict=True) if a <= start and stop <= b))
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
+        for start, stop in itertools.pairwise(cuts)
     ]

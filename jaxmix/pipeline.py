@@ -7,7 +7,7 @@ import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxmix.weights import load_tree, read_config, save_tree, write_config
 ASSETS = Path(__file__).parent / "assets"
 _DEFAULTS = "_jaxmix"  # key of model_index.json for this library's own defaults; diffusers skips underscored keys
 _PARTS = ("unet", "vae", "text_encoder")
+T = TypeVar("T")
 
 
 def _over_rows(fn: Callable[..., Any], mesh: Mesh | None, in_specs: Any) -> Callable[..., Any]:
@@ -60,7 +61,7 @@ def denoise(
     image. Guidance scales, contexts, latents and controls are traced. The keys and values of every attn2 are computed
     once, before the loop.
     """
-    hw = latents.shape[1:3]
+    hw = (latents.shape[1], latents.shape[2])
 
     def run(params: Params, latents: Array, context: Array, scale: Array, controls: Controls) -> Array:
         rows = context.reshape(-1, *context.shape[2:])  # branch minor: u0, c0, u1, c1, ...
@@ -157,8 +158,8 @@ class Pipeline:
             return self.tokenizer
         from transformers import CLIPTokenizer
 
-        if not (Path(self.tokenizer) / "vocab.json").is_file():
-            raise InputError(f"{self.tokenizer}: no vocab.json in this folder, expected a CLIP tokenizer")
+        if not any((Path(self.tokenizer) / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            raise InputError(f"{self.tokenizer}: no vocab.json or tokenizer.json here, expected a CLIP tokenizer")
         return CLIPTokenizer.from_pretrained(str(self.tokenizer))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -224,11 +225,13 @@ class Pipeline:
                 raise InputError(f"{name}: found {len(found)}, expected one for each of the {n} prompts")
         scale = np.asarray(self.default_guidance_scale if guidance_scale is None else guidance_scale, np.float32)
         if scale.shape not in ((), (n,)):
-            raise InputError(f"guidance_scale: found {len(scale)} values, expected 1 or one for each of the {n} prompts")
+            raise InputError(
+                f"guidance_scale: found {len(scale)} values, expected 1 or one for each of the {n} prompts"
+            )
         noise = self.initial_latents(seeds) if latents is None else jnp.asarray(latents, jnp.float32)
         if noise.shape[0] != n or noise.ndim != 4 or noise.shape[-1] != self.latent_shape[-1]:
             raise InputError(f"latents: found shape {noise.shape}, expected ({n}, h, w, {self.latent_shape[-1]})")
-        hw = noise.shape[1:3]
+        hw = (noise.shape[1], noise.shape[2])
         cfg = self.unet.config
         seam.validate(controls, sites(cfg, hw), norm_sites(cfg, hw))
         tiled = tuple(seam.tile_rows(c, n) for c in controls)
@@ -323,24 +326,34 @@ def load(name_or_folder: str | Path = "mini", dtype: Any = None) -> Pipeline:
     if kind not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise InputError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
 
-    def config(part: str) -> dict[str, Any]:
+    for part in (*_PARTS, "tokenizer", "scheduler"):
         if not (folder / part).is_dir():
             raise InputError(f"{folder}: no folder {part}, expected {', '.join(_PARTS)}, tokenizer and scheduler")
-        return read_config(folder / part / "config.json")
 
-    modules = {
-        "unet": UNet2DConditionModel(UNetConfig.from_dict(config("unet")), kind),
-        "vae": AutoencoderKL(VAEConfig.from_dict(config("vae")), kind),
-        "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(config("text_encoder")), kind),
+    def config(read: Callable[[dict[str, Any]], T], file: str) -> T:
+        """Read one JSON file; whatever is wrong with it, the file is named."""
+        found = read_config(folder / file)
+        try:
+            return read(found)
+        except InputError as e:
+            raise InputError(f"{folder / file}: {e}") from None
+
+    unet = UNet2DConditionModel(config(UNetConfig.from_dict, "unet/config.json"), kind)
+    vae = AutoencoderKL(config(VAEConfig.from_dict, "vae/config.json"), kind)
+    text_encoder = CLIPTextModel(config(CLIPTextConfig.from_dict, "text_encoder/config.json"), kind)
+    schedule = config(NoiseSchedule.from_config, "scheduler/scheduler_config.json")
+    targets = {
+        "unet": unet.abstract_params(),
+        "vae": vae.abstract_params(),
+        "text_encoder": text_encoder.abstract_params(),
     }
-    for part in ("tokenizer", "scheduler"):
-        if not (folder / part).is_dir():
-            raise InputError(f"{folder}: no folder {part}, expected {', '.join(_PARTS)}, tokenizer and scheduler")
     defaults = index.get(_DEFAULTS, {})
     return Pipeline(
-        **modules,
-        params={part: load_tree(folder / part, module.abstract_params(), kind) for part, module in modules.items()},
-        schedule=NoiseSchedule.from_config(read_config(folder / "scheduler" / "scheduler_config.json")),
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        params={part: load_tree(folder / part, target, kind) for part, target in targets.items()},
+        schedule=schedule,
         tokenizer=folder / "tokenizer",
         default_steps=defaults.get("steps", 25),
         default_guidance_scale=defaults.get("guidance_scale", 7.5),

@@ -154,7 +154,9 @@ def parse_labels(labels: str | Sequence[str], dimensions: Sequence[str]) -> np.n
         chosen = [name.strip() for name in text.split(",") if name.strip()]
         for name in chosen:
             if name not in dimensions:
-                raise InputError(f"labels: {name!r} is not known, expected all, none or some of {', '.join(dimensions)}")
+                raise InputError(
+                    f"labels: {name!r} is not known, expected all, none or some of {', '.join(dimensions)}"
+                )
         rows.append([float(name in chosen) for name in dimensions])
     return np.asarray(rows, np.float32)
 

@@ -82,9 +82,7 @@ class _Block(nn.Module):
         return ResnetBlock2D(self.features, self.groups, self.eps, self.dtype, name=f"resnets.{i}")
 
     def attention(self, i: int) -> Transformer2DModel:
-        return Transformer2DModel(
-            self.heads, self.depth, self.groups, self.linear, self.dtype, name=f"attentions.{i}"
-        )
+        return Transformer2DModel(self.heads, self.depth, self.groups, self.linear, self.dtype, name=f"attentions.{i}")
 
 
 class DownBlock(_Block):
@@ -121,7 +119,13 @@ class UpBlock(_Block):
 
     @nn.compact
     def __call__(
-        self, x: Array, skips: tuple[Array, ...], emb: Array, context: Context, controls: Sequence[Control], next_hw: Any
+        self,
+        x: Array,
+        skips: tuple[Array, ...],
+        emb: Array,
+        context: Context,
+        controls: Sequence[Control],
+        next_hw: Any,
     ) -> Array:
         for i in range(self.layers):
             x = self.resnet(i)(jnp.concatenate([x, skips[-1 - i]], -1), emb, controls)
@@ -189,16 +193,12 @@ class UNet2DConditionModel(nn.Module):
             )
 
         t = jnp.broadcast_to(jnp.asarray(t), (latents.shape[0],))
-        emb = timestep_embedding(
-            t, channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift
-        )
+        emb = timestep_embedding(t, channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
         emb = TimestepEmbedding(4 * channels[0], self.dtype, name="time_embedding")(emb.astype(self.dtype))
         x = Conv(channels[0], dtype=self.dtype, name="conv_in")(latents)
         skips: list[Array] = [x]
         for i, kind in enumerate(cfg.down_block_types):
-            down = block(
-                DownBlock, i, f"down_blocks.{i}", cfg.layers_per_block, kind.startswith("Cross"), i == n - 1
-            )
+            down = block(DownBlock, i, f"down_blocks.{i}", cfg.layers_per_block, kind.startswith("Cross"), i == n - 1)
             x, new = down(x, emb, context, controls)
             skips += new
         x = block(MidBlock, n - 1, "mid_block", 1, True)(x, emb, context, controls)
@@ -213,7 +213,11 @@ class UNet2DConditionModel(nn.Module):
 
     @nn.nowrap
     def precompute(
-        self, params: Params, context: Float[Array, "b s d"], latent_hw: tuple[int, int], controls: Sequence[Control] = ()
+        self,
+        params: Params,
+        context: Float[Array, "b s d"],
+        latent_hw: tuple[int, int],
+        controls: Sequence[Control] = (),
     ) -> dict[str, KV]:
         """Project a context to the keys and values of every attn2, with the kv stage of the controls applied.
 
@@ -281,7 +285,7 @@ def _blocks(cfg: UNetConfig, hw: tuple[int, int]) -> Iterator[tuple[str, int, in
 
 
 def sites(cfg: UNetConfig, latent_hw: tuple[int, int]) -> tuple[Site, ...]:
-    """List the attention sites of a UNet in the order in which they run, for latents of height and width ``latent_hw``."""
+    """List the attention sites of a UNet, in the order in which they run, for latents of size ``latent_hw``."""
     return tuple(
         Site(f"{name}.attentions.{j}.transformer_blocks.{k}.{kind}", cfg.heads[i], hw)
         for name, i, layers, hw, attention in _blocks(cfg, latent_hw)

@@ -28,9 +28,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         y = GroupNorm(self.groups, _EPS, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
-        q, k, v = (
-            Linear(c, dtype=self.dtype, name=f"to_{i}")(y).reshape(b, h * w, 1, c) for i in "qkv"
-        )
+        q, k, v = (Linear(c, dtype=self.dtype, name=f"to_{i}")(y).reshape(b, h * w, 1, c) for i in "qkv")
         o, _ = attend(Site(".".join(self.path), 1, (h, w)), QKV(q, k, v))
         return x + Linear(c, dtype=self.dtype, name="to_out.0")(o.reshape(b, h * w, c)).reshape(b, h, w, c)
 

@@ -13,7 +13,10 @@ from jaxmix.types import ModelFn
 class Solver(Protocol):
     """What the loop asks of a solver."""
 
-    timesteps: jax.Array
+    @property
+    def timesteps(self) -> jax.Array:
+        """Timesteps (steps,), descending."""
+        ...
 
     def step(self, i: jax.Array, x: jax.Array, pred: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Returns the state after step i."""

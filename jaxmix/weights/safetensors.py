@@ -9,8 +9,9 @@ import json
 import math
 import os
 import struct
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -78,11 +79,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_tensor(file: BinaryIO, entry: Entry) -> np.ndarray:
+def read_tensor(file: BufferedReader, entry: Entry) -> np.ndarray:
     """Reads one tensor into aligned memory of its own."""
     array = aligned_empty(entry.shape, entry.dtype)
     file.seek(entry.offset)
-    if file.readinto(array.reshape(-1).view(np.uint8)) != entry.nbytes:
+    if file.readinto(memoryview(array.reshape(-1).view(np.uint8))) != entry.nbytes:
         raise InputError(f"{file.name}: ends inside a tensor: the file was cut off while it was read")
     return array
 
@@ -108,7 +109,7 @@ def encode_header(entries: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata
     return struct.pack("<Q", len(text)) + text
 
 
-def _read_header(path: Path, file: BinaryIO) -> Header:
+def _read_header(path: Path, file: BufferedReader) -> Header:
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:

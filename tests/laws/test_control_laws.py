@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
-from jaxmix import Control, InputError, Site
-from jaxmix.control import matches, phases, tile_rows, to_branches, validate
+from jaxmix import QKV, Control, InputError, Site
+from jaxmix.control import attend, matches, phases, tile_rows, to_branches, validate
 from jaxmix.models import UNet2DConditionModel
-from jaxmix.models.unet import norm_sites, sites
+from jaxmix.models.unet import norm_sites, sites, subtree
 from jaxmix.pipeline import denoise
 
-from .controls import CASES, Claiming, FadeOut, FavourFirst, FlipKeys, ShiftValues, make
+from .controls import CASES, Claiming, FavourFirst, FlipKeys, ShiftValues, make
 
 HW = (8, 8)
 
@@ -67,12 +68,30 @@ def test_disjoint_sites_commute_bit_for_bit(unet):
     np.testing.assert_array_equal(run(unet, (a, b, c)), run(unet, (c, b, a)))
 
 
-def test_controls_at_one_site_apply_left_to_right(unet):
-    a, b = make("qkv on attn1", 1.0), make("qkv on attn1", 0.5)
-    shift = FadeOut(scale=jnp.ones(1), sites=r"\.attn1$")
-    assert differ(run(unet, (a, shift)), run(unet, (a,))) > 1e-4
-    # Flip by 1 then by 0.5 is not flip by 0.5 alone.
-    assert differ(run(unet, (a, b)), run(unet, (b,))) > 1e-4
+def test_controls_at_one_site_see_what_the_one_before_left(unet):
+    flip = make("qkv on attn1", 1.0)
+    assert differ(run(unet, (flip,)), run(unet)) > 1e-4
+    np.testing.assert_allclose(run(unet, (flip, flip)), run(unet), atol=1e-5)
+
+
+def test_controls_at_one_site_apply_left_to_right():
+    site, x = Site("a.attn1", 1, (1, 4)), jnp.arange(4.0).reshape(1, 4, 1, 1)
+
+    @struct.dataclass
+    class First(Control):
+        def qkv(self, site, a):
+            return QKV(a.q, a.k, a.v.at[:, 0].set(9.0))
+
+    @struct.dataclass
+    class Reverse(Control):
+        def qkv(self, site, a):
+            return QKV(a.q, a.k, a.v[:, ::-1])
+
+        def out(self, site, a, o):
+            return a.v
+
+    got = [attend(site, QKV(x, x, x), c)[0].ravel().tolist() for c in ((First(), Reverse()), (Reverse(), First()))]
+    assert got == [[3, 2, 1, 9], [9, 2, 1, 0]]
 
 
 def test_a_pattern_limits_a_control_to_its_sites(unet):
@@ -84,11 +103,8 @@ def test_a_pattern_limits_a_control_to_its_sites(unet):
         return seen["probs"]
 
     base, got = record(()), record((only,))
-    path = ("down_blocks.0", "attentions.0", "transformer_blocks.0", "attn1", "probs")
-    for name in path:
-        base_down, got_down = (base, got) if name == path[0] else (base_down, got_down)
-        base_down, got_down = base_down[name], got_down[name]
-    np.testing.assert_array_equal(base_down, got_down)
+    down = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    np.testing.assert_array_equal(subtree(base, down)["probs"], subtree(got, down)["probs"])
     assert differ(run(unet, (only,)), run(unet)) > 1e-4
 
 
@@ -140,7 +156,7 @@ def test_the_listed_sites_are_those_that_run(unet):
             norms.append(site)
             return m
 
-    module, params, (x, t, context) = unet
+    module, params, (_, t, context) = unet
     for hw in (HW, (10, 7)):
         seen.clear(), norms.clear()
         rows = jax.ShapeDtypeStruct((4, *hw, 4), jnp.float32)
@@ -160,7 +176,7 @@ def test_numbers_never_retrace_the_sampler(tiny_pipeline):
     fn = jax.jit(traced)
     for i in range(3):
         latents = pipe.initial_latents([i, i + 9])
-        context = pipe.encode_prompt(["", f"a car {i}", "blurred", "a red apple"][: 4]).reshape(2, 2, 32, 16)
+        context = pipe.encode_prompt(["", f"a car {i}", "blurred", "a red apple"][:4]).reshape(2, 2, 32, 16)
         strengths = [make(case, [0.3 * i, 1.0]) for case in CASES]
         fn(pipe.params["unet"], latents, context, jnp.full((2,), 1.0 + i), tuple(strengths))
 

@@ -131,7 +131,9 @@ def test_gradients_reach_the_zero_layer_first_and_everything_by_step_three(tiny_
     for step in range(3):
         g = grad(params)
         if step == 0:
-            moving = {jax.tree_util.keystr(k) for k, v in jax.tree_util.tree_leaves_with_path(g) if jnp.abs(v).max() > 0}
+            moving = {
+                jax.tree_util.keystr(k) for k, v in jax.tree_util.tree_leaves_with_path(g) if jnp.abs(v).max() > 0
+            }
             assert moving == {"['zero_proj']['kernel']", "['zero_proj']['bias']"}
         g = {**g, "aes_emb": jnp.zeros_like(g["aes_emb"])}
         updates, state = optimizer.update(g, state)
