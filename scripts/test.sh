@@ -35,7 +35,7 @@ run="$venv/bin/python -m"
 
 if [ $smoke = yes ]; then
   echo "==> Python $version: smoke"
-  [ $# -gt 0 ] || set -- tests/laws tests/smoke tests/sharding tests/test_house.py
+  [ $# -gt 0 ] || set -- tests/laws tests/sharding tests/tuning tests/parity/test_fixtures.py tests/smoke/test_generate_pipeline.py tests/test_house.py
   exec $run pytest -q -m "not slow" "$@"
 fi
 echo "==> Python $version: ruff"

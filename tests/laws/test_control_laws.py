@@ -114,7 +114,10 @@ def test_time_enters_a_control_through_at_alone(unet):
     assert differ(early, late) > 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
+ONE_A_STAGE = ["kv on attn2", "qkv on attn1", "logits on attn2", "out on attn1", "moments on norms"]
+
+
+@pytest.mark.parametrize("case", ONE_A_STAGE)
 def test_gradients_reach_the_strength_and_agree_under_remat(unet, case):
     module, params, inputs = unet
     remat = UNet2DConditionModel(module.config, remat=True)
