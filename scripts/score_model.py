@@ -1,6 +1,7 @@
 """Score what a model draws from prompts with known answers, by a judge that has never seen a generator.
 
-First the judge's own accuracy on fresh real scenes, then that of the pictures: object, style and background, each with
+First the judge's own accuracy on fresh real scenes, as they are and after a round trip through the model's
+autoencoder, then that of the pictures: object, style and background, each with
 a 95 % Wilson interval, for combinations that the model was trained on, for held-out style x object pairs, and for two
 objects.
 
@@ -15,15 +16,17 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 import jaxmix
 from jaxmix import command
 from jaxmix.types import InputError
 from train.grid import save_grid
-from train.scenes import eval_prompts
-from train.scorer import HEADS, SIZE, accuracy, load_scorer, make_scenes
+from train.scenes import Scenes, eval_prompts
+from train.scorer import HEADS, SIZE, accuracy, load_scorer
 
+ROUND_TRIP = 512  # real scenes through the autoencoder
 KINDS = {
     "seen": ("one object, seen combinations", "train", 1),
     "held_out": ("one object, held-out style x object", "held_out_pairs", 1),
@@ -78,6 +81,18 @@ def line(kind: str, result: dict[str, Any], n: int) -> str:
     return f"{kind} (n={n}): " + ", ".join(cells)
 
 
+def round_trip(pipe: jaxmix.Pipeline, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Encode and decode uint8 images: what the judge says of the result is the most that a model can score."""
+
+    @jax.jit
+    def encode(params: Any, images: jax.Array) -> jax.Array:
+        mean, _ = pipe.vae.apply({"params": params}, images / 127.5 - 1.0, method="encode")
+        return mean * pipe.vae.config.scaling_factor
+
+    parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    return np.concatenate([pipe.decode(encode(pipe.params["vae"], part)) for part in parts])
+
+
 def main(cfg: Config) -> int:
     """Print the scores; write them if asked."""
     if cfg.prompts < 1:
@@ -88,10 +103,13 @@ def main(cfg: Config) -> int:
     if side != SIZE:
         raise InputError(f"{cfg.model}: draws {side} px images, the scorer expects {SIZE} px")
     neutral = {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0}
-    scenes = make_scenes(len(scorer.objects), 880_001, **neutral)
+    scenes = Scenes(SIZE, len(scorer.objects), seed=880_001, split="all", **neutral)
     rows = [scenes[i] for i in range(2000)]
     scores: dict[str, Any] = {"real scenes": accuracy(scorer, np.stack([r["image"] for r in rows]), rows)}
     print(line("the judge itself, fresh real scenes", scores["real scenes"], len(rows)), flush=True)
+    images = np.stack([r["image"] for r in rows[:ROUND_TRIP]])
+    scores["round trip"] = accuracy(scorer, round_trip(pipe, images, cfg.batch_size), rows[:ROUND_TRIP])
+    print(line("real scenes through the autoencoder", scores["round trip"], ROUND_TRIP), flush=True)
     for kind, split, count in (KINDS[name] for name in cfg.kinds):
         rows = eval_prompts(split, cfg.prompts, cfg.seed, count=count, objects=cfg.objects)
         parts = []

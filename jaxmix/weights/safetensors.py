@@ -83,7 +83,7 @@ def read_tensor(file: BufferedReader, entry: Entry) -> np.ndarray:
     """Reads one tensor into aligned memory of its own."""
     array = aligned_empty(entry.shape, entry.dtype)
     file.seek(entry.offset)
-    if file.readinto(memoryview(array.reshape(-1).view(np.uint8))) != entry.nbytes:
+    if file.readinto(array.reshape(-1).view(np.uint8).data) != entry.nbytes:
         raise InputError(f"{file.name}: ends inside a tensor: the file was cut off while it was read")
     return array
 
