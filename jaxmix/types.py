@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 
 Array: TypeAlias = jax.Array
+AnyArray: TypeAlias = jax.Array | np.ndarray
+"""What the public entry points of the models take: JAX or NumPy arrays."""
+
 Params: TypeAlias = Mapping[str, Any]
 """A nested mapping of arrays: ``params["down_blocks.0"]["resnets.0"]["conv1"]["kernel"]``."""
 

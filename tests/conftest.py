@@ -8,6 +8,12 @@ _FLAG = "--xla_force_host_platform_device_count=8"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shapes and types in the models' annotations are checked here, and cost nothing in production. Controls are left out:
+# their fields hold whatever a tree of that structure may hold (gradients, shapes, partition specs).
+install_import_hook([f"jaxmix.models.{m}" for m in ("attention", "clip", "layers", "unet", "vae")], "beartype.beartype")
+
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402

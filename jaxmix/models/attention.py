@@ -12,9 +12,9 @@ from jaxtyping import Float
 
 from jaxmix.control import KV, QKV, Control, Site, apply_kv, attend
 from jaxmix.models.layers import GroupNorm, LayerNorm, Linear
-from jaxmix.types import Array
+from jaxmix.types import AnyArray, Array
 
-Context: TypeAlias = Array | Mapping[str, KV]
+Context: TypeAlias = AnyArray | Mapping[str, KV]
 """Text states (b, s, d), or the keys and values that `UNet2DConditionModel.precompute` made of them."""
 
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
     def split(self, x: Array) -> Float[Array, "b n h d"]:
         return x.reshape(*x.shape[:2], self.heads, self.features // self.heads)
 
-    def kv(self, context: Float[Array, "b s c"]) -> KV:
+    def kv(self, context: Float[AnyArray, "b s c"]) -> KV:
         """Project a context to keys and values; needs no queries, so it can run outside the denoising loop."""
         return KV(self.split(self.to_k(context)), self.split(self.to_v(context)))
 
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "b n c"],
         hw: tuple[int, int],
-        context: Float[Array, "b s c2"] | KV | None,
+        context: Float[AnyArray, "b s c2"] | KV | None,
         controls: Sequence[Control],
     ) -> Float[Array, "b n c"]:
         site = Site(".".join(self.path), self.heads, hw)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from jaxmix.models.config import CLIPTextConfig
 from jaxmix.models.layers import LayerNorm, Linear
-from jaxmix.types import Array, Params
+from jaxmix.types import AnyArray, Array, Params
 
 _init = nn.initializers.normal(0.02)
 
@@ -36,7 +36,7 @@ class Embed(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+    def __call__(self, ids: Int[AnyArray, "*b"]) -> Float[Array, "*b d"]:
         return self.param("embedding", _init, (self.rows, self.features))[ids]
 
 
@@ -97,7 +97,7 @@ class TextTransformer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+    def __call__(self, ids: Int[AnyArray, "b s"]) -> Float[Array, "b s d"]:
         cfg = self.config
         d, s = cfg.hidden_size, ids.shape[1]
         x = Embed(cfg.vocab_size, d, name="embeddings.token_embedding")(ids)
@@ -115,7 +115,7 @@ class CLIPTextModel(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b s"]) -> TextStates:
+    def __call__(self, ids: Int[AnyArray, "b s"]) -> TextStates:
         """Encode token ids (b, s). The end-of-text token is the first one that has the configured id.
 
         Old configs say ``eos_token_id: 2``, which is no token that prompts hold; the largest id is taken then, as

@@ -8,10 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from jaxmix.control import Control, Moments, Site, apply_moments
-from jaxmix.types import Array
+from jaxmix.types import AnyArray, Array
 
 _kernel_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # what torch layers start from
 
@@ -30,7 +30,7 @@ class Linear(nn.Module):
     kernel_init: Any = _kernel_init
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    def __call__(self, x: Float[AnyArray, "*b i"]) -> Float[Array, "*b o"]:
         i = x.shape[-1]
         shape = (1, 1, i, self.features) if self.conv else (i, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
@@ -49,11 +49,11 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    def __call__(self, x: Float[AnyArray, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
         kernel = self.param("kernel", _kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
+            jnp.asarray(x, self.dtype),
             kernel,
             (self.stride, self.stride),
             self.padding,
@@ -113,7 +113,7 @@ class GroupNorm(nn.Module):
 
 
 def timestep_embedding(
-    t: Float[Array, " b"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+    t: Num[Array, " b"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float | int = 0
 ) -> Float[Array, "b dim"]:
     """Embed timesteps as sinusoids, float32 (arXiv 2006.11239, appendix B; periods from 2 pi to 10000 * 2 pi)."""
     half = dim // 2

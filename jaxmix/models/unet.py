@@ -12,13 +12,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jaxmix.control import KV, Control, Site, apply_kv
 from jaxmix.models.attention import Attention, Context, Transformer2DModel
 from jaxmix.models.config import UNetConfig
 from jaxmix.models.layers import Conv, GroupNorm, Linear, timestep_embedding, upsample_nearest
-from jaxmix.types import Array, Params
+from jaxmix.types import AnyArray, Array, Params
 
 
 class ResnetBlock2D(nn.Module):
@@ -162,8 +163,8 @@ class UNet2DConditionModel(nn.Module):
     @nn.compact
     def __call__(
         self,
-        latents: Float[Array, "b h w c"],
-        t: Float[Array, "*b"],
+        latents: Float[AnyArray, "b h w c"],
+        t: ArrayLike,
         context: Context,
         controls: Sequence[Control] = (),
     ) -> Float[Array, "b h w c"]:
@@ -215,7 +216,7 @@ class UNet2DConditionModel(nn.Module):
     def precompute(
         self,
         params: Params,
-        context: Float[Array, "b s d"],
+        context: Float[AnyArray, "b s d"],
         latent_hw: tuple[int, int],
         controls: Sequence[Control] = (),
     ) -> dict[str, KV]:

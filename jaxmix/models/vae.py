@@ -13,7 +13,7 @@ from jaxmix.control import QKV, Site, attend
 from jaxmix.models.config import VAEConfig
 from jaxmix.models.layers import Conv, GroupNorm, Linear
 from jaxmix.models.unet import Downsample2D, ResnetBlock2D, Upsample2D
-from jaxmix.types import Array, Params
+from jaxmix.types import AnyArray, Array, Params
 
 _EPS = 1e-6  # of every norm in the autoencoder
 
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w c2"]:
+    def __call__(self, x: Float[AnyArray, "b H W 3"]) -> Float[Array, "b h w c2"]:
         cfg = self.config
         x = Conv(cfg.block_out_channels[0], dtype=self.dtype, name="conv_in")(x)
         for i, c in enumerate(cfg.block_out_channels):
@@ -121,7 +121,7 @@ class AutoencoderKL(nn.Module):
         if cfg.use_post_quant_conv:
             self.post_quant_conv = Linear(cfg.latent_channels, conv=True, dtype=self.dtype)
 
-    def encode(self, images: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    def encode(self, images: Float[AnyArray, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Encode images in [-1, 1] to the mean and log-variance (clipped to [-30, 20]) of their latents, float32."""
         x = self.encoder(images)
         if self.config.use_quant_conv:
@@ -129,7 +129,7 @@ class AutoencoderKL(nn.Module):
         mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def decode(self, z: Float[AnyArray, "b h w c"]) -> Float[Array, "b H W 3"]:
         """Decode unscaled latents to images, about [-1, 1] and not clipped, float32."""
         z = z.astype(self.dtype)
         if self.config.use_post_quant_conv:
