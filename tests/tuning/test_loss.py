@@ -88,3 +88,13 @@ def test_bins_split_the_timesteps_in_quarters():
     found = bin_losses(jnp.array([1.0, 2.0, 4.0, 8.0, 16.0]), jnp.array([0, 249, 250, 999, 750]), 1000)
     np.testing.assert_array_equal(found["bin_sum"], [3, 4, 0, 24])
     np.testing.assert_array_equal(found["bin_count"], [2, 1, 0, 2])
+
+
+def test_logit_normal_timesteps_follow_their_quantiles():
+    t = np.asarray(draw_timesteps(jax.random.key(0), 4096, 1000, logit_normal=(0.4, 1.0)))
+    assert t.min() >= 0 and t.max() <= 999
+    logits = np.log((t + 0.5) / (999.5 - t))
+    np.testing.assert_allclose([logits.mean(), logits.std()], [0.4, 1.0], atol=0.02)
+    uniform = np.asarray(draw_timesteps(jax.random.key(0), 4096, 1000))
+    middle = [np.mean((x >= 250) & (x < 750)) for x in (t, uniform)]
+    assert middle[0] > 0.6 > 0.52 > middle[1]
