@@ -2,7 +2,8 @@
 
 from jaxmix.adapters import VMix
 from jaxmix.control import KV, QKV, Control, Moments, Site, gate, per_row, static
-from jaxmix.pipeline import Pipeline, load
+from jaxmix.loading import load
+from jaxmix.pipeline import Pipeline
 from jaxmix.sharding import data_mesh
 from jaxmix.types import InputError
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +16,14 @@ from jaxtyping import Float
 
 from jaxmix import control as seam
 from jaxmix.control import Control, Controls
-from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
+from jaxmix.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from jaxmix.models.clip import TextStates
 from jaxmix.models.unet import norm_sites, sites
 from jaxmix.samplers import DDIM, Phase, classifier_free_guidance, initial_noise, sample, seed_array
+from jaxmix.saving import save_folder
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.sharding import DATA
 from jaxmix.types import Array, InputError, ModelFn, Params
-from jaxmix.weights import load_tree, read_config, save_tree, write_config
-
-ASSETS = Path(__file__).parent / "assets"
-_DEFAULTS = "_jaxmix"  # key of model_index.json for this library's own defaults; diffusers skips underscored keys
-_PARTS = ("unet", "vae", "text_encoder")
-T = TypeVar("T")
 
 
 def _over_rows(fn: Callable[..., Any], mesh: Mesh | None, in_specs: Any) -> Callable[..., Any]:
@@ -121,8 +115,13 @@ class Pipeline:
     params: Params
     schedule: NoiseSchedule
     tokenizer: Any
+    text_encoder_2: CLIPTextModel | None = None
+    tokenizer_2: Any = None
     default_steps: int = 25
     default_guidance_scale: float = 7.5
+    sampler: str = "ddim"
+    zeros_for_empty_prompt: bool = False
+    extras: Any = None
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""
@@ -273,88 +272,4 @@ class Pipeline:
 
         ``dtype`` (such as ``jnp.float16``) casts the weights on the way.
         """
-        folder = Path(folder)
-        for part, file in (
-            ("unet", "diffusion_pytorch_model.safetensors"),
-            ("vae", "diffusion_pytorch_model.safetensors"),
-            ("text_encoder", "model.safetensors"),
-        ):
-            save_tree(self.params[part], folder / part / file, dtype=dtype)
-            write_config(getattr(self, part).config.to_dict(), folder / part / "config.json")
-        write_config(self.schedule.to_config(), folder / "scheduler" / "scheduler_config.json")
-        if isinstance(self.tokenizer, (str, Path)):
-            if Path(self.tokenizer).resolve() != (folder / "tokenizer").resolve():
-                shutil.copytree(self.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-        else:
-            self.tokenizer.save_pretrained(str(folder / "tokenizer"))
-        index = {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": "0.42.1",
-            _DEFAULTS: {"steps": self.default_steps, "guidance_scale": self.default_guidance_scale},
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "scheduler": ["diffusers", self.schedule.to_config()["_class_name"]],
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-        }
-        write_config(index, folder / "model_index.json")
-
-
-def load(name_or_folder: str | Path = "mini", dtype: Any = None) -> Pipeline:
-    """Load a pipeline: "mini", the model in this package, or a diffusers folder of Stable Diffusion 1.x.
-
-    ``dtype`` is the type of weights and computation, float32 if None; "bfloat16" and "float16" work too. Raises
-    `InputError` for anything that is missing, damaged or not supported.
-    """
-    folder = ASSETS / "mini" if str(name_or_folder) == "mini" else Path(name_or_folder)
-    if not folder.is_dir():
-        raise InputError(f"{name_or_folder}: no such folder, expected 'mini' or a diffusers folder")
-    if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder}: no model_index.json in this folder, expected a diffusers pipeline")
-    index = read_config(folder / "model_index.json")
-    found = index.get("_class_name")
-    if found != "StableDiffusionPipeline":
-        raise InputError(f"{folder}/model_index.json: _class_name is {found!r}, expected 'StableDiffusionPipeline'")
-    try:
-        kind = jnp.dtype(dtype or jnp.float32)
-    except TypeError:
-        kind = None
-    if kind not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise InputError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
-
-    for part in (*_PARTS, "tokenizer", "scheduler"):
-        if not (folder / part).is_dir():
-            raise InputError(f"{folder}: no folder {part}, expected {', '.join(_PARTS)}, tokenizer and scheduler")
-
-    def config(read: Callable[[dict[str, Any]], T], file: str) -> T:
-        """Read one JSON file; whatever is wrong with it, the file is named."""
-        found = read_config(folder / file)
-        try:
-            return read(found)
-        except InputError as e:
-            raise InputError(f"{folder / file}: {e}") from None
-
-    unet = UNet2DConditionModel(config(UNetConfig.from_dict, "unet/config.json"), kind)
-    vae = AutoencoderKL(config(VAEConfig.from_dict, "vae/config.json"), kind)
-    text_encoder = CLIPTextModel(config(CLIPTextConfig.from_dict, "text_encoder/config.json"), kind)
-    schedule = config(NoiseSchedule.from_config, "scheduler/scheduler_config.json")
-    targets = {
-        "unet": unet.abstract_params(),
-        "vae": vae.abstract_params(),
-        "text_encoder": text_encoder.abstract_params(),
-    }
-    defaults = index.get(_DEFAULTS, {})
-    return Pipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        params={part: load_tree(folder / part, target, kind) for part, target in targets.items()},
-        schedule=schedule,
-        tokenizer=folder / "tokenizer",
-        default_steps=defaults.get("steps", 25),
-        default_guidance_scale=defaults.get("guidance_scale", 7.5),
-    )
+        save_folder(self, folder, dtype)

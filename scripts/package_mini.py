@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 import jaxmix
 from jaxmix import command
+from jaxmix.loading import ASSETS
 from jaxmix.models import AutoencoderKL, VAEConfig
-from jaxmix.pipeline import ASSETS
 from jaxmix.types import InputError
 from jaxmix.weights import load_tree, read_config
 

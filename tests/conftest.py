@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import jaxmix  # noqa: E402
+from jaxmix.loading import ASSETS  # noqa: E402
 from jaxmix.models import (  # noqa: E402
     AutoencoderKL,
     CLIPTextConfig,
@@ -28,7 +29,6 @@ from jaxmix.models import (  # noqa: E402
     UNetConfig,
     VAEConfig,
 )
-from jaxmix.pipeline import ASSETS  # noqa: E402
 from jaxmix.schedule import NoiseSchedule  # noqa: E402
 
 TINY_UNET = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxmix
-from jaxmix.pipeline import ASSETS
+from jaxmix.loading import ASSETS
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -11,7 +11,8 @@ from PIL import Image
 
 from infer.generate import Config, main
 from jaxmix.command import run
-from jaxmix.pipeline import ASSETS, denoise
+from jaxmix.loading import ASSETS
+from jaxmix.pipeline import denoise
 
 QUICK = ["--steps", "1", "--devices", "1"]
 
