@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from jaxmix.control import Control, Moments, Site, apply_moments
 from jaxmix.types import AnyArray, Array
 
 _kernel_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # what torch layers start from
+_SMALL_IMAGE = 64 * 64  # pixels up to which a convolution on the CPU is better off with Eigen ...
+_FEW = 16  # ... unless it has fewer outputs than this
 
 
 class Linear(nn.Module):
@@ -52,13 +55,19 @@ class Conv(nn.Module):
     def __call__(self, x: Float[AnyArray, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
         kernel = self.param("kernel", _kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        y = jax.lax.conv_general_dilated(
-            jnp.asarray(x, self.dtype),
-            kernel,
-            (self.stride, self.stride),
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x = jnp.asarray(x, self.dtype)
+
+        def convolve(x: Array, kernel: Array, beside: int = 0) -> Array:
+            rows, (left, right) = self.padding
+            strides, padding = (self.stride, self.stride), (rows, (left, right + beside))
+            y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            return y[:, :, : y.shape[2] - beside] if beside else y
+
+        if self.stride > 1 or self.features < _FEW or x.shape[1] * x.shape[2] > _SMALL_IMAGE:
+            return convolve(x, kernel) + bias
+        # XLA:CPU gives a symmetric convolution to YNNPACK, which packs the kernel anew at every call: up to three times
+        # slower than Eigen where the image is small. One more column on the right, dropped again, keeps it with Eigen.
+        y = jax.lax.platform_dependent(x, kernel, cpu=functools.partial(convolve, beside=1), default=convolve)
         return y + bias
 
 
@@ -94,10 +103,9 @@ class GroupNorm(nn.Module):
         y = x.astype(jnp.float32)
 
         def mean_of(y: Array) -> Array:
-            # Space first, then the channels of a group: the large reduction stays contiguous. Scaled before the sum and
-            # not after it, because a product after it may be fused with what a control (or epsilon) adds, and a control
-            # of strength 0 would then change the last bit.
-            per_channel = (y * (1.0 / (h * w))).sum((1, 2))
+            # Scaled before the sum and not after it, because a product after it may be fused with what a control (or
+            # epsilon) adds, and a control of strength 0 would then change the last bit.
+            per_channel = jax.lax.platform_dependent(y, cpu=_mean_by_product, default=_mean_by_sum)
             return (per_channel.reshape(b, g, c // g) * (g / c)).sum(-1)
 
         def to_channels(per_group: Array) -> Array:
@@ -110,6 +118,17 @@ class GroupNorm(nn.Module):
             m = apply_moments(Site(".".join(self.path), 0, (h, w)), m, controls)
         a = to_channels(jax.lax.rsqrt(m.var + self.eps)) * scale.astype(jnp.float32)
         return ((y - to_channels(m.mean)) * a + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def _mean_by_sum(y: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    return (y * (1.0 / (y.shape[1] * y.shape[2]))).sum((1, 2))
+
+
+def _mean_by_product(y: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    # XLA:CPU sums over rows on one core, a column at a time; its matrix products are threaded and blocked.
+    b, h, w, c = y.shape
+    weights = jnp.full((b, 1, h * w), 1.0 / (h * w), y.dtype)
+    return jnp.matmul(weights, y.reshape(b, h * w, c), precision="highest")[:, 0]
 
 
 def timestep_embedding(

@@ -1,0 +1,130 @@
+"""Every attention kernel computes the same attention, and the choice of one is settled and logged."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmix import kernels
+from jaxmix.control import QKV, Control, Site, attend
+
+
+def qkv(n, s, h, d, b=2, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(n + s + d), 3)
+    return tuple(jax.random.normal(k, (b, m, h, d), dtype) for k, m in zip(keys, (n, s, s), strict=True))
+
+
+def reference(q, k, v):
+    """The definition, float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    x = np.einsum("bnhd,bshd->bhns", q, k) / np.sqrt(q.shape[-1])
+    p = np.exp(x - x.max(-1, keepdims=True))
+    return np.einsum("bhns,bshd->bnhd", p / p.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize(("n", "s"), [(16, 77), (64, 64), (100, 30)])
+def test_plain_is_the_definition(n, s):
+    args = qkv(n, s, 3, 8)
+    np.testing.assert_allclose(kernels.plain(*args), reference(*args), atol=2e-6)
+
+
+@pytest.mark.parametrize(("n", "s", "size"), [(64, 64, 16), (100, 30, 32), (7, 9, 512)])
+def test_chunked_is_the_definition_for_any_length(n, s, size):
+    args = qkv(n, s, 2, 8)
+    got = jax.jit(functools.partial(kernels.chunked, size=size))(*args)
+    np.testing.assert_allclose(got, reference(*args), atol=2e-6)
+
+
+def test_chunked_survives_large_scores():
+    q, k, v = qkv(32, 32, 1, 8)
+    got = kernels.chunked(q * 1e3, k, v, size=16)
+    np.testing.assert_allclose(got, kernels.plain(q * 1e3, k, v), atol=1e-5)
+
+
+def test_chunked_has_the_gradients_of_plain():
+    args = qkv(48, 48, 2, 8)
+
+    def loss(kernel, *args):
+        return (kernel(*args) ** 2).sum()
+
+    grads = [
+        jax.jit(jax.grad(functools.partial(loss, kernel), argnums=(0, 1, 2)))(*args)
+        for kernel in (kernels.plain, functools.partial(kernels.chunked, size=16))
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), *grads)
+
+
+def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
+    args = qkv(64, 64, 2, 16, dtype=jnp.bfloat16)
+    for kernel in (kernels.plain, functools.partial(kernels.chunked, size=32)):
+        got = kernel(*args)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(jnp.float32), reference(*args), atol=0.02)
+
+
+def test_splash_is_the_definition_when_interpreted():
+    args = qkv(256, 128, 2, 64)
+    np.testing.assert_allclose(kernels.splash(*args, interpret=True), reference(*args), atol=2e-5)
+
+
+def test_long_sequences_take_blocks_on_the_cpu_and_short_ones_do_not():
+    def loops(n, s):
+        args = [jax.ShapeDtypeStruct((1, m, 2, 8), jnp.float32) for m in (n, s, s)]
+        return "while" in jax.jit(kernels.choose(n, s, 8, jnp.dtype(jnp.float32))).lower(*args).compile().as_text()
+
+    assert loops(1024, 1024)
+    assert not loops(256, 256) and not loops(1024, 77)
+
+
+def test_attend_gives_what_the_kernel_gives_and_editing_scores_avoids_it(monkeypatch):
+    a = QKV(*qkv(1024, 1024, 2, 8, b=1))
+    site = Site("down_blocks.0.attentions.0.transformer_blocks.0.attn1", 2, (32, 32))
+    chosen = []
+    choose = kernels.choose
+    monkeypatch.setattr(kernels, "choose", lambda *args: chosen.append(args) or choose(*args))
+    o, probs = jax.jit(lambda a: attend(site, a))(a)
+    assert chosen == [(1024, 1024, 8, jnp.float32)] and probs is None
+    np.testing.assert_allclose(o, reference(*a), atol=2e-6)
+
+    class Scores(Control):
+        def logits(self, site, x):
+            return x
+
+    for extra in ({"controls": (Scores(),)}, {"return_probs": True}):
+        o, _ = jax.jit(lambda a, extra=extra: attend(site, a, **extra))(a)
+        np.testing.assert_allclose(o, reference(*a), atol=2e-6)
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "s", "d", "dtype", "reason"),
+    [
+        (4096, 4096, 160, jnp.bfloat16, "cuDNN, because heads must be multiples of 8 and at most 128"),
+        (4096, 4096, 40, jnp.float32, "cuDNN, because it has no float32"),
+    ],
+)
+def test_a_fallback_on_the_gpu_says_why(monkeypatch, caplog, n, s, d, dtype, reason):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    kernels._say.cache_clear()
+    with caplog.at_level(logging.INFO, "jaxmix.kernels"):
+        kernels.choose(n, s, d, jnp.dtype(dtype))
+        kernels.choose(n, s, d, jnp.dtype(dtype))
+    assert [r.message for r in caplog.records if "cuDNN" in r.message] == [
+        f"attention of {n} queries, {s} keys, heads of {d}: XLA and not {reason}"
+    ]
+
+
+def test_a_fallback_on_the_tpu_says_why(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    kernels._say.cache_clear()
+    with caplog.at_level(logging.INFO, "jaxmix.kernels"):
+        kernels.choose(4096, 77, 64, jnp.dtype(jnp.bfloat16))
+        kernels.choose(1100, 1100, 64, jnp.dtype(jnp.bfloat16))
+        kernels.choose(4096, 4096, 64, jnp.dtype(jnp.bfloat16))
+    assert [r.message.split("because ")[1] for r in caplog.records] == [
+        "sequences under 1024 are faster without it",
+        "sequences must be multiples of 128",
+    ]
