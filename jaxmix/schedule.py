@@ -40,7 +40,7 @@ _CLASSES = {
     "LMSDiscreteScheduler": False,
 }
 
-# Keys that choose or tune another solver and leave the noise schedule alone.
+# Keys that choose or tune a solver and leave the noise schedule alone; a solver asks for them with `option`.
 _HARMLESS = frozenset(
     {
         "algorithm_type",
@@ -61,6 +61,7 @@ _HARMLESS = frozenset(
         "solver_order",
         "solver_p",
         "solver_type",
+        "thresholding",
         "time_shift_type",
         "timestep_type",
         "use_beta_sigmas",
@@ -72,13 +73,17 @@ _HARMLESS = frozenset(
     }
 )
 
-# Keys that do change the noise schedule or the step; only the value given here is supported.
-_FIXED = {"rescale_betas_zero_snr": False, "thresholding": False, "use_flow_sigmas": False}
+# Keys that do change the noise schedule; only the value given here is supported.
+_FIXED = {"use_flow_sigmas": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
     """A discrete variance-preserving noise schedule with the fields of diffusers' DDIMScheduler.
+
+    `timestep_spacing` None stands for each solver's own default, as in diffusers: "leading" for DDIM, "linspace" for
+    Euler and DPM-Solver. `rescale_betas_zero_snr` shifts the betas so that abar is 0 at the last timestep
+    (arXiv 2305.08891, Algorithm 1); an epsilon prediction says nothing about x0 there.
 
     Timesteps `t` are integers in [0, num_train_timesteps). The object is hashable and holds no arrays, so it can be a
     static argument of `jax.jit`. The array methods take `t` as a scalar or (b,), x0, noise, x and pred as (b, ...),
@@ -95,20 +100,22 @@ class NoiseSchedule:
     set_alpha_to_one: bool = True
     steps_offset: int = 0
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = None
+    rescale_betas_zero_snr: bool = False
     class_name: str = "DDIMScheduler"
     extra: tuple[tuple[str, str], ...] = ()  # harmless keys with their JSON values, written back by to_config
 
     def __post_init__(self) -> None:
         _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        if self.timestep_spacing is not None:
+            _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         _check_choice("_class_name", self.class_name, tuple(_CLASSES))
         for key in ("num_train_timesteps", "steps_offset"):
             value, least = getattr(self, key), 0 if key == "steps_offset" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"scheduler config: {key} is {value!r}, expected an integer >= {least}")
-        for key in ("clip_sample", "set_alpha_to_one"):
+        for key in ("clip_sample", "set_alpha_to_one", "rescale_betas_zero_snr"):
             if not isinstance(getattr(self, key), bool):
                 raise InputError(f"scheduler config: {key} is {getattr(self, key)!r}, expected true or false")
         for key in ("beta_start", "beta_end", "clip_sample_range"):
@@ -120,11 +127,14 @@ class NoiseSchedule:
                 f"scheduler config: trained_betas has {len(self.trained_betas)} values, "
                 f"expected num_train_timesteps = {self.num_train_timesteps}"
             )
-        if not (np.all(self.betas > 0) and np.all(self.betas < 1)):
+        betas = self._betas_before_rescaling()
+        if not (np.all(betas > 0) and np.all(betas < 1)):
             raise InputError(
-                f"scheduler config: betas run from {self.betas.min():g} to {self.betas.max():g} "
+                f"scheduler config: betas run from {betas.min():g} to {betas.max():g} "
                 f"(beta_start, beta_end or trained_betas), expected every beta in (0, 1)"
             )
+        if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
+            raise InputError("scheduler config: rescale_betas_zero_snr with num_train_timesteps 1, expected at least 2")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
@@ -141,7 +151,7 @@ class NoiseSchedule:
         known = {field.name for field in dataclasses.fields(cls)} - {"class_name", "extra"}
         extra = {}
         for key, value in config.items():
-            if key == "_class_name":
+            if key == "_class_name" or (value is None and key in ("timestep_spacing", "rescale_betas_zero_snr")):
                 continue
             if key in _FIXED:
                 if value is not None and value != _FIXED[key]:
@@ -165,15 +175,37 @@ class NoiseSchedule:
         """Returns the `scheduler_config.json` dict, with the class name and the harmless keys it was read with."""
         config: dict[str, Any] = {"_class_name": self.class_name}
         for field in dataclasses.fields(self):
-            if field.name not in ("class_name", "extra"):
-                config[field.name] = getattr(self, field.name)
+            value = getattr(self, field.name)
+            if field.name not in ("class_name", "extra") and (field.name, value) != ("timestep_spacing", None):
+                config[field.name] = value
         if self.trained_betas is not None:
             config["trained_betas"] = list(self.trained_betas)
         return config | {key: json.loads(value) for key, value in self.extra}
 
+    def option(self, key: str, default: Any) -> Any:
+        """Returns what the config says of a solver option that is no field, such as `solver_order`.
+
+        The default stands for a missing key and for null.
+        """
+        for name, value in self.extra:
+            if name == key and value != "null":
+                return json.loads(value)
+        return default
+
     @functools.cached_property
     def betas(self) -> np.ndarray:
-        """The noise variances beta_t, float32 (T,)."""
+        """The noise variances beta_t, float32 (T,); the last is 1 under `rescale_betas_zero_snr`."""
+        betas = self._betas_before_rescaling()
+        if not self.rescale_betas_zero_snr:
+            return betas
+        # arXiv 2305.08891, Algorithm 1, in float32 as torch computes it.
+        signal = np.sqrt(_cumprod(np.float32(1) - betas))
+        first, last = signal[0], signal[-1]
+        signal = (signal - last) * (first / (first - last))
+        abar = signal * signal
+        return np.float32(1) - np.concatenate([abar[:1], abar[1:] / abar[:-1]])
+
+    def _betas_before_rescaling(self) -> np.ndarray:
         if self.trained_betas is not None:
             return np.asarray(self.trained_betas, np.float32)
         steps = self.num_train_timesteps
@@ -187,9 +219,7 @@ class NoiseSchedule:
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """The signal variances abar_t, the product of 1 - beta up to t, float32 (T,)."""
-        # torch.cumprod accumulates float32 on the CPU in float64 and rounds every entry once.
-        alphas = np.float32(1) - self.betas
-        return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+        return _cumprod(np.float32(1) - self.betas)
 
     @property
     def final_alpha_cumprod(self) -> np.float32:
@@ -197,27 +227,36 @@ class NoiseSchedule:
         return np.float32(1) if self.set_alpha_to_one else self.alphas_cumprod[0]
 
     def timesteps(self, steps: int) -> np.ndarray:
-        """Returns the timesteps of a sampling run of `steps` steps in the order visited, int32 (steps,), descending.
+        """Returns the timesteps of a DDIM run of `steps` steps in the order visited, int32 (steps,), descending.
 
         Spacings are those of arXiv 2305.08891, Table 2, rounded as diffusers rounds. `steps_offset` acts on `leading`
         only. Raises InputError if steps is not in [1, num_train_timesteps].
         """
+        total = self.check_steps(steps)
+        if self.timestep_spacing == "linspace":
+            grid = np.linspace(0, total - 1, steps).round()[::-1]
+        elif self.timestep_spacing == "trailing":
+            # arange may run one element too far by rounding; it would be timestep -1.
+            grid = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
+        else:
+            grid = (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
+        self.check_first_timestep(steps, grid[0])
+        return grid.astype(np.int32)
+
+    def check_steps(self, steps: int) -> int:
+        """Returns num_train_timesteps; raises InputError if steps is not an integer from 1 to it."""
         total = self.num_train_timesteps
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
             raise InputError(f"steps is {steps!r}, expected an integer from 1 to {total}")
-        if self.timestep_spacing == "linspace":
-            grid = np.linspace(0, total - 1, steps).round()[::-1]
-        elif self.timestep_spacing == "leading":
-            grid = (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
-        else:
-            # arange may run one element too far by rounding; it would be timestep -1.
-            grid = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
-        if grid[0] >= total:
+        return total
+
+    def check_first_timestep(self, steps: int, first: float) -> None:
+        """Raises InputError if `steps_offset` pushes the first timestep of a run past the schedule."""
+        if first >= self.num_train_timesteps:
             raise InputError(
-                f"steps is {steps} with steps_offset {self.steps_offset}: the first timestep would be {int(grid[0])}, "
-                f"expected at most {total - 1}; take fewer steps"
+                f"steps is {steps} with steps_offset {self.steps_offset}: the first timestep would be {int(first)}, "
+                f"expected at most {self.num_train_timesteps - 1}; take fewer steps"
             )
-        return grid.astype(np.int32)
 
     def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """Returns x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
@@ -287,6 +326,11 @@ def prediction_to_eps(
 
 def _f32(x: jax.Array) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
+
+
+def _cumprod(alphas: np.ndarray) -> np.ndarray:
+    # torch.cumprod accumulates float32 on the CPU in float64 and rounds every entry once.
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:

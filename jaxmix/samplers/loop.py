@@ -1,4 +1,4 @@
-"""The denoising loop: one scan per phase, traceable, carrying nothing but x."""
+"""The denoising loop: one scan per phase, traceable, carrying x and what the solver remembers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,15 +11,49 @@ from jaxmix.types import ModelFn
 
 
 class Solver(Protocol):
-    """What the loop asks of a solver."""
+    """What the loop asks of a solver: a pytree of tables over S steps.
+
+    Whatever the solver, the state is x = signal x0 + sigma eps, which is what the model sees.
+    """
 
     @property
     def timesteps(self) -> jax.Array:
-        """Timesteps (steps,), descending."""
+        """Timesteps (S,), descending, int32, or float32 where they are fractional."""
         ...
 
-    def step(self, i: jax.Array, x: jax.Array, pred: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Returns the state after step i."""
+    @property
+    def signals(self) -> jax.Array:
+        """Factors of x0 (S + 1,) before each step, and at the end."""
+        ...
+
+    @property
+    def sigmas(self) -> jax.Array:
+        """Factors of eps (S + 1,) before each step, and at the end."""
+        ...
+
+    @property
+    def init_scale(self) -> jax.Array:
+        """What standard normal start noise is multiplied with, ()."""
+        ...
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step needs noise."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """The number of steps S."""
+        ...
+
+    def memory(self, x: jax.Array) -> Any:
+        """Returns what the solver carries beside x, as it is before the first step of a run; () for nothing."""
+        ...
+
+    def step(
+        self, i: jax.Array, x: jax.Array, memory: Any, pred: jax.Array, noise: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Returns the state and the memory after step i."""
         ...
 
 
@@ -43,31 +77,38 @@ def sample(
     *,
     record: Callable[[jax.Array, jax.Array, jax.Array], Any] | None = None,
     noise_fn: Callable[[jax.Array], jax.Array] | None = None,
+    latents_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    start: int = 0,
 ) -> Any:
-    """Runs the solver from start noise x (n, ...) to the last step and returns the final float32 state.
+    """Runs the solver from x (n, ...), the state before step `start`, to the end and returns the last float32 state.
 
-    `model_fn(x, t, step)` sees the float32 state, the timestep (a traced int32 scalar) and the step index.
-    `record(x, pred, step)` is called before each step; what it returns is stacked over all steps, and the result is
+    From pure noise, x is standard normal noise times `solver.init_scale`; from an image, see `latents.noised`.
+    `model_fn(x, t, step)` sees the float32 state, the timestep (a traced scalar) and the step index. What
+    `latents_fn(x, step)` makes of the state after a step is what the next step sees.
+    `record(x, pred, step)` is called before each step; what it returns is stacked over the steps run, and the result is
     then (x, records). `noise_fn(step)` gives the noise of a stochastic solver's step. Raises ValueError if the phases
-    do not tile the solver's steps in order.
+    do not tile the steps from `start` on in order, or a stochastic solver gets no noise.
     """
     steps = solver.timesteps.shape[0]
-    bounds = [0, *(bound for phase in phases for bound in (phase.start, phase.stop)), steps]
+    bounds = [start, *(bound for phase in phases for bound in (phase.start, phase.stop)), steps]
     if not phases or any(phase.start >= phase.stop for phase in phases) or bounds[::2] != bounds[1::2]:
         found = ", ".join(f"[{phase.start}, {phase.stop})" for phase in phases) or "none"
-        raise ValueError(f"phases are {found}, expected them to tile [0, {steps}) in order")
+        raise ValueError(f"phases are {found}, expected them to tile [{start}, {steps}) in order")
 
     x = jnp.asarray(x, jnp.float32)
+    state = (x, solver.memory(x))
     records = []
     for phase in phases:
 
-        def body(x: jax.Array, i: jax.Array, model_fn: ModelFn = phase.model_fn) -> tuple[jax.Array, Any]:
+        def body(state: tuple[jax.Array, Any], i: jax.Array, model_fn: ModelFn = phase.model_fn) -> tuple[Any, Any]:
+            x, memory = state
             pred = model_fn(x, solver.timesteps[i], i)
             recorded = None if record is None else record(x, pred, i)
-            return solver.step(i, x, pred, None if noise_fn is None else noise_fn(i)), recorded
+            x, memory = solver.step(i, x, memory, pred, None if noise_fn is None else noise_fn(i))
+            return (x if latents_fn is None else latents_fn(x, i), memory), recorded
 
-        x, recorded = jax.lax.scan(body, x, jnp.arange(phase.start, phase.stop, dtype=jnp.int32))
+        state, recorded = jax.lax.scan(body, state, jnp.arange(phase.start, phase.stop, dtype=jnp.int32))
         records.append(recorded)
     if record is None:
-        return x
-    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
+        return state[0]
+    return state[0], jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)

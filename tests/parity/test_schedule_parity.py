@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+from jaxmix.samplers import make_solver
+from jaxmix.samplers.sigmas import dpm_levels, euler_levels
 from jaxmix.schedule import NoiseSchedule
 
 torch = pytest.importorskip("torch")
@@ -12,6 +14,18 @@ BETAS = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "trained": {"trained_betas": np.linspace(0.001, 0.03, 1000).tolist()},
 }
+
+
+@pytest.fixture
+def correctly_rounded_roots(monkeypatch):
+    """Torch's float32 square roots are 1 ulp off here and there, depending on the machine; with these they are not."""
+    power = torch.Tensor.__pow__
+
+    def root(x):
+        return torch.from_numpy(np.asarray(np.sqrt(x.numpy())))
+
+    monkeypatch.setattr(torch.Tensor, "sqrt", root)
+    monkeypatch.setattr(torch.Tensor, "__pow__", lambda x, n: root(x) if n == 0.5 else power(x, n))
 
 
 def pair(**config):
@@ -28,6 +42,21 @@ def test_tables_agree_bit_for_bit(betas, total):
     assert np.array_equal(ours.betas, theirs.betas.numpy())
     assert np.array_equal(ours.alphas_cumprod, theirs.alphas_cumprod.numpy())
     assert ours.alphas_cumprod.dtype == np.float32
+
+
+@pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS)
+def test_tables_rescaled_to_zero_signal_agree(betas):
+    ours, theirs = pair(**betas, rescale_betas_zero_snr=True)
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=0, atol=1e-6)
+    assert ours.alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS)
+@pytest.mark.usefixtures("correctly_rounded_roots")
+def test_tables_rescaled_to_zero_signal_agree_bit_for_bit(betas):
+    ours, theirs = pair(**betas, rescale_betas_zero_snr=True)
+    assert np.array_equal(ours.betas, theirs.betas.numpy())
+    assert np.array_equal(ours.alphas_cumprod, theirs.alphas_cumprod.numpy())
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -77,3 +106,44 @@ def test_diffusers_opens_our_config():
     assert theirs.final_alpha_cumprod == theirs.alphas_cumprod[0] == float(ours.final_alpha_cumprod)
     assert (theirs.config.steps_offset, theirs.config.clip_sample) == (1, False)
     assert diffusers.PNDMScheduler.from_config(ours.to_config()).config.skip_prk_steps is True
+
+
+GRIDS = {
+    "linspace by default": {},
+    "trailing": {"timestep_spacing": "trailing"},
+    "leading": {"timestep_spacing": "leading"},
+    "leading, offset 1": {"timestep_spacing": "leading", "steps_offset": 1},
+}
+DPM, EULER, ANCESTRAL = "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+ENDS = {"zero snr": BETAS["stable diffusion"] | {"rescale_betas_zero_snr": True}}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("euler", EULER),
+        ("euler_karras", EULER),
+        ("euler_ancestral", ANCESTRAL),
+        ("dpmpp_2m", DPM),
+        ("dpmpp_2m_karras", DPM),
+    ],
+)
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("betas", ["stable diffusion", "cosine", "zero snr"])
+@pytest.mark.usefixtures("correctly_rounded_roots")
+# diffusers makes NumPy arrays of torch tensors in a way that NumPy 2 frowns at.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+def test_levels_of_euler_and_dpm_agree_bit_for_bit(name, kind, grid, betas):
+    karras = name.endswith("_karras")
+    config = (BETAS | ENDS)[betas] | grid | ({"use_karras_sigmas": True} if karras else {})
+    scheduler = getattr(diffusers, kind)(**config)
+    schedule = NoiseSchedule.from_config({"_class_name": kind} | config)
+    for steps in (1, 2, 3, 14, 25, 50, 333):
+        scheduler.set_timesteps(steps)
+        levels = (dpm_levels if kind == DPM else euler_levels)(schedule, steps, karras)
+        assert np.array_equal(levels.timesteps, scheduler.timesteps.numpy())
+        assert np.array_equal(levels.sigmas, scheduler.sigmas.numpy())
+        init = float(make_solver(name, schedule, steps).init_scale)
+        if kind != DPM:
+            init *= float(levels.sigmas[0].astype("f8") ** 2 + 1) ** 0.5
+        assert init == pytest.approx(float(scheduler.init_noise_sigma), rel=2e-7)

@@ -4,7 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix.samplers import DDIM, Phase, classifier_free_guidance, initial_noise, sample, seed_array, step_noise
+from jaxmix.samplers import (
+    DDIM,
+    SAMPLERS,
+    Phase,
+    classifier_free_guidance,
+    initial_noise,
+    make_solver,
+    sample,
+    seed_array,
+    step_noise,
+)
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError
 
@@ -81,6 +91,39 @@ def test_guidance_scale_of_another_length_is_refused():
         classifier_free_guidance(decay, jnp.ones(3))(jnp.ones((2, 1)), 0, 0)
 
 
+def test_rescaled_guidance_has_the_spread_of_the_conditional_branch():
+    rows = jax.random.normal(jax.random.key(0), (4, 8, 8, 2)) * jnp.array([1.0, 1.0, 1.0, 3.0])[:, None, None, None]
+    guided = classifier_free_guidance(lambda x, t, step: rows, 7.5, jnp.array([1.0, 0.5]))
+    plain = classifier_free_guidance(lambda x, t, step: rows, 7.5)
+    x = jnp.zeros((2, 8, 8, 2))
+    ours, mixed = (np.asarray(fn(x, 0, 0)).reshape(2, -1) for fn in (guided, plain))
+    cond = np.asarray(rows[1::2]).reshape(2, -1)
+    np.testing.assert_allclose(ours[0].std(), cond[0].std(), rtol=1e-5)
+    np.testing.assert_allclose(ours[1].std(), (cond[1].std() + mixed[1].std()) / 2, rtol=1e-5)
+
+
+def test_rescale_0_is_identity_bit_for_bit_and_traced():
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(rows, scale, rescale):
+        return classifier_free_guidance(lambda x, t, step: rows, scale, rescale)(x, 0, 0)
+
+    @jax.jit
+    def plain(rows, scale):
+        return classifier_free_guidance(lambda x, t, step: rows, scale)(x, 0, 0)
+
+    x = jnp.zeros((3, 8, 8, 2))
+    rows, scale = jax.random.normal(jax.random.key(0), (6, 8, 8, 2)), jnp.array([7.5, 3.0, 1.0])
+    assert np.array_equal(run(rows, scale, jnp.float32(0)), plain(rows, scale))
+    assert not np.allclose(run(rows, scale, jnp.float32(0.7)), plain(rows, scale))
+    assert np.array_equal(run(jnp.ones_like(rows), scale, jnp.float32(1)), x + 1)  # no spread, nothing to rescale
+
+
+def test_guidance_rescale_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"guidance rescale has shape \(3,\), expected \(\) or \(2,\)"):
+        classifier_free_guidance(decay, 1.0, jnp.ones(3))(jnp.ones((2, 1)), 0, 0)
+
+
 def test_the_true_noise_leads_back_to_x0():
     x0, noise = jax.random.normal(jax.random.key(0), (2, 3, 4))
     for prediction_type in ("epsilon", "v_prediction", "sample"):
@@ -91,8 +134,9 @@ def test_the_true_noise_leads_back_to_x0():
         np.testing.assert_allclose(sample([phase], solver, start), x0, atol=2e-5)
 
 
-def test_phases_equal_one_scan_bit_for_bit():
-    solver = DDIM.create(SCHEDULE, 12)
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
+def test_phases_equal_one_scan_bit_for_bit(name):
+    solver = make_solver(name, SCHEDULE, 12)
     x = initial_noise([1, 2], (4, 4, 2))
     whole = sample([Phase(decay, 0, 12)], solver, x)
     assert np.array_equal(sample([Phase(decay, 0, 5), Phase(decay, 5, 6), Phase(decay, 6, 12)], solver, x), whole)
@@ -115,17 +159,42 @@ def test_phases_that_do_not_tile_the_steps_are_refused(bounds):
         sample([Phase(decay, *bound) for bound in bounds], DDIM.create(SCHEDULE, 6), jnp.ones((1, 2)))
 
 
+@pytest.mark.parametrize("bounds", [[(0, 6)], [(2, 5)], [(3, 6)]])
+def test_phases_that_do_not_tile_the_steps_from_the_start_on_are_refused(bounds):
+    with pytest.raises(ValueError, match=r"expected them to tile \[2, 6\)"):
+        sample([Phase(decay, *bound) for bound in bounds], DDIM.create(SCHEDULE, 6), jnp.ones((1, 2)), start=2)
+
+
+def test_a_run_from_the_middle_is_the_end_of_the_whole_run():
+    solver = DDIM.create(SCHEDULE, 6)
+    whole, starts = sample([Phase(decay, 0, 6)], solver, jnp.ones((1, 2)), record=lambda x, pred, i: x)
+    end, steps = sample([Phase(decay, 2, 6)], solver, starts[2], start=2, record=lambda x, pred, i: i)
+    assert np.array_equal(end, whole)
+    assert steps.tolist() == [2, 3, 4, 5]
+
+
+def test_latents_fn_acts_after_every_step():
+    seen = {"latents_fn": lambda x, i: jnp.full_like(x, i), "record": lambda x, pred, i: x[0, 0]}
+    last, starts = sample([Phase(decay, 0, 4)], DDIM.create(SCHEDULE, 4), jnp.full((1, 2), 9.0), **seen)
+    assert starts.tolist() == [9, 0, 1, 2]
+    assert last.tolist() == [[3, 3]]
+
+
 def test_state_stays_float32_under_a_bfloat16_model():
     def model(x, t, step):
         assert x.dtype == jnp.float32
         return x.astype(jnp.bfloat16)
 
-    assert sample([Phase(model, 0, 3)], DDIM.create(SCHEDULE, 3), jnp.ones((1, 2), jnp.bfloat16)).dtype == jnp.float32
+    for name in ("ddim", "dpmpp_2m"):
+        last = sample([Phase(model, 0, 3)], make_solver(name, SCHEDULE, 3), jnp.ones((1, 2), jnp.bfloat16))
+        assert last.dtype == jnp.float32
 
 
 def test_a_stochastic_solver_asks_for_noise():
-    with pytest.raises(ValueError, match="needs noise"):
-        sample([Phase(decay, 0, 3)], DDIM.create(SCHEDULE, 3, eta=1.0), jnp.ones((1, 2)))
+    for solver in (DDIM.create(SCHEDULE, 3, eta=1.0), *(make_solver(name, SCHEDULE, 3) for name in SAMPLERS)):
+        if solver.stochastic:
+            with pytest.raises(ValueError, match="needs noise"):
+                sample([Phase(decay, 0, 3)], solver, jnp.ones((1, 2)))
     with pytest.raises(ValueError, match="eta is 2"):
         DDIM.create(SCHEDULE, 3, eta=2)
 

@@ -59,8 +59,8 @@ def test_a_class_that_never_clips_is_not_made_to_clip():
         ("prediction_type", "flow_prediction", "epsilon, v_prediction, sample"),
         ("timestep_spacing", "karras", "leading, trailing, linspace"),
         ("_class_name", "LCMScheduler", "DDIMScheduler"),
-        ("rescale_betas_zero_snr", True, "False"),
-        ("thresholding", True, "False"),
+        ("rescale_betas_zero_snr", "yes", "true or false"),
+        ("use_flow_sigmas", True, "False"),
         ("num_train_timesteps", 0, "an integer >= 1"),
         ("num_train_timesteps", "1000", "an integer >= 1"),
         ("steps_offset", -1, "an integer >= 0"),
@@ -78,6 +78,32 @@ def test_unsupported_values_name_key_found_and_expected(key, value, expected):
     text = str(error.value)
     assert expected in text
     assert "\n" not in text
+
+
+def test_a_spacing_that_no_file_gave_is_not_written():
+    assert "timestep_spacing" not in NoiseSchedule.from_config(SD15).to_config()
+    assert NoiseSchedule.from_config(SD15 | {"timestep_spacing": None}) == NoiseSchedule.from_config(SD15)
+    given = NoiseSchedule.from_config(SD15 | {"timestep_spacing": "leading"})
+    assert given.to_config()["timestep_spacing"] == "leading"
+    assert np.array_equal(given.timesteps(25), NoiseSchedule.from_config(SD15).timesteps(25))
+
+
+def test_rescaled_betas_end_without_signal_and_start_as_before():
+    plain = NoiseSchedule.from_config(SD15)
+    schedule = NoiseSchedule.from_config(SD15 | {"rescale_betas_zero_snr": True})
+    assert schedule.alphas_cumprod[-1] == 0 == schedule.snr(999)
+    np.testing.assert_allclose(schedule.alphas_cumprod[0], plain.alphas_cumprod[0], rtol=1e-6)
+    assert np.all(np.diff(schedule.alphas_cumprod) < 0)
+    assert NoiseSchedule.from_config(schedule.to_config()) == schedule
+    with pytest.raises(InputError, match="num_train_timesteps 1, expected at least 2"):
+        NoiseSchedule(num_train_timesteps=1, rescale_betas_zero_snr=True)
+
+
+def test_options_of_solvers_are_read_with_their_defaults():
+    schedule = NoiseSchedule.from_config(SD15 | {"solver_order": 3, "sigma_max": None})
+    assert schedule.option("solver_order", 2) == 3
+    assert schedule.option("sigma_max", 7.0) == 7.0
+    assert schedule.option("solver_type", "midpoint") == "midpoint"
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, True])

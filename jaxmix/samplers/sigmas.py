@@ -1,0 +1,144 @@
+"""Noise levels of the solvers that step along sigma / signal, which diffusers calls sigmas.
+
+sigma(t) = sqrt((1 - abar_t) / abar_t). The grids follow diffusers' EulerDiscreteScheduler and
+DPMSolverMultistepScheduler, which differ from each other and from DDIM in the spacing and in the end points.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jaxmix.schedule import NoiseSchedule
+from jaxmix.types import InputError
+
+RHO = 7.0  # arXiv 2206.00364, section 3
+UNSUPPORTED = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The grid of one run: timesteps (S,), descending, and sigma / signal float32 (S + 1,), before each step and last.
+
+    Timesteps are int32, or float32 where they fall between those of the training.
+    """
+
+    timesteps: np.ndarray
+    sigmas: np.ndarray
+
+    @property
+    def signals(self) -> np.ndarray:
+        """The factor of x0 at each level, float64 (S + 1,): the grid's sigmas times it are the factors of eps."""
+        return 1 / np.sqrt(self.sigmas.astype(np.float64) ** 2 + 1)
+
+
+def training_sigmas(schedule: NoiseSchedule) -> np.ndarray:
+    """Returns sigma / signal of every training timestep, float32 (T,), ascending and finite.
+
+    Where the schedule ends without any signal, abar is taken as 2**-24 there, as in diffusers.
+    """
+    abar = schedule.alphas_cumprod
+    if schedule.rescale_betas_zero_snr:
+        abar = np.concatenate([abar[:-1], np.asarray([2**-24], np.float32)])
+    return np.sqrt((1 - abar) / abar)
+
+
+def euler_levels(schedule: NoiseSchedule, steps: int, karras: bool, to_zero: bool = False) -> Levels:
+    """Returns the grid of Euler; Karras levels (arXiv 2206.00364, eq. 5) run between the ends of the plain grid.
+
+    The last level is 0, or, if the config's final_sigmas_type says so and not `to_zero`, the least of the training.
+    Raises InputError for impossible steps and unsupported options.
+    """
+    total = schedule.check_steps(steps)
+    if schedule.timestep_spacing in (None, "linspace"):
+        t = np.linspace(0, total - 1, steps, dtype=np.float32)[::-1]
+    else:
+        t = schedule.timesteps(steps).astype(np.float32)
+    training = training_sigmas(schedule)
+    sigmas = np.interp(t, np.arange(total), training)
+    if karras:
+        least = schedule.option("sigma_min", sigmas[-1].item())
+        most = schedule.option("sigma_max", sigmas[0].item())
+        sigmas = _karras(least, most, steps)
+        t = _timesteps_of(sigmas, training)
+    t = t.astype(np.float32)
+    whole = t.astype(np.int32)
+    return Levels(whole if np.all(whole == t) else t, _with_last(schedule, training, sigmas, to_zero))
+
+
+def dpm_levels(schedule: NoiseSchedule, steps: int, karras: bool) -> Levels:
+    """Returns the grid of DPM-Solver++; Karras levels run between the ends of the training's levels.
+
+    Plain grids are those of one step more than asked, without its last timestep. Raises InputError for impossible
+    steps and unsupported options.
+    """
+    total = schedule.check_steps(steps)
+    training = training_sigmas(schedule)
+    if karras:
+        sigmas = _karras(training[0].item(), training[-1].item(), steps)
+        t = _timesteps_of(sigmas, training)
+        if schedule.beta_schedule != "squaredcos_cap_v2":
+            t = t.round()
+    else:
+        t = _dpm_timesteps(schedule, steps, training)
+        sigmas = np.interp(t, np.arange(total), training)
+    return Levels(t.astype(np.int32), _with_last(schedule, training, sigmas))
+
+
+def _dpm_timesteps(schedule: NoiseSchedule, steps: int, training: np.ndarray) -> np.ndarray:
+    total = schedule.num_train_timesteps
+    # lambda = log(signal / sigma) falls with t; levels below lambda_min_clipped are left out at the noisy end.
+    clip = schedule.option("lambda_min_clipped", -math.inf)
+    end = total - int(np.searchsorted(-np.log(training[::-1]), np.float32(clip)))
+    if schedule.timestep_spacing in (None, "linspace"):
+        t = np.linspace(0, end - 1, steps + 1).round()[:0:-1]
+    elif schedule.timestep_spacing == "trailing":
+        t = np.arange(end, 0, -total / steps).round()[:steps] - 1
+    else:
+        ratio = end // (steps + 1)
+        if ratio == 0:
+            raise InputError(
+                f"steps is {steps}, expected at most {end - 1} for this sampler with leading timestep_spacing"
+            )
+        t = (np.arange(1, steps + 1) * ratio)[::-1] + schedule.steps_offset
+    schedule.check_first_timestep(steps, t[0])
+    return t
+
+
+def _with_last(schedule: NoiseSchedule, training: np.ndarray, sigmas: np.ndarray, to_zero: bool = False) -> np.ndarray:
+    last = 0.0 if to_zero or final_sigma(schedule) == "zero" else training[0]
+    return np.concatenate([sigmas, [last]]).astype(np.float32)
+
+
+def final_sigma(schedule: NoiseSchedule) -> str:
+    """Returns the config's final_sigmas_type: "zero" or "sigma_min"; raises InputError for any other."""
+    return choice(schedule, "final_sigmas_type", ("zero", "sigma_min"))
+
+
+def choice(schedule: NoiseSchedule, key: str, choices: tuple[str, ...]) -> str:
+    """Returns a solver option of the config, the first choice if it has none; raises InputError for another value."""
+    found = schedule.option(key, choices[0])
+    if found not in choices:
+        raise InputError(f"scheduler config: {key} is {found!r}, expected {' or '.join(choices)} for this sampler")
+    return found
+
+
+def refuse(schedule: NoiseSchedule, keys: tuple[str, ...]) -> None:
+    """Raises InputError if the config switches on one of these options, which the sampler asked for does not have."""
+    for key in keys:
+        if schedule.option(key, False):
+            raise InputError(f"scheduler config: {key} is true, expected false for this sampler: not supported")
+
+
+def _karras(least: float, most: float, steps: int) -> np.ndarray:
+    """Returns levels from most to least, evenly spaced in their RHO-th root, float64 (steps,)."""
+    start, stop = most ** (1 / RHO), least ** (1 / RHO)
+    return (start + np.linspace(0, 1, steps) * (stop - start)) ** RHO
+
+
+def _timesteps_of(sigmas: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """Returns the timesteps of levels, interpolated in log sigma between the training's and held to its range."""
+    logs, log = np.log(training), np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip(np.searchsorted(logs, log, side="right") - 1, 0, len(logs) - 2)
+    weight = np.clip((logs[low] - log) / (logs[low] - logs[low + 1]), 0, 1)
+    return (1 - weight) * low + weight * (low + 1)
