@@ -1,4 +1,4 @@
-"""CLIPTextModel: the text encoder of Stable Diffusion (arXiv 2103.00020), under transformers' names.
+"""CLIPTextModel: the text encoders of Stable Diffusion (arXiv 2103.00020), under transformers' names.
 
 The tree is rooted at ``text_model``, as in every checkpoint that is in circulation; transformers 5 drops that prefix
 when it writes, and the weights room reads both.
@@ -23,10 +23,17 @@ _init = nn.initializers.normal(0.02)
 
 @struct.dataclass
 class TextStates:
-    """What a text encoder gives: the last states after the final norm, and the state at the end-of-text token."""
+    """What a text encoder gives.
+
+    ``last_hidden_state`` is after the final norm; ``penultimate`` is what the last layer is given, which no norm has
+    seen (``hidden_states[-2]`` in transformers); ``pooled`` is the last hidden state at the end-of-text token, and
+    ``projected`` its projection, None for a model without one.
+    """
 
     last_hidden_state: Float[Array, "b s d"]
+    penultimate: Float[Array, "b s d"]
     pooled: Float[Array, "b d"]
+    projected: Float[Array, "b p"] | None = None
 
 
 class Embed(nn.Module):
@@ -97,19 +104,24 @@ class TextTransformer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, ids: Int[AnyArray, "b s"]) -> Float[Array, "b s d"]:
+    def __call__(self, ids: Int[AnyArray, "b s"]) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"]]:
+        """Return the states after the final norm, and those before the last layer."""
         cfg = self.config
         d, s = cfg.hidden_size, ids.shape[1]
         x = Embed(cfg.vocab_size, d, name="embeddings.token_embedding")(ids)
         x = x + Embed(cfg.max_position_embeddings, d, name="embeddings.position_embedding")(jnp.arange(s))
-        x = x.astype(self.dtype)
+        x = penultimate = x.astype(self.dtype)
         for i in range(cfg.num_hidden_layers):
+            penultimate = x
             x = EncoderLayer(cfg, self.dtype, name=f"encoder.layers.{i}")(x)
-        return LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x)
+        return LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x), penultimate
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP's text encoder: causal transformer over token ids, at most ``max_position_embeddings`` of them."""
+    """CLIP's text encoder: causal transformer over token ids, at most ``max_position_embeddings`` of them.
+
+    With ``config.projection`` it is transformers' CLIPTextModelWithProjection, the second encoder of SDXL.
+    """
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
@@ -118,13 +130,17 @@ class CLIPTextModel(nn.Module):
     def __call__(self, ids: Int[AnyArray, "b s"]) -> TextStates:
         """Encode token ids (b, s). The end-of-text token is the first one that has the configured id.
 
-        Old configs say ``eos_token_id: 2``, which is no token that prompts hold; the largest id is taken then, as
-        transformers does.
+        Old configs say ``eos_token_id: 2``, which is no token that prompts hold; the first of the largest id is taken
+        then, as transformers does.
         """
         cfg = self.config
-        x = TextTransformer(cfg, self.dtype, name="text_model")(ids)
+        x, penultimate = TextTransformer(cfg, self.dtype, name="text_model")(ids)
         end = ids.argmax(-1) if cfg.eos_token_id == 2 else (ids == cfg.eos_token_id).argmax(-1)
-        return TextStates(x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
+        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        projected = None
+        if cfg.projection:
+            projected = Linear(cfg.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
+        return TextStates(x, penultimate, pooled, projected)
 
     @nn.nowrap
     def init_params(self, key: Array) -> Params:

@@ -85,6 +85,9 @@ class UNetConfig(_Config):
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -97,7 +100,6 @@ class UNetConfig(_Config):
         "dropout": (0.0,),
         "dual_cross_attention": (False,),
         "class_embed_type": (None,),
-        "addition_embed_type": (None,),
         "encoder_hid_dim": (None,),
         "encoder_hid_dim_type": (None,),
         "num_class_embeds": (None,),
@@ -117,13 +119,23 @@ class UNetConfig(_Config):
         "cross_attention_norm": (None,),
         "reverse_transformer_layers_per_block": (None,),
     }
-    # The softmax is float32 here in any case, which is what upcast_attention asks for.
+    # The softmax is float32 here in any case, which is what upcast_attention asks for. The last three are what the Flax
+    # models of diffusers say about how they compute, not what.
     ignored: ClassVar[frozenset[str]] = frozenset(
-        {"upcast_attention", "addition_embed_type_num_heads", "projection_class_embeddings_input_dim"}
+        {
+            "upcast_attention",
+            "addition_embed_type_num_heads",
+            "dtype",
+            "split_head_dim",
+            "use_memory_efficient_attention",
+        }
     )
 
     def check(self) -> None:
         n = len(self.block_out_channels)
+        for key in ("layers_per_block", "cross_attention_dim"):
+            if not isinstance(found := getattr(self, key), int):
+                raise InputError(f"{self.class_name} config: {key}={found!r} is not supported, expected one integer")
         for key, known in (
             ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
             ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
@@ -140,7 +152,24 @@ class UNetConfig(_Config):
                     f"{self.class_name} config: block_out_channels has {channels}, which is not a multiple of "
                     f"{heads} heads and {self.norm_num_groups} norm groups"
                 )
-        _per_block(self.transformer_layers_per_block, n, "transformer_layers_per_block")
+        for depth in self.depths:
+            if not isinstance(depth, int):
+                raise InputError(
+                    f"{self.class_name} config: transformer_layers_per_block has {depth!r}, expected an integer"
+                )
+        self._check_addition()
+
+    def _check_addition(self) -> None:
+        if self.addition_embed_type is None:
+            return
+        if self.addition_embed_type != "text_time":
+            raise InputError(
+                f"{self.class_name} config: addition_embed_type={self.addition_embed_type!r} is not supported, "
+                "expected None or 'text_time'"
+            )
+        for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if not isinstance(found := getattr(self, key), int):
+                raise InputError(f"{self.class_name} config: {key} is {found!r}, expected an integer with 'text_time'")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -160,7 +189,10 @@ class UNetConfig(_Config):
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(_Config):
-    """Configuration of `AutoencoderKL`; fields as in diffusers."""
+    """Configuration of `AutoencoderKL`; fields as in diffusers.
+
+    ``force_upcast`` says that half precision overflows in this autoencoder: decode it in float32.
+    """
 
     sample_size: int = 512
     in_channels: int = 3
@@ -175,6 +207,7 @@ class VAEConfig(_Config):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    force_upcast: bool = True
 
     class_name: ClassVar[str] = "AutoencoderKL"
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -183,7 +216,7 @@ class VAEConfig(_Config):
         "latents_mean": (None,),
         "latents_std": (None,),
     }
-    ignored: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"dtype"})  # of the Flax models of diffusers
 
     def check(self) -> None:
         n = len(self.block_out_channels)
@@ -206,7 +239,11 @@ class VAEConfig(_Config):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(_Config):
-    """Configuration of `CLIPTextModel`; fields as in transformers."""
+    """Configuration of `CLIPTextModel`; fields as in transformers.
+
+    ``projection`` is told by ``architectures``: a CLIPTextModelWithProjection maps the pooled state to
+    ``projection_dim`` numbers.
+    """
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -220,8 +257,10 @@ class CLIPTextConfig(_Config):
     bos_token_id: int = 49406
     pad_token_id: int | None = 1
     projection_dim: int = 512
+    projection: bool = False
 
     class_name: ClassVar[str] = "CLIPTextModel"
+    projection_class_name: ClassVar[str] = "CLIPTextModelWithProjection"
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model_type": ("clip_text_model", "clip")}
     # Training-time settings and the generation defaults that transformers writes into every config.
     ignored: ClassVar[frozenset[str]] = frozenset()
@@ -230,11 +269,14 @@ class CLIPTextConfig(_Config):
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         names = {f.name for f in dataclasses.fields(cls)} | set(cls.fixed)
         found = config.get("architectures") or [cls.class_name]
-        if cls.class_name not in found:
-            raise InputError(f"config: architectures is {found}, expected [{cls.class_name!r}]")
+        if not {cls.class_name, cls.projection_class_name} & set(found):
+            raise InputError(
+                f"config: architectures is {found}, expected [{cls.class_name!r}] or [{cls.projection_class_name!r}]"
+            )
         # transformers writes dozens of generation and training settings into each config.json; none of them changes a
         # text encoder, so only the keys that do are read.
-        return super().from_dict({k: v for k, v in config.items() if k in names})
+        read = {k: v for k, v in config.items() if k in names}
+        return super().from_dict(read | {"projection": cls.projection_class_name in found})
 
     def check(self) -> None:
         if self.hidden_act not in ("quick_gelu", "gelu"):
@@ -249,4 +291,6 @@ class CLIPTextConfig(_Config):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"architectures": [self.class_name], "model_type": "clip_text_model", **super().to_dict()}
+        fields = super().to_dict()
+        architecture = self.projection_class_name if fields.pop("projection") else self.class_name
+        return {"architectures": [architecture], "model_type": "clip_text_model", **fields}

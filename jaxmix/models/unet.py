@@ -7,19 +7,30 @@ Everything that a method changes enters as the ``controls`` argument. What a con
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from jaxmix.control import KV, Control, Site, apply_kv
 from jaxmix.models.attention import Attention, Context, Transformer2DModel
 from jaxmix.models.config import UNetConfig
 from jaxmix.models.layers import Conv, GroupNorm, Linear, timestep_embedding, upsample_nearest
-from jaxmix.types import AnyArray, Array, Params
+from jaxmix.types import AnyArray, Array, InputError, Params
+
+
+class AddedCond(NamedTuple):
+    """What SDXL is told besides the prompt's tokens (arXiv 2307.01952, sections 2.2 and 2.3).
+
+    ``text_embeds`` (b, p) is the projected state of the second text encoder. ``time_ids`` (b, 6) are in pixels: the
+    original height and width, the top and left of the crop, the target height and width.
+    """
+
+    text_embeds: Float[AnyArray, "b p"]
+    time_ids: Num[AnyArray, "b n"]
 
 
 class ResnetBlock2D(nn.Module):
@@ -167,10 +178,13 @@ class UNet2DConditionModel(nn.Module):
         t: ArrayLike,
         context: Context,
         controls: Sequence[Control] = (),
-    ) -> Float[Array, "b h w c"]:
+        added: AddedCond | Float[AnyArray, "b e"] | None = None,
+    ) -> Float[Array, "b h w o"]:
         """Predict (noise, or v) for latents (b, h, w, c) at timesteps ``t`` (scalar or (b,), 0-999).
 
-        ``context`` is (b, s, d) text states, or what `precompute` made of them. Returns float32 (b, h, w, c).
+        ``context`` is (b, s, d) text states, or what `precompute` made of them. ``added`` is the added conditioning of
+        SDXL, or what `embed_added` made of it. Returns float32 (b, h, w, o) of ``out_channels``. Raises `InputError`
+        where ``added`` is missing, not wanted, or of a wrong width.
         """
         cfg = self.config
         controls = tuple(controls)
@@ -196,6 +210,17 @@ class UNet2DConditionModel(nn.Module):
         t = jnp.broadcast_to(jnp.asarray(t), (latents.shape[0],))
         emb = timestep_embedding(t, channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
         emb = TimestepEmbedding(4 * channels[0], self.dtype, name="time_embedding")(emb.astype(self.dtype))
+        if (added is None) != (cfg.addition_embed_type is None):
+            found, expected = ("none", "AddedCond") if added is None else (type(added).__name__, "none")
+            raise InputError(
+                f"unet: added conditioning: found {found}, expected {expected} with "
+                f"addition_embed_type={cfg.addition_embed_type!r}"
+            )
+        if isinstance(added, AddedCond):
+            features = _added_features(cfg, added).astype(self.dtype)
+            added = TimestepEmbedding(4 * channels[0], self.dtype, name="add_embedding")(features)
+        if added is not None:
+            emb = emb + added.astype(self.dtype)
         x = Conv(channels[0], dtype=self.dtype, name="conv_in")(latents)
         skips: list[Array] = [x]
         for i, kind in enumerate(cfg.down_block_types):
@@ -235,15 +260,31 @@ class UNet2DConditionModel(nn.Module):
         return out
 
     @nn.nowrap
+    def embed_added(self, params: Params, added: AddedCond) -> Float[Array, "b e"]:
+        """Embed the added conditioning of SDXL.
+
+        Like `precompute`, this does not depend on the timestep: `__call__` takes the result in place of ``added``.
+        Raises `InputError` if this model has no added conditioning, or one of another width.
+        """
+        features = _added_features(self.config, added).astype(self.dtype)
+        layer = TimestepEmbedding(4 * self.config.block_out_channels[0], self.dtype, parent=None)
+        return layer.apply({"params": params["add_embedding"]}, features)
+
+    @nn.nowrap
     def init_params(self, key: Array) -> Params:
         """Return fresh float32 parameters."""
         size = self.config.sample_size
         h, w = size if isinstance(size, tuple) else (size, size)
+        cfg = self.config
 
         def init(key: Array) -> Params:
-            latents = jnp.zeros((1, h, w, self.config.in_channels))
-            context = jnp.zeros((1, 1, self.config.cross_attention_dim))
-            return self.clone(remat=False).init(key, latents, 0, context)["params"]
+            latents = jnp.zeros((1, h, w, cfg.in_channels))
+            context = jnp.zeros((1, 1, cfg.cross_attention_dim))
+            added = None
+            if cfg.addition_embed_type is not None:
+                # How the width is shared between text and numbers is nowhere in the config, and does not matter here.
+                added = AddedCond(jnp.zeros((1, cfg.projection_class_embeddings_input_dim)), jnp.zeros((1, 0)))
+            return self.clone(remat=False).init(key, latents, 0, context, (), added)["params"]
 
         return jax.jit(init)(key)
 
@@ -251,6 +292,26 @@ class UNet2DConditionModel(nn.Module):
     def abstract_params(self) -> Params:
         """Return the parameter tree as ShapeDtypeStructs, without computing anything."""
         return jax.eval_shape(self.init_params, jax.random.key(0))
+
+
+def _added_features(cfg: UNetConfig, added: AddedCond) -> Float[Array, "b f"]:
+    """Join the text embedding with the sinusoids of the numbers, float32."""
+    if cfg.addition_embed_type is None or cfg.addition_time_embed_dim is None:
+        raise InputError(f"unet: added conditioning: found {type(added).__name__}, this model has none")
+    b, n = added.time_ids.shape
+    sinusoids = timestep_embedding(
+        jnp.ravel(added.time_ids),
+        cfg.addition_time_embed_dim,
+        flip_sin_to_cos=cfg.flip_sin_to_cos,
+        freq_shift=cfg.freq_shift,
+    )
+    out = jnp.concatenate([added.text_embeds, sinusoids.reshape(b, n * cfg.addition_time_embed_dim)], -1)
+    if out.shape[-1] != cfg.projection_class_embeddings_input_dim:
+        raise InputError(
+            f"unet: added conditioning: found {added.text_embeds.shape[-1]} text features and {n} numbers of "
+            f"{cfg.addition_time_embed_dim}, expected {cfg.projection_class_embeddings_input_dim} in all"
+        )
+    return out
 
 
 def subtree(params: Params, name: str) -> Params:

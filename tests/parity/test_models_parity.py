@@ -179,7 +179,7 @@ def test_every_tensor_of_stable_diffusion_15_is_used_once_with_the_right_shape(p
     ("kind", "changes", "message"),
     [
         (UNetConfig, {"down_block_types": ["KDownBlock2D"] * 4}, "down_block_types has 'KDownBlock2D'"),
-        (UNetConfig, {"addition_embed_type": "text_time"}, "addition_embed_type='text_time' is not supported"),
+        (UNetConfig, {"addition_embed_type": "image"}, "addition_embed_type='image' is not supported"),
         (UNetConfig, {"act_fn": "gelu"}, "act_fn='gelu' is not supported, expected 'silu' or 'swish'"),
         (UNetConfig, {"new_thing": 3}, "key 'new_thing'"),
         (UNetConfig, {"attention_head_dim": [8, 8]}, "attention_head_dim has 2 entries, expected 4"),

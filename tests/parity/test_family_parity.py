@@ -1,0 +1,417 @@
+"""Stable Diffusion 2.x and XL against torch: small models by number, the released ones by census."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmix import InputError
+from jaxmix.models import (
+    AddedCond,
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    UNet2DConditionModel,
+    UNetConfig,
+    VAEConfig,
+)
+from jaxmix.models.unet import norm_sites, sites
+from jaxmix.weights import load_tree, read_config
+from jaxmix.weights.names import flatten, match, to_torch_key, to_torch_shape
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 2e-5  # of the output's largest absolute value
+
+# The config.json files of the released models, key by key.
+SD21_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.10.0.dev0",
+    "act_fn": "silu",
+    "attention_head_dim": [5, 10, 20, 20],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 1024,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "sample_size": 96,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+SDXL_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.19.0.dev0",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "attention_type": "default",
+    "block_out_channels": [320, 640, 1280],
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 2048,
+    "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+SD21_VAE = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.10.0.dev0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 768,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SDXL_VAE = SD21_VAE | {
+    "_diffusers_version": "0.20.0.dev0",
+    "force_upcast": True,
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+_TEXT = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "gelu",
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "pad_token_id": 1,
+    "torch_dtype": "float16",
+    "transformers_version": "4.32.0.dev0",
+    "vocab_size": 49408,
+}
+SD21_TEXT = _TEXT | {
+    "architectures": ["CLIPTextModel"],
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
+SDXL_TEXT = _TEXT | {
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+}
+SDXL_TEXT_2 = _TEXT | {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+
+_SMALL = {
+    "sample_size": 16,
+    "block_out_channels": (16, 32, 48),
+    "cross_attention_dim": 24,
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+SMALL_SD2 = _SMALL | {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": (2, 4, 6),
+}
+SMALL_SDXL = _SMALL | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (1, 2, 3),
+    "transformer_layers_per_block": (1, 2, 3),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 20 + 6 * 8,
+}
+
+
+def loaded(theirs, ours, tmp_path):
+    """Save the torch model and read its file into our tree."""
+    with torch.no_grad():  # norms and biases start at ones and zeros, where a swap would go unnoticed
+        for p in theirs.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    theirs.eval().save_pretrained(tmp_path)
+    return load_tree(tmp_path, ours.abstract_params())
+
+
+def nhwc(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def assert_close(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def test_the_unet_of_stable_diffusion_2_agrees(tmp_path):
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(**SMALL_SD2)
+    ours = UNet2DConditionModel(UNetConfig.from_dict(dict(theirs.config)))
+    params = loaded(theirs, ours, tmp_path)
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 977]), torch.randn(2, 7, 24)
+    with torch.no_grad():
+        expected = nhwc(theirs(x, t, context).sample)
+    assert_close(jax.jit(ours.apply)({"params": params}, nhwc(x), t.numpy(), context.numpy()), expected)
+
+
+def test_the_unet_of_sdxl_agrees_and_takes_what_is_computed_once(tmp_path):
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(**SMALL_SDXL)
+    ours = UNet2DConditionModel(UNetConfig.from_dict(dict(theirs.config)))
+    params = loaded(theirs, ours, tmp_path)
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 977]), torch.randn(2, 7, 24)
+    text = torch.randn(2, 20)
+    numbers = torch.tensor([[1024.0, 768, 0, 13, 1024, 1024], [512, 512, 7, 0, 1024, 1536]])
+    with torch.no_grad():
+        expected = nhwc(theirs(x, t, context, added_cond_kwargs={"text_embeds": text, "time_ids": numbers}).sample)
+        moved = nhwc(theirs(x, t, context, added_cond_kwargs={"text_embeds": text, "time_ids": 0 * numbers}).sample)
+    assert np.abs(moved - expected).max() > 1e-2 * np.abs(expected).max()
+
+    @jax.jit
+    def both(params, x, t, context, added):
+        kv, embedded = ours.precompute(params, context, (16, 16)), ours.embed_added(params, added)
+        return (
+            ours.apply({"params": params}, x, t, context, (), added),
+            ours.apply({"params": params}, x, t, kv, (), embedded),
+        )
+
+    added = AddedCond(text.numpy(), numbers.numpy())
+    for got in both(params, nhwc(x), t.numpy(), context.numpy(), added):
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("eos", [98, 2])
+def test_the_text_encoder_with_projection_agrees(tmp_path, eos):
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=20,
+        projection_dim=24,
+        hidden_act="gelu",
+        bos_token_id=97,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    theirs = transformers.CLIPTextModelWithProjection(config)
+    ids = torch.randint(1, 97, (3, 20))
+    ids[0, 7], ids[0, 8:] = 98, 0  # padded by another token
+    ids[1, 9:] = 98  # padded by the end of the text itself: the first counts
+    ids[2, 19] = 98
+    theirs.save_pretrained(tmp_path)
+    ours = CLIPTextModel(CLIPTextConfig.from_dict(read_config(tmp_path)))
+    assert ours.config.projection
+    params = loaded(theirs, ours, tmp_path)
+    with torch.no_grad():
+        expected = theirs(ids, output_hidden_states=True)
+    got = ours.apply({"params": params}, ids.numpy())
+    assert_close(got.last_hidden_state, expected.last_hidden_state)
+    assert_close(got.penultimate, expected.hidden_states[-2])
+    assert_close(got.projected, expected.text_embeds)
+    first = [7, 9, 19]
+    np.testing.assert_array_equal(got.pooled, got.last_hidden_state[np.arange(3), first])
+
+
+def test_a_text_encoder_without_projection_has_none_and_its_penultimate_state(tmp_path):
+    torch.manual_seed(0)
+    config = {k: v for k, v in SD21_TEXT.items() if k not in ("torch_dtype", "transformers_version", "architectures")}
+    config |= {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config | {"num_attention_heads": 4}))
+    ours = CLIPTextModel(CLIPTextConfig.from_dict(theirs.config.to_dict()))
+    params = loaded(theirs, ours, tmp_path)
+    ids = torch.randint(3, 98, (1, 77))
+    with torch.no_grad():
+        expected = theirs(ids, output_hidden_states=True)
+    got = ours.apply({"params": params}, ids.numpy())
+    assert got.projected is None and "text_projection" not in params
+    assert_close(got.last_hidden_state, expected.last_hidden_state)
+    assert_close(got.penultimate, expected.hidden_states[-2])
+    assert_close(got.pooled, expected.pooler_output)
+
+
+def torch_unet(config):
+    return diffusers.UNet2DConditionModel.from_config(config)
+
+
+def torch_vae(config):
+    return diffusers.AutoencoderKL.from_config(config)
+
+
+def torch_text(config):
+    kind = getattr(transformers, config["architectures"][0])
+    return kind(transformers.CLIPTextConfig(**{k: v for k, v in config.items() if k != "torch_dtype"}))
+
+
+RELEASED = {
+    "sd21 unet": (UNet2DConditionModel, UNetConfig, SD21_UNET, torch_unet, 865_910_724),
+    "sd21 vae": (AutoencoderKL, VAEConfig, SD21_VAE, torch_vae, 83_653_863),
+    "sd21 text_encoder": (CLIPTextModel, CLIPTextConfig, SD21_TEXT, torch_text, 340_387_840),
+    "sdxl unet": (UNet2DConditionModel, UNetConfig, SDXL_UNET, torch_unet, 2_567_463_684),
+    "sdxl vae": (AutoencoderKL, VAEConfig, SDXL_VAE, torch_vae, 83_653_863),
+    "sdxl text_encoder": (CLIPTextModel, CLIPTextConfig, SDXL_TEXT, torch_text, 123_060_480),
+    "sdxl text_encoder_2": (CLIPTextModel, CLIPTextConfig, SDXL_TEXT_2, torch_text, 694_659_840),
+}
+
+
+@pytest.mark.parametrize("part", RELEASED)
+def test_every_tensor_of_the_released_models_is_used_once_with_the_right_shape(part):
+    kind, config_kind, config, build, count = RELEASED[part]
+    ours = kind(config_kind.from_dict(config))
+    with torch.device("meta"):
+        theirs = build(config)
+    found = {k: tuple(v.shape) for k, v in theirs.named_parameters()}
+    target = {to_torch_key(path): to_torch_shape(path, leaf.shape) for path, leaf in flatten(ours.abstract_params())}
+    used = {match(key, target): shape for key, shape in found.items()}
+    assert None not in used and len(used) == len(found)
+    assert used == target
+    assert sum(int(np.prod(s)) for s in target.values()) == count
+    if kind is UNet2DConditionModel:
+        modules = {name for name, _ in theirs.named_modules()}
+        # The norms inside a transformer block are LayerNorms, which no control reaches.
+        norms = {n for n in modules if n.rpartition(".")[2].startswith("norm") and "transformer_blocks" not in n}
+        hw = (ours.config.sample_size,) * 2
+        listed, listed_norms = sites(ours.config, hw), norm_sites(ours.config, hw)
+        assert {s.name for s in listed} == {n for n in modules if n.endswith((".attn1", ".attn2"))}
+        assert {s.name for s in listed_norms} == norms | {"conv_norm_out"}
+        assert len({s.name for s in listed}) == len(listed)
+        for s in listed:
+            assert theirs.get_submodule(s.name).heads == s.heads
+
+
+@pytest.mark.parametrize("part", RELEASED)
+def test_a_released_config_survives_being_written_and_read(part):
+    _, kind, config, _, _ = RELEASED[part]
+    read = kind.from_dict(config)
+    written = read.to_dict()
+    assert kind.from_dict(written) == read
+    for key in written.keys() & config.keys() - {"upcast_attention"}:
+        assert written[key] == config[key], key
+
+
+def test_the_upcast_of_the_autoencoder_is_read_and_written():
+    assert VAEConfig.from_dict(SD21_VAE).force_upcast  # diffusers' default, where old files do not say
+    read = VAEConfig.from_dict(SDXL_VAE | {"force_upcast": False})
+    assert not read.force_upcast and read.to_dict()["force_upcast"] is False
+
+
+def test_an_inpainting_unet_can_be_built():
+    unet = UNet2DConditionModel(UNetConfig.from_dict(SMALL_SD2 | {"in_channels": 9}))
+    assert unet.abstract_params()["conv_in"]["kernel"].shape == (3, 3, 9, 16)
+    out = jax.eval_shape(
+        unet.apply, {"params": unet.abstract_params()}, jnp.zeros((1, 8, 8, 9)), 0, jnp.zeros((1, 7, 24))
+    )
+    assert out.shape == (1, 8, 8, 4)
+
+
+def test_added_conditioning_that_does_not_fit_is_named():
+    plain = UNet2DConditionModel(UNetConfig.from_dict(SMALL_SD2))
+    xl = UNet2DConditionModel(UNetConfig.from_dict(SMALL_SDXL))
+    x, context = jnp.zeros((1, 16, 16, 4)), jnp.zeros((1, 7, 24))
+    good = AddedCond(jnp.zeros((1, 20)), jnp.zeros((1, 6)))
+    for unet, added, message in (
+        (xl, None, "found none, expected AddedCond"),
+        (plain, good, "found AddedCond, expected none"),
+        (
+            xl,
+            good._replace(time_ids=jnp.zeros((1, 5))),
+            "found 20 text features and 5 numbers of 8, expected 68 in all",
+        ),
+    ):
+        with pytest.raises(InputError) as e:
+            jax.eval_shape(unet.init, jax.random.key(0), x, 0, context, (), added)
+        assert message in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(InputError, match="this model has none"):
+        plain.embed_added({}, good)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"addition_embed_type": "text_image"}, "addition_embed_type='text_image' is not supported"),
+        ({"addition_time_embed_dim": None}, "addition_time_embed_dim is None, expected an integer"),
+        ({"projection_class_embeddings_input_dim": None}, "projection_class_embeddings_input_dim is None"),
+        ({"transformer_layers_per_block": [1, [2, 1], 3]}, "transformer_layers_per_block has (2, 1)"),
+        ({"layers_per_block": [2, 2, 2]}, "layers_per_block=(2, 2, 2) is not supported, expected one integer"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
+    ],
+)
+def test_an_unsupported_value_is_named(changes, message):
+    with pytest.raises(InputError) as e:
+        UNetConfig.from_dict(SMALL_SDXL | changes)
+    assert message in str(e.value) and "\n" not in str(e.value)
