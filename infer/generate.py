@@ -7,7 +7,6 @@ Examples: python -m infer.generate --prompt "a 3d render of an apple by the sea"
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,23 +15,29 @@ from typing import Any, Literal
 
 import numpy as np
 
-from infer.gallery import Item, Picture, write_contact_sheet, write_gallery
 from infer.manifest import Manifest
 from infer.measure import CompileClock
+from infer.pictures import open_picture, picture_size
 from infer.png import setting_chunks, write_png
+from infer.report import Times, summary, write_overview
 from infer.rows import (
     BadRow,
     Defaults,
     Row,
     buckets,
+    check_file,
     check_number,
+    check_pixels,
+    check_sampler,
     check_seed,
+    check_share,
     check_steps,
     check_text,
     read_rows,
     rows_of_prompts,
 )
 from jaxmix.command import enable_compilation_cache, progress, run
+from jaxmix.samplers import image_to_image_start, make_solver
 from jaxmix.types import InputError
 
 BUILTIN_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -43,17 +48,26 @@ class Config:
     """What to draw, how, and where to.
 
     Attributes:
-        model: "mini" (embedded), or a diffusers folder
+        model: "mini" (embedded), a diffusers folder, a single .safetensors file, or a hub id "owner/name"
         prompt: one prompt to draw
         prompts: a .txt (one prompt a line) or .jsonl file (one object a line: prompt, and optionally negative_prompt,
-            seed, steps, guidance_scale, id), or "builtin"; without either flag the built-in prompts are drawn
+            seed, steps, guidance_scale, guidance_rescale, sampler, height, width, image, mask, strength, id), or
+            "builtin"; without either flag the built-in prompts are drawn
         out: folder for the PNGs, manifest.jsonl, contact_sheet.png and gallery.html
         negative_prompt: what to steer away from, for rows that name nothing themselves
         steps: denoising steps, from 1 to the 1000 that models are usually trained with; default: the model's own
         guidance_scale: classifier-free guidance, 1 is none (no unit); default: the model's own
+        guidance_rescale: how far to bring guided predictions back to the unguided contrast, 0 to 1 (no unit)
+        sampler: the solver, such as ddim, euler, euler_ancestral, dpmpp_2m_karras; default: the model's own
+        height: of the images in pixels, a multiple of 8; default: the model's own
+        width: of the images in pixels, a multiple of 8; default: the model's own
+        image: a picture to start from (image-to-image)
+        mask: a picture, white where `image` is to be repainted (inpainting)
+        strength: how much of `image` is drawn anew, above 0 to 1
         seed: seed of the first row, 0 to 2^32 - 1; row k draws with seed + k unless it names its own
         batch_size: images denoised together (more is faster, and takes more memory); no image depends on it
-        dtype: number format of the weights and the arithmetic
+        dtype: number format of the weights and the arithmetic; auto is the one that they are stored in
+        tile: decode large images in tiles of this many pixels, in the memory of one
         devices: accelerators (or CPU devices) to spread a batch over; default: all that have an image to draw
         resume: keep the rows that this folder already holds with the same settings
         strict: draw nothing if any row is bad
@@ -67,9 +81,17 @@ class Config:
     negative_prompt: str = ""
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float = 0.8
     seed: int = 0
     batch_size: int = 8
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    tile: int | None = None
     devices: int | None = None
     resume: bool = False
     strict: bool = False
@@ -84,26 +106,21 @@ class Config:
             check_steps("--steps", self.steps)
         if self.guidance_scale is not None:
             check_number("--guidance-scale", self.guidance_scale)
+        for flag, value, check in (
+            ("--sampler", self.sampler, check_sampler),
+            ("--height", self.height, check_pixels),
+            ("--width", self.width, check_pixels),
+            ("--guidance-rescale", self.guidance_rescale, check_share),
+            ("--strength", self.strength, check_share),
+            ("--image", self.image, check_file),
+            ("--mask", self.mask, check_file),
+            ("--tile", self.tile, check_pixels),
+        ):
+            if value is not None:
+                check(flag, value)
         for flag, value in (("--batch-size", self.batch_size), ("--devices", self.devices)):
             if value is not None and value < 1:
                 raise InputError(f"{flag}: expected at least 1, found {value}")
-
-
-@dataclasses.dataclass
-class Times:
-    """Images drawn in one run, and the seconds it took; `drawing` and `decode` are without the compiling in them."""
-
-    images: int = 0
-    whole: float = 0.0
-    drawing: float = 0.0
-    compile: float = 0.0
-    decode: float = 0.0
-    png: float = 0.0
-
-    @property
-    def rate(self) -> float:
-        """Images per second once everything is compiled."""
-        return self.images / max(self.drawing, 1e-9)
 
 
 def main(config: Config) -> int:
@@ -118,7 +135,7 @@ def main(config: Config) -> int:
 
 def collect_rows(config: Config) -> tuple[list[Row], list[BadRow]]:
     """Return the job's good and bad rows; raises InputError if the job as a whole cannot be read."""
-    defaults = Defaults(config.negative_prompt, config.seed, config.steps, config.guidance_scale)
+    defaults = Defaults(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Defaults)})
     if config.prompt is not None:
         return rows_of_prompts([config.prompt], defaults)
     chosen = BUILTIN_PROMPTS if config.prompts in (None, "builtin") else Path(config.prompts)
@@ -159,7 +176,7 @@ def draw(config: Config, rows: Sequence[Row], bad: Sequence[BadRow], load: Calla
 
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
-        common = {"model": config.model, "sampler": "DDIM", "dtype": config.dtype}
+        common = {"model": config.model, "dtype": config.dtype}
         manifest = Manifest(out, resume=config.resume)
         todo = [row for row in rows if not manifest.holds(row.file_name, {**row.settings(), **common})]
         print_plan(config, rows, todo, mesh)
@@ -170,11 +187,11 @@ def draw(config: Config, rows: Sequence[Row], bad: Sequence[BadRow], load: Calla
         times = Times()
         drawing_from, compiled_before = time.monotonic(), clock.seconds
         with progress(len(todo), "draw", "images") as bar:
-            for _, bucket in buckets(todo):
+            for bucket in buckets(todo):
                 size = batch_size(config, bucket, mesh)
                 for start in range(0, len(bucket), size):
                     part = bucket[start : start + size]
-                    images, shapes = render(pipe, part, size, mesh, times, clock)
+                    images, shapes = render(pipe, part, size, mesh, config.tile, times, clock)
                     begun = time.monotonic()
                     for row, image, shape in zip(part, images, shapes, strict=True):
                         settings = {**row.settings(), **common}
@@ -189,24 +206,35 @@ def draw(config: Config, rows: Sequence[Row], bad: Sequence[BadRow], load: Calla
     times.drawing = time.monotonic() - drawing_from - (clock.seconds - compiled_before)
     times.compile = clock.seconds
     times.whole = time.monotonic() - started
-    write_overview(config, rows, bad, manifest, times, cuts)
+    write_overview(out, config.model, rows, bad, manifest, times, cuts)
     print(f"wrote {out / 'gallery.html'}, contact_sheet.png, manifest.jsonl and {times.images} PNGs")
     print(summary(times, clock, cached=cache is not None))
     return 2 if bad else 0
 
 
 def complete(rows: Sequence[Row], pipe: Any) -> tuple[list[Row], list[BadRow]]:
-    """Fill in the model's own steps and guidance, and sort out rows with more steps than the model has."""
+    """Fill in what the model and the rows' pictures settle, and sort out rows that this model cannot draw."""
     good, bad = [], []
-    most = pipe.schedule.num_train_timesteps
+    most, factor = pipe.schedule.num_train_timesteps, pipe.vae.config.factor
     for row in rows:
-        row = row.complete(pipe.default_steps, pipe.default_guidance_scale)
         try:
-            check_steps("steps", row.steps, most)
+            height, width = (side * factor for side in pipe.latent_shape[:2])
+            if row.image is not None:
+                height, width = picture_size(row.image, factor)
+            own = {"steps": pipe.default_steps, "guidance_scale": float(pipe.default_guidance_scale)}
+            whole: Any = row.complete(**own, sampler=pipe.sampler, height=height, width=width)
+            check_steps("steps", whole.steps, most)
+            for key in ("height", "width"):
+                if (pixels := getattr(whole, key)) % factor:
+                    raise InputError(f"{key}: expected a multiple of {factor} pixels, found {pixels}")
+            if row.image is not None:
+                image_to_image_start(whole.steps, row.strength)
+            open_pictures([whole])
+            make_solver(whole.sampler, pipe.schedule, whole.steps)
         except InputError as error:
             bad.append(BadRow(row.number, row.where, str(error)))
             continue
-        good.append(row)
+        good.append(whole)
     return good, bad
 
 
@@ -229,24 +257,43 @@ def batch_size(config: Config, bucket: Sequence[Row], mesh: Any) -> int:
 
 
 def render(
-    pipe: Any, rows: Sequence[Row], size: int, mesh: Any, times: Times, clock: CompileClock
+    pipe: Any, rows: Sequence[Row], size: int, mesh: Any, tile: int | None, times: Times, clock: CompileClock
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """Draw rows that share their step count; return images (b, H, W, 3) uint8 and the shape of each row's latents."""
+    """Draw rows that share their program; return images (b, H, W, 3) uint8 and the shape of each row's latents."""
     # A short last batch is filled up with its last row, so that every program of a bucket is compiled once.
     filled = [*rows, *[rows[-1]] * (size - len(rows))]
+    first = rows[0]
     latents = pipe.generate(
         [row.prompt for row in filled],
         seeds=[row.seed for row in filled],
-        steps=rows[0].steps,
+        steps=first.steps,
+        sampler=first.sampler,
+        height=first.height,
+        width=first.width,
+        guidance_rescale=[row.guidance_rescale for row in filled],
         guidance_scale=[row.guidance_scale for row in filled],
-        negative_prompts=[row.negative_prompt for row in filled],  # "" where none: one program either way
+        negative_prompts=[row.negative_prompt or None for row in filled],
         mesh=mesh,
         output="latent",
+        **open_pictures(filled),
     )
     begun, compiled_before = time.monotonic(), clock.seconds
-    images = np.asarray(pipe.decode(latents, mesh=mesh))
+    cells = None if tile is None else max(1, tile // pipe.vae.config.factor)
+    images = np.asarray(pipe.decode(latents, mesh=mesh, tile=cells))
     times.decode += time.monotonic() - begun - (clock.seconds - compiled_before)
     return images[: len(rows)], [list(latents.shape[1:])] * len(rows)
+
+
+def open_pictures(rows: Sequence[Any]) -> dict[str, Any]:
+    """Return what the pipeline needs of the pictures that rows of one program start from."""
+    first = rows[0]
+    pictures: dict[str, Any] = {}
+    if first.image is not None:
+        pictures["images"] = np.stack([open_picture(row.image, row.height, row.width) for row in rows])
+        pictures["strength"] = first.strength
+    if first.mask is not None:
+        pictures["masks"] = np.stack([open_picture(row.mask, row.height, row.width, "L") for row in rows])
+    return pictures
 
 
 def refuse(config: Config, rows: Sequence[Row], bad: Sequence[BadRow]) -> None:
@@ -272,55 +319,15 @@ def print_plan(config: Config, rows: Sequence[Row], todo: Sequence[Row], mesh: A
         + (f", {kept} kept from before" if kept else "")
         + f", {devices} device{'s' * (devices > 1)}"
     )
-    for steps, bucket in buckets(todo):
-        size = batch_size(config, bucket, mesh)
+    for bucket in buckets(todo):
+        size, first = batch_size(config, bucket, mesh), bucket[0]
         batches = -(-len(bucket) // size)
-        print(f"  {steps} steps: {len(bucket)} images in {batches} batch{'es' * (batches > 1)} of {size}", flush=True)
-
-
-def write_overview(
-    config: Config,
-    rows: Sequence[Row],
-    bad: Sequence[BadRow],
-    manifest: Manifest,
-    times: Times,
-    cuts: dict[Row, str],
-) -> None:
-    """Write gallery.html and contact_sheet.png over all rows of the job, drawn now or before."""
-    out = Path(config.out)
-    items = []
-    for row in rows:
-        record = manifest.record(row.file_name)
-        shown = {"seed": str(row.seed), "steps": str(row.steps), "guidance": f"{row.guidance_scale:g}"}
-        if row.negative_prompt:
-            shown["negative"] = row.negative_prompt
-        if row in cuts:
-            shown["cut off"] = cuts[row]
-        if row.id is not None:
-            shown["id"] = row.id
-        picture = Picture(row.file_name, record["width"], record["height"])
-        items.append(Item(row.prompt, [picture], shown))
-    items += [Item("", error=str(failed)) for failed in bad]
-    facts = {"model": config.model, "images": str(len(rows))}
-    if bad:
-        facts["rows not drawn"] = str(len(bad))
-    facts["date"] = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    if times.images:
-        facts["speed"] = f"{times.rate:.3g} images/s"
-        facts["compile"] = f"{times.compile:.1f} s"
-    write_gallery(out, items, f"Drawn by {Path(config.model).name}", facts)
-    write_contact_sheet(out, items, f"{Path(config.model).name}: {len(rows)} images")
-
-
-def summary(times: Times, clock: CompileClock, cached: bool) -> str:
-    """Return the last line: images/s is over the drawing alone, without loading and compiling."""
-    if not times.images:
-        return f"0 images drawn in {times.whole:.1f} s (all kept from before)"
-    hits = f" ({clock.hits} of {clock.programs} programs from the cache)" if cached else ""
-    return (
-        f"{times.images} images in {times.whole:.1f} s: {times.rate:.3g} images/s; "
-        f"compile {times.compile:.1f} s{hits}, decode {times.decode:.1f} s, PNG {times.png:.2f} s"
-    )
+        start = "" if first.image is None else f", strength {first.strength:g}" + ", masked" * (first.mask is not None)
+        print(
+            f"  {first.steps} steps of {first.sampler}, {first.width}x{first.height}{start}: {len(bucket)} images in "
+            f"{batches} batch{'es' * (batches > 1)} of {size}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

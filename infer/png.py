@@ -34,6 +34,14 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def _viewer_name(sampler: str) -> str:
+    """Return a sampler's name as image viewers and web UIs know it."""
+    solver = sampler.removesuffix("_karras")
+    known = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M"}
+    known["dpmpp_2m_sde"] = "DPM++ 2M SDE"
+    return known.get(solver, solver) + " Karras" * (solver != sampler)
+
+
 def setting_chunks(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
     """Return the two text chunks: `jaxmix` (JSON, complete) and `parameters` (the form that image viewers show).
 
@@ -44,7 +52,7 @@ def setting_chunks(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[s
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     values = {
         "Steps": settings["steps"],
-        "Sampler": settings["sampler"],
+        "Sampler": _viewer_name(settings["sampler"]),
         "CFG scale": f"{settings['guidance_scale']:g}",
         "Seed": settings["seed"],
         "Size": f"{size[0]}x{size[1]}",

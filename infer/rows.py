@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmix.command import near_misses
+from jaxmix.samplers import SAMPLERS
 from jaxmix.types import InputError
 
 MAX_SEED = 2**32 - 1
@@ -19,8 +20,8 @@ MAX_SEED = 2**32 - 1
 class Row:
     """One image to draw.
 
-    `number` is the row's place in its file, from 0; `where` names it in messages. `steps` and `guidance_scale` are
-    None until `complete` fills in the model's own.
+    `number` is the row's place in its file, from 0; `where` names it in messages. Steps, guidance scale, sampler,
+    height and width are None until `complete` fills in the model's own. `image` and `mask` are paths of pictures.
     """
 
     number: int
@@ -31,14 +32,23 @@ class Row:
     steps: int | None
     guidance_scale: float | None
     id: str | None = None
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    guidance_rescale: float = 0.0
+    image: str | None = None
+    mask: str | None = None
+    strength: float = 0.8
 
-    def complete(self, steps: int, guidance_scale: float) -> Row:
+    def complete(self, **defaults: Any) -> Row:
         """Return the row with the defaults of the model where neither the row nor the command line said anything."""
-        return replace(
-            self,
-            steps=steps if self.steps is None else self.steps,
-            guidance_scale=float(guidance_scale if self.guidance_scale is None else self.guidance_scale),
-        )
+        return replace(self, **{key: value for key, value in defaults.items() if getattr(self, key) is None})
+
+    @property
+    def program(self) -> tuple[Any, ...]:
+        """What rows must share to be drawn in one batch: they are one compiled program."""
+        start = None if self.image is None else (self.strength, self.mask is not None)
+        return (self.steps, self.sampler, self.height, self.width, bool(self.guidance_rescale), start)
 
     @property
     def file_name(self) -> str:
@@ -49,6 +59,11 @@ class Row:
         """Return what the image depends on, as it is written into the PNG and the manifest."""
         settings = asdict(self)
         del settings["where"]
+        if self.image is None:
+            del settings["strength"]
+        for key in ("guidance_rescale", "image", "mask"):  # only where they are used
+            if not settings[key]:
+                del settings[key]
         settings["row"] = settings.pop("number")
         return settings
 
@@ -73,9 +88,19 @@ class Defaults:
     seed: int = 0
     steps: int | None = None
     guidance_scale: float | None = None
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    guidance_rescale: float = 0.0
+    image: str | None = None
+    mask: str | None = None
+    strength: float = 0.8
 
 
-FIELDS = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "id")
+FIELDS = (
+    *("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "id", "sampler", "height", "width"),
+    *("guidance_rescale", "image", "mask", "strength"),
+)
 
 
 def read_rows(path: str | Path, defaults: Defaults) -> tuple[list[Row], list[BadRow]]:
@@ -152,17 +177,30 @@ def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults) -
     if "prompt" not in content:
         raise InputError("no field 'prompt'")
     given = {key: value for key, value in content.items() if value is not None}
+
+    def get(key: str, check: Any) -> Any:
+        value = given.get(key, getattr(defaults, key))
+        return None if value is None else check(key, value)
+
+    image, mask = get("image", check_file), get("mask", check_file)
+    if mask is not None and image is None:
+        raise InputError("mask: found a mask without an image, expected the image to repaint")
     return Row(
         number=number,
         where=where,
         prompt=check_text("prompt", content["prompt"]),
         negative_prompt=check_text("negative_prompt", given.get("negative_prompt", defaults.negative_prompt)),
         seed=check_seed("seed", given.get("seed", defaults.seed + number)),
-        steps=None if (steps := given.get("steps", defaults.steps)) is None else check_steps("steps", steps),
-        guidance_scale=None
-        if (scale := given.get("guidance_scale", defaults.guidance_scale)) is None
-        else check_number("guidance_scale", scale),
+        steps=get("steps", check_steps),
+        guidance_scale=get("guidance_scale", check_number),
         id=None if "id" not in given else check_id("id", given["id"]),
+        sampler=get("sampler", check_sampler),
+        height=get("height", check_pixels),
+        width=get("width", check_pixels),
+        guidance_rescale=get("guidance_rescale", check_share),
+        image=image,
+        mask=mask,
+        strength=get("strength", check_share),
     )
 
 
@@ -197,6 +235,34 @@ def check_number(key: str, value: Any) -> float:
     return float(value)
 
 
+def check_share(key: str, value: Any) -> float:
+    """Return `value` as a float if it is a number from 0 to 1."""
+    if not 0 <= check_number(key, value) <= 1:
+        raise InputError(f"{key}: expected a number from 0 to 1, found {_kind(value)}")
+    return float(value)
+
+
+def check_pixels(key: str, value: Any) -> int:
+    """Return `value` if it is a whole number of pixels; the model's own limits are checked once it is known."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{key}: expected a whole number of pixels, found {_kind(value)}")
+    return value
+
+
+def check_sampler(key: str, value: Any) -> str:
+    """Return `value` if it is the name of a sampler."""
+    if value not in SAMPLERS:
+        raise InputError(f"{key}: found {_kind(value)}, expected one of {', '.join(SAMPLERS)}")
+    return value
+
+
+def check_file(key: str, value: Any) -> str:
+    """Return `value` if it is the path of a file that is there."""
+    if not Path(check_text(key, value)).is_file():
+        raise InputError(f"{key}: no such file: {value}")
+    return value
+
+
 def check_id(key: str, value: Any) -> str:
     """Return `value` as text if it is a name (text or a whole number)."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -206,13 +272,13 @@ def check_id(key: str, value: Any) -> str:
     return check_text(key, value)
 
 
-def buckets(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
-    """Yield (steps, rows) in order of first appearance: one bucket is one compiled program."""
-    held: dict[int, list[Row]] = {}
+def buckets(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield the rows that share a compiled program, in order of first appearance."""
+    held: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         assert row.steps is not None, "complete() the rows first"
-        held.setdefault(row.steps, []).append(row)
-    yield from held.items()
+        held.setdefault(row.program, []).append(row)
+    yield from held.values()
 
 
 def _kind(value: Any) -> str:

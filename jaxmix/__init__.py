@@ -2,7 +2,7 @@
 
 from jaxmix.adapters import VMix
 from jaxmix.control import KV, QKV, Control, Moments, Site, gate, per_row, static
-from jaxmix.loading import load
+from jaxmix.loading import from_flax, load
 from jaxmix.pipeline import Pipeline
 from jaxmix.sharding import data_mesh
 from jaxmix.types import InputError
@@ -19,6 +19,7 @@ __all__ = [
     "Site",
     "VMix",
     "data_mesh",
+    "from_flax",
     "gate",
     "load",
     "per_row",

@@ -2,75 +2,274 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
 from jaxmix.pipeline import Pipeline
+from jaxmix.samplers import SAMPLERS, default_sampler
 from jaxmix.saving import DEFAULTS
 from jaxmix.schedule import NoiseSchedule
-from jaxmix.types import InputError
-from jaxmix.weights import load_tree, read_config
+from jaxmix.types import InputError, Params
+from jaxmix.weights import FlaxTree, Source, load_tree, open_source, read_config, stored_dtype
+from jaxmix.weights.hub import download
+from jaxmix.weights.single_file import CLIP_TOKENIZER, open_single_file
+from jaxmix.weights.single_file_extras import Extras
 
 ASSETS = Path(__file__).parent / "assets"
-_PARTS = ("unet", "vae", "text_encoder")
-T = TypeVar("T")
+
+_PARTS = {"sd": ("unet", "vae", "text_encoder"), "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2")}
+_TOKENIZERS = {"sd": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
+_GUIDANCE_SCALE = {"sd": 7.5, "sdxl": 5.0}
+_PIPELINES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionImg2ImgPipeline": "sd",
+    "StableDiffusionInpaintPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+}
+_CONFIGS: dict[str, Any] = {
+    "unet": UNetConfig,
+    "vae": VAEConfig,
+    "text_encoder": CLIPTextConfig,
+    "text_encoder_2": CLIPTextConfig,
+}
+_MODELS: dict[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModel,
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_KNOWN = "'mini', a diffusers folder, a .safetensors file, or a hub id 'owner/name'"
+_OTHER_FILES = {
+    ".bin": "a Python pickle, which can run code when it is opened",
+    ".ckpt": "a Python pickle, which can run code when it is opened",
+    ".pt": "a Python pickle, which can run code when it is opened",
+    ".pth": "a Python pickle, which can run code when it is opened",
+    ".gguf": "a GGUF file of quantised weights",
+    ".msgpack": "the Flax weights of one model",
+    ".onnx": "an ONNX model",
+    ".json": "a JSON file",
+}
 
 
-def load(name_or_folder: str | Path = "mini", dtype: Any = None) -> Pipeline:
-    """Load a pipeline: "mini", the model in this package, or a diffusers folder of Stable Diffusion 1.x.
+def load(
+    name: str | Path = "mini",
+    dtype: Any = None,
+    *,
+    sampler: str | None = None,
+    prediction_type: str | None = None,
+) -> Pipeline:
+    """Load a Stable Diffusion 1.x, 2.x or XL pipeline, in whichever form it comes.
 
-    ``dtype`` is the type of weights and computation, float32 if None; "bfloat16" and "float16" work too. Raises
-    `InputError` for anything that is missing, damaged or not supported.
+    ``name`` is "mini" (the model in this package), a diffusers folder (safetensors, in shards or not, or Flax
+    msgpack), a single ``.safetensors`` file in the original layout, or a hub id "owner/name".
+    ``dtype`` is the type of weights and computation: float32 if None, bfloat16, float16, or "auto" for the one that
+    each part is stored in. A VAE that overflows in float16 (``force_upcast``) is computed in float32 nevertheless.
+    ``sampler`` and ``prediction_type`` ("epsilon", "v_prediction", "sample") replace what the checkpoint says.
+    Raises `InputError` for anything that is missing, damaged or not supported.
     """
-    folder = ASSETS / "mini" if str(name_or_folder) == "mini" else Path(name_or_folder)
-    if not folder.is_dir():
-        raise InputError(f"{name_or_folder}: no such folder, expected 'mini' or a diffusers folder")
-    if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder}: no model_index.json in this folder, expected a diffusers pipeline")
-    index = read_config(folder / "model_index.json")
-    found = index.get("_class_name")
-    if found != "StableDiffusionPipeline":
-        raise InputError(f"{folder}/model_index.json: _class_name is {found!r}, expected 'StableDiffusionPipeline'")
+    kind = _dtype(dtype)
+    if sampler is not None and sampler not in SAMPLERS:
+        raise InputError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    path = ASSETS / "mini" if str(name) == "mini" else Path(name).expanduser()
+    if not path.exists():
+        if not _HUB_ID.fullmatch(str(name)):
+            raise InputError(f"{name}: no such folder or file, expected {_KNOWN}")
+        path = download(str(name), _PARTS["sdxl"])
+    if path.is_dir():
+        pipe = _load_folder(path, kind, prediction_type)
+    elif path.suffix == ".safetensors":
+        pipe = _load_single_file(path, kind, prediction_type)
+    else:
+        what = _OTHER_FILES.get(path.suffix, "a file of another kind")
+        raise InputError(f"{path}: {what}, expected {_KNOWN}")
+    return pipe if sampler is None else dataclasses.replace(pipe, sampler=sampler)
+
+
+def from_flax(module: Any, params: Mapping[str, Any]) -> tuple[Any, Params]:
+    """Adopt a live Flax model of diffusers 0.36 to 0.39: returns our module and its parameters.
+
+    ``module`` is a ``FlaxUNet2DConditionModel`` or a ``FlaxAutoencoderKL``, ``params`` its parameters with or without
+    {"params": ...} around them; they keep their precision, and the computation that of ``module.dtype``. Ours take and
+    give images and latents as (b, h, w, c).
+
+    Two things differ from the Flax UNet on purpose, because the checkpoints were trained otherwise, with torch: GELU is
+    exact here (Flax has the tanh approximation), and the norms before the attention have epsilon 1e-6 (Flax: 1e-5).
+    Raises `InputError` for any other class, and for settings that change what is computed and are not supported.
+    """
+    found = type(module).__name__
+    part = {"FlaxUNet2DConditionModel": "unet", "FlaxAutoencoderKL": "vae"}.get(found)
+    if part is None:
+        raise InputError(f"from_flax: found a {found}, expected a FlaxUNet2DConditionModel or a FlaxAutoencoderKL")
+    if not isinstance(params, Mapping):
+        raise InputError(f"from_flax: params are a {type(params).__name__}, expected a nested mapping of arrays")
+    with _naming(found):
+        ours = _MODELS[part](_read(part, module.config), jnp.dtype(module.dtype))
+    tree = FlaxTree(params, f"{found} params")
+    return ours, load_tree(tree, ours.abstract_params(), _kept(tree))
+
+
+def _kept(source: Source) -> Any:
+    """Return the widest of the precisions in a source: what holds all of its numbers."""
+    floats = [e.dtype for e in source.entries.values() if jnp.issubdtype(e.dtype, jnp.floating)]
+    return np.dtype(jnp.result_type(*floats)) if floats else None
+
+
+def _dtype(dtype: Any) -> np.dtype | None:
+    """Return the dtype that a user asked for; None is "auto"."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
     try:
-        kind = jnp.dtype(dtype or jnp.float32)
+        kind: Any = jnp.dtype(dtype or jnp.float32)
     except TypeError:
         kind = None
     if kind not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise InputError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
+        raise InputError(f"dtype={dtype!r}: expected float32, bfloat16, float16 or 'auto'")
+    return kind
 
-    for part in (*_PARTS, "tokenizer", "scheduler"):
+
+def _without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config as torch would have it: without "Flax" in the class, and without what changes no result."""
+    same = ("dropout", "dtype", "split_head_dim", "use_memory_efficient_attention")
+    out = {key: value for key, value in config.items() if key not in same}
+    if isinstance(named := out.get("_class_name"), str):
+        out["_class_name"] = named.removeprefix("Flax")
+    crossed = out.get("only_cross_attention")
+    if isinstance(crossed, (list, tuple)) and not any(crossed):
+        out["only_cross_attention"] = False
+    return out
+
+
+@contextlib.contextmanager
+def _naming(where: Any) -> Iterator[None]:
+    """Whatever the user finds wrong in this block, the file is named."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from None
+
+
+def _load_folder(folder: Path, kind: np.dtype | None, prediction_type: str | None) -> Pipeline:
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder}: {_what_folder(folder)}, expected a diffusers pipeline with a model_index.json")
+    index = read_config(folder / "model_index.json")
+    named = str(index.get("_class_name"))
+    family = _PIPELINES.get(named.removeprefix("Flax"))
+    if family is None:
+        raise InputError(
+            f"{folder}/model_index.json: this is a {named}, expected a StableDiffusionPipeline or a "
+            "StableDiffusionXLPipeline"
+        )
+    folders = (*_PARTS[family], *_TOKENIZERS[family], "scheduler")
+    for part in folders:
         if not (folder / part).is_dir():
-            raise InputError(f"{folder}: no folder {part}, expected {', '.join(_PARTS)}, tokenizer and scheduler")
-
-    def config(read: Callable[[dict[str, Any]], T], file: str) -> T:
-        """Read one JSON file; whatever is wrong with it, the file is named."""
-        found = read_config(folder / file)
-        try:
-            return read(found)
-        except InputError as e:
-            raise InputError(f"{folder / file}: {e}") from None
-
-    unet = UNet2DConditionModel(config(UNetConfig.from_dict, "unet/config.json"), kind)
-    vae = AutoencoderKL(config(VAEConfig.from_dict, "vae/config.json"), kind)
-    text_encoder = CLIPTextModel(config(CLIPTextConfig.from_dict, "text_encoder/config.json"), kind)
-    schedule = config(NoiseSchedule.from_config, "scheduler/scheduler_config.json")
-    targets = {
-        "unet": unet.abstract_params(),
-        "vae": vae.abstract_params(),
-        "text_encoder": text_encoder.abstract_params(),
-    }
+            raise InputError(f"{folder}: no {part} folder in this {named}, expected {', '.join(folders)}")
+    configs = {}
+    for part in _PARTS[family]:
+        found = read_config(folder / part / "config.json")
+        with _naming(folder / part / "config.json"):
+            configs[part] = _read(part, found)
+    found = read_config(folder / "scheduler" / "scheduler_config.json")
+    with _naming(folder / "scheduler" / "scheduler_config.json"):
+        schedule = _schedule(found, prediction_type)
+    _check_channels(folder, configs)
     defaults = index.get(DEFAULTS, {})
-    return Pipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        params={part: load_tree(folder / part, target, kind) for part, target in targets.items()},
+    return _assemble(
+        folder,
+        configs,
+        {part: open_source(folder / part) for part in configs},
+        kind,
         schedule=schedule,
         tokenizer=folder / "tokenizer",
+        tokenizer_2=folder / "tokenizer_2" if family == "sdxl" else None,
         default_steps=defaults.get("steps", 25),
-        default_guidance_scale=defaults.get("guidance_scale", 7.5),
+        default_guidance_scale=defaults.get("guidance_scale", _GUIDANCE_SCALE[family]),
+        sampler=defaults.get("sampler") or default_sampler(schedule),
+        zeros_for_empty_prompt=family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
+        extras=Extras.open(folder),
     )
+
+
+def _load_single_file(path: Path, kind: np.dtype | None, prediction_type: str | None) -> Pipeline:
+    from transformers import CLIPTokenizer  # here, because it takes longer to import than all of the rest
+
+    file = open_single_file(path, prediction_type=prediction_type)
+    with _naming(path):
+        configs = {part: _read(part, config) for part, config in file.configs.items()}
+        schedule = _schedule(file.scheduler, prediction_type)
+    _check_channels(path, configs)
+    tokenizers: dict[str, Any] = {
+        name: CLIPTokenizer.from_pretrained(str(CLIP_TOKENIZER), pad_token=pad) for name, pad in file.pad_tokens.items()
+    }
+    family = "sdxl" if "text_encoder_2" in configs else "sd"
+    return _assemble(
+        path,
+        configs,
+        file.sources,
+        kind,
+        schedule=schedule,
+        **tokenizers,
+        default_guidance_scale=_GUIDANCE_SCALE[family],
+        sampler=default_sampler(schedule),
+        zeros_for_empty_prompt=family == "sdxl",
+        extras=file.extras,
+    )
+
+
+def _assemble(
+    where: Path, configs: Mapping[str, Any], sources: Mapping[str, Source], kind: np.dtype | None, **fields: Any
+) -> Pipeline:
+    """Load the weights of all parts into a pipeline; a `kind` of None keeps the precision of each part."""
+    models: dict[str, Any] = {}
+    params: dict[str, Params] = {}
+    for part, config in configs.items():
+        kept = stored_dtype(sources[part]) if kind is None else kind
+        # Weights that float16 holds, but whose activations it does not.
+        overflows = part == "vae" and kept == np.float16 and config.force_upcast
+        models[part] = _MODELS[part](config, np.dtype(np.float32) if overflows else kept)
+        params[part] = load_tree(sources[part], models[part].abstract_params(), kept)
+    with _naming(where):
+        return Pipeline(**models, params=params, **fields)
+
+
+def _read(part: str, config: Mapping[str, Any]) -> Any:
+    return _CONFIGS[part].from_dict(_without_flax(config))
+
+
+def _schedule(config: Mapping[str, Any], prediction_type: str | None) -> NoiseSchedule:
+    config = dict(config)
+    if isinstance(named := config.get("_class_name"), str):
+        config["_class_name"] = named.removeprefix("Flax")
+    return NoiseSchedule.from_config(config | ({"prediction_type": prediction_type} if prediction_type else {}))
+
+
+def _check_channels(where: Path, configs: Mapping[str, Any]) -> None:
+    """Refuse a UNet that takes more than latents before its weights are read."""
+    found, expected = configs["unet"].in_channels, configs["vae"].latent_channels
+    if found != expected:
+        kind = "an inpainting model: its UNet" if found == 2 * expected + 1 else "its UNet"
+        raise InputError(f"{where}: {kind} has {found} input channels, expected {expected} (text-to-image)")
+
+
+def _what_folder(folder: Path) -> str:
+    """Say what a folder without a model_index.json is."""
+    names = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in names or any(name.startswith("pytorch_lora_weights") for name in names):
+        return "this is a LoRA, which changes a model and is none"
+    if "config.json" in names:
+        config = read_config(folder / "config.json")
+        named = config.get("_class_name") or next(iter(config.get("architectures") or ()), "a model")
+        return f"this is one model alone, {named}"
+    if files := [name for name in names if name.endswith(".safetensors")]:
+        return f"no model_index.json in this folder; to load a single file give its path, such as {folder / files[0]}"
+    return "no model_index.json in this folder"

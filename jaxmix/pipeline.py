@@ -4,109 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxmix import control as seam
-from jaxmix.control import Control, Controls
-from jaxmix.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from jaxmix import prompts as text
+from jaxmix.control import Control
+from jaxmix.models import AddedCond, AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from jaxmix.models.clip import TextStates
 from jaxmix.models.unet import norm_sites, sites
-from jaxmix.samplers import DDIM, Phase, classifier_free_guidance, initial_noise, sample, seed_array
-from jaxmix.saving import save_folder
+from jaxmix.programs import Job, decode, denoise, draw_noise, encode_images
+from jaxmix.samplers import image_to_image_start, make_solver, seed_array
+from jaxmix.saving import save_pipeline
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.sharding import DATA
-from jaxmix.types import Array, InputError, ModelFn, Params
-
-
-def _over_rows(fn: Callable[..., Any], mesh: Mesh | None, in_specs: Any) -> Callable[..., Any]:
-    """Run ``fn`` on each device's rows.
-
-    shard_map and not jit with shardings: every device then runs the one-device program on its own rows, so no
-    partitioner can put a collective into the loop, and per-device kernels work unchanged.
-    """
-    if mesh is None:
-        return fn
-    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(DATA))
-
-
-@functools.partial(jax.jit, static_argnames=("unet", "schedule", "steps", "mesh"))
-def denoise(
-    unet: UNet2DConditionModel,
-    schedule: NoiseSchedule,
-    steps: int,
-    mesh: Mesh | None,
-    params: Params,
-    latents: Float[Array, "n h w c"],
-    context: Float[Array, "n 2 s d"],
-    guidance_scale: Float[Array, " n"],
-    controls: Controls,
-) -> Float[Array, "n h w c"]:
-    """Sample latents by DDIM under classifier-free guidance; the whole loop is one program.
-
-    ``context`` holds the unconditional and the conditional text states of each image; ``controls`` have one row an
-    image. Guidance scales, contexts, latents and controls are traced. The keys and values of every attn2 are computed
-    once, before the loop.
-    """
-    hw = (latents.shape[1], latents.shape[2])
-
-    def run(params: Params, latents: Array, context: Array, scale: Array, controls: Controls) -> Array:
-        rows = context.reshape(-1, *context.shape[2:])  # branch minor: u0, c0, u1, c1, ...
-        controls = tuple(seam.to_branches(c) for c in controls)
-
-        def model(live: Controls) -> ModelFn:
-            kv = unet.precompute(params, rows, hw, live)
-
-            def predict(x: Array, t: Array, step: Array) -> Array:
-                return unet.apply({"params": params}, x, t, kv, tuple(c.at(step) for c in live))
-
-            return classifier_free_guidance(predict, scale)
-
-        spans = seam.phases(controls, steps)
-        return sample([Phase(model(live), a, b) for a, b, live in spans], DDIM.create(schedule, steps), latents)
-
-    row = PartitionSpec(DATA)
-    specs = (PartitionSpec(), row, row, row, tuple(seam.row_specs(c, DATA) for c in controls))
-    return _over_rows(run, mesh, specs)(params, latents, context, guidance_scale, controls)
-
-
-@functools.partial(jax.jit, static_argnames=("vae", "mesh"))
-def decode(vae: AutoencoderKL, mesh: Mesh | None, params: Params, latents: Float[Array, "n h w c"]) -> Array:
-    """Decode scaled latents to images (n, H, W, 3) in [0, 1], float32."""
-
-    def run(params: Params, latents: Array) -> Array:
-        x = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
-        return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
-
-    return _over_rows(run, mesh, (PartitionSpec(), PartitionSpec(DATA)))(params, latents)
-
-
-@functools.partial(jax.jit, static_argnames=("text_encoder",))
-def encode_ids(text_encoder: CLIPTextModel, params: Params, ids: Array) -> TextStates:
-    """Encode token ids (b, s)."""
-    return text_encoder.apply({"params": params}, ids)
-
-
-_noise = jax.jit(initial_noise, static_argnames=("shape",))
-
-
-def _to_uint8(images: Array) -> np.ndarray:
-    return np.asarray(jnp.round(images * 255.0).astype(jnp.uint8))
+from jaxmix.types import AnyArray, Array, InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Stable Diffusion 1.x: modules, their parameters, the noise schedule and the tokenizer.
+    """Stable Diffusion 1.x, 2.x or XL: modules, their parameters, the noise schedule and the tokenizers.
 
-    ``params`` has the trees "unet", "vae" and "text_encoder". ``tokenizer`` is a transformers CLIPTokenizer, or the
-    folder of one, which is opened when the first prompt comes.
+    ``params`` has the trees "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2". ``tokenizer`` and
+    ``tokenizer_2`` are transformers CLIPTokenizers, or the folders of them, which are opened when the first prompt
+    comes. ``sampler``, ``default_steps`` and ``default_guidance_scale`` are what `generate` takes if told nothing.
+    ``zeros_for_empty_prompt`` (SDXL base) makes the text states all zero where there is no negative prompt. ``extras``
+    are the tensors of a single-file checkpoint that belong to no part; `save` writes them back.
     """
 
     unet: UNet2DConditionModel
@@ -125,16 +54,25 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""
-        text, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
-        if text.hidden_size != unet.cross_attention_dim:
+        unet, vae = self.unet.config, self.vae.config
+        width, second = self.text_encoder.config.hidden_size, self.text_encoder_2
+        if second is not None:
+            width += second.config.hidden_size
+        if width != unet.cross_attention_dim:
+            names = "text_encoder hidden_size is" if second is None else "the hidden sizes of both text encoders are"
             raise InputError(
-                f"pipeline: text_encoder hidden_size is {text.hidden_size}, unet cross_attention_dim is "
-                f"{unet.cross_attention_dim}: expected the same"
+                f"pipeline: {names} {width}, unet cross_attention_dim is {unet.cross_attention_dim}: expected the same"
+            )
+        if (unet.addition_embed_type is None) != (second is None):
+            raise InputError(
+                f"pipeline: unet addition_embed_type is {unet.addition_embed_type!r} with "
+                f"{1 if second is None else 2} text encoder(s), expected 'text_time' and two (SDXL), or none and one"
             )
         if unet.in_channels != vae.latent_channels:
+            known = {9: ": this is an inpainting UNet", 8: ": this is an image-editing or upscaling UNet"}
             raise InputError(
                 f"pipeline: unet in_channels is {unet.in_channels}, expected the {vae.latent_channels} latent channels "
-                "of the vae (text-to-image)"
+                f"of the vae (text-to-image){known.get(unet.in_channels, '')}"
             )
 
     @property
@@ -152,39 +90,71 @@ class Pipeline:
     # Text --------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _tokenizer(self) -> Any:
-        if not isinstance(self.tokenizer, (str, Path)):
-            return self.tokenizer
-        from transformers import CLIPTokenizer
-
-        if not any((Path(self.tokenizer) / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            raise InputError(f"{self.tokenizer}: no vocab.json or tokenizer.json here, expected a CLIP tokenizer")
-        return CLIPTokenizer.from_pretrained(str(self.tokenizer))
+    def _tokenizers(self) -> tuple[Any, Any]:
+        return text.open_tokenizer(self.tokenizer), text.open_tokenizer(self.tokenizer_2)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         """Return token ids (b, text_length) int32, and for each prompt the words that did not fit ("" if all did)."""
-        tok, n = self._tokenizer, self.text_length
-        ids, cut = [], []
-        for prompt in prompts:
-            whole = tok(prompt, verbose=False)["input_ids"]  # not verbose: the caller words the warning
-            cut.append(tok.decode(whole[n - 1 : -1]).strip() if len(whole) > n else "")
-            ids.append(tok(prompt, padding="max_length", max_length=n, truncation=True)["input_ids"])
-        return np.asarray(ids, np.int32).reshape(-1, n), cut
+        return text.tokenize(self._tokenizers[0], self.text_length, prompts)
 
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
-        """Return the text states (b, s, d) and the state at the end-of-text token (b, d) of each prompt."""
-        ids, _ = self.tokenize(prompts)
-        return encode_ids(self.text_encoder, self.params["text_encoder"], jnp.asarray(ids))
+        """Return what the (first) text encoder makes of each prompt."""
+        return text.encode(self._tokenizers[0], self.text_encoder, self.params["text_encoder"], prompts)
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Float[Array, "b s d"]:
-        """Return what the UNet attends to for each prompt."""
-        return self.encode_text(prompts).last_hidden_state
+    def encode_prompt(self, prompts: Sequence[str]) -> Any:
+        """Return what the UNet attends to for each prompt, (b, s, d).
+
+        SDXL: the pair of that, from the layer before the last of both encoders, and the pooled text (b, p).
+        """
+        first = self.encode_text(prompts)
+        if self.text_encoder_2 is None:
+            return first.last_hidden_state
+        second = text.encode(self._tokenizers[1], self.text_encoder_2, self.params["text_encoder_2"], prompts)
+        return jnp.concatenate([first.penultimate, second.penultimate], -1), second.projected
+
+    def _condition(
+        self, prompts: Sequence[str], negatives: Sequence[str | None], sizes: Sequence[int]
+    ) -> tuple[Float[Array, "n 2 s d"], AddedCond | None]:
+        """Encode both branches of all images in one call, so that equal prompts are encoded equally."""
+        n = len(prompts)
+        encoded = self.encode_prompt([p for no, yes in zip(negatives, prompts, strict=True) for p in (no or "", yes)])
+        context, pooled = (encoded, None) if self.text_encoder_2 is None else encoded
+        if self.zeros_for_empty_prompt:
+            keep = np.asarray([[negative is not None, True] for negative in negatives]).reshape(-1)
+            context = jnp.where(keep[:, None, None], context, 0)
+            pooled = None if pooled is None else jnp.where(keep[:, None], pooled, 0)
+        context = context.reshape(n, 2, *context.shape[1:])
+        if pooled is None:
+            return context, None
+        time_ids = jnp.broadcast_to(jnp.asarray(sizes, jnp.float32), (n, 2, 6))
+        return context, AddedCond(pooled.reshape(n, 2, -1), time_ids)
 
     # Pictures ----------------------------------------------------------------------------------------------------
 
-    def initial_latents(self, seeds: Sequence[int]) -> Float[Array, "n h w c"]:
-        """Return the start noise of each seed: row i depends on ``seeds[i]`` alone."""
-        return _noise(jnp.asarray(seed_array(seeds)), shape=self.latent_shape)
+    def initial_latents(self, seeds: Sequence[int], hw: tuple[int, int] | None = None) -> Float[Array, "n h w c"]:
+        """Return the start noise of each seed: row i depends on ``seeds[i]`` alone. ``hw`` is in latent cells."""
+        h, w, c = self.latent_shape
+        return draw_noise(jnp.asarray(seed_array(seeds)), shape=(*(hw or (h, w)), c))
+
+    def encode_images(self, images: AnyArray) -> Float[Array, "n h w c"]:
+        """Encode images (n, H, W, 3), uint8 or float in [0, 1], to scaled latents: the mean of their posterior.
+
+        Raises `InputError` for another shape, or sides that are not a multiple of the autoencoder's factor.
+        """
+        if np.ndim(images) != 4 or np.shape(images)[-1] != 3:
+            raise InputError(f"images: found shape {np.shape(images)}, expected (n, H, W, 3)")
+        self._latent_hw(*np.shape(images)[1:3])
+        x = jnp.asarray(images)
+        x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+        return encode_images(self.vae, self.params["vae"], x)
+
+    def _latent_hw(self, height: int | None, width: int | None) -> tuple[int, int]:
+        factor = self.vae.config.factor
+        default = self.latent_shape
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (value % factor or value < factor):
+                raise InputError(f"{name}: found {value} pixels, expected a multiple of {factor}")
+        return (height // factor if height else default[0], width // factor if width else default[1])
 
     def generate(
         self,
@@ -194,82 +164,133 @@ class Pipeline:
         guidance_scale: float | Sequence[float] | None = None,
         controls: Sequence[Control] = (),
         *,
-        negative_prompts: Sequence[str] | None = None,
-        latents: Float[Array, "n h w c"] | None = None,
+        negative_prompts: Sequence[str | None] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: str | None = None,
+        guidance_rescale: float | Sequence[float] = 0.0,
+        images: AnyArray | None = None,
+        strength: float = 0.8,
+        masks: AnyArray | None = None,
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        latents: Float[AnyArray, "n h w c"] | None = None,
         mesh: Mesh | None = None,
         output: str = "uint8",
         batch_size: int | None = None,
+        tile: int | None = None,
     ) -> np.ndarray:
         """Draw one image a prompt.
 
         ``seeds`` (0, 1, ... if None) fix the noise of each image alone, whatever the batch, the order or the number of
-        devices; ``latents`` (n, h, w, c) give the start noise itself. ``guidance_scale`` is a number or one an image.
-        ``mesh`` (see `jaxmix.data_mesh`) splits the rows over devices. Rows are drawn ``batch_size`` at a time, all at
-        once if None; the last batch is padded to the same size, so each (steps, batch size) compiles once.
+        devices; ``latents`` (n, h, w, c) give the start noise itself. ``height`` and ``width`` are in pixels, the
+        model's own if None. ``sampler`` is one of `jaxmix.samplers.SAMPLERS`. ``guidance_scale`` and
+        ``guidance_rescale`` (arXiv 2305.08891, 0 to 1) are a number or one an image. ``mesh`` (see `jaxmix.data_mesh`)
+        splits the rows over devices. Rows are drawn ``batch_size`` at a time, all at once if None; the last batch is
+        padded to the same size, so each (steps, size, batch size) compiles once.
+
+        ``images`` (n, H, W, 3), uint8 or float in [0, 1], start image-to-image with ``strength`` from 0 (keep) to 1;
+        ``masks`` (n, H, W), 1 where the image is to be repainted, make it inpainting. SDXL is also told the
+        ``original_size`` and ``target_size`` (height, width) and the ``crop`` (top, left) of the image, in pixels; the
+        sizes are the image's own if None. ``tile`` (latent cells) decodes in tiles, for large images.
 
         Returns (n, H, W, 3) uint8, "float" in [0, 1], or "latent" (n, h, w, c) as the UNet sees them. Raises
-        `InputError` for lists of different lengths, steps out of range, and controls that do not fit.
+        `InputError` for lists of different lengths, steps or sizes out of range, and controls that do not fit.
         """
         n = len(prompts)
         if isinstance(prompts, str) or n == 0:
             raise InputError(f"prompts: found {prompts!r}, expected a list of at least one prompt")
         if output not in ("uint8", "float", "latent"):
             raise InputError(f"output={output!r}: expected 'uint8', 'float' or 'latent'")
-        steps = self.default_steps if steps is None else steps
-        self.schedule.timesteps(steps)  # raises for an impossible number before anything runs
+        solver = make_solver(sampler or self.sampler, self.schedule, self.default_steps if steps is None else steps)
         seeds = list(range(n)) if seeds is None else seeds
-        negatives = [""] * n if negative_prompts is None else negative_prompts
+        negatives = [None] * n if negative_prompts is None else negative_prompts
         for name, found in (("seeds", seeds), ("negative_prompts", negatives)):
             if isinstance(found, str) or len(found) != n:
                 raise InputError(f"{name}: found {len(found)}, expected one for each of the {n} prompts")
-        scale = np.asarray(self.default_guidance_scale if guidance_scale is None else guidance_scale, np.float32)
-        if scale.shape not in ((), (n,)):
-            raise InputError(
-                f"guidance_scale: found {len(scale)} values, expected 1 or one for each of the {n} prompts"
-            )
-        noise = self.initial_latents(seeds) if latents is None else jnp.asarray(latents, jnp.float32)
-        if noise.shape[0] != n or noise.ndim != 4 or noise.shape[-1] != self.latent_shape[-1]:
+        scale = _per_image(
+            "guidance_scale", self.default_guidance_scale if guidance_scale is None else guidance_scale, n
+        )
+        rescale = _per_image("guidance_rescale", guidance_rescale, n)
+
+        start, image, mask = 0, None, None
+        if images is not None:
+            start = image_to_image_start(solver.steps, strength)
+            image = self.encode_images(images)
+            height, width = np.shape(images)[1:3]
+            if masks is not None:
+                mask = _shrink_masks(masks, np.shape(images)[:3], self.vae.config.factor)
+        elif masks is not None:
+            raise InputError("masks: found masks without images, expected the images to repaint")
+        hw = self._latent_hw(height, width)
+        noise = self.initial_latents(seeds, hw) if latents is None else jnp.asarray(latents, jnp.float32)
+        if noise.ndim != 4 or noise.shape[0] != n or noise.shape[-1] != self.latent_shape[-1]:
             raise InputError(f"latents: found shape {noise.shape}, expected ({n}, h, w, {self.latent_shape[-1]})")
+        if image is not None and image.shape != noise.shape:
+            raise InputError(f"images: found latents of shape {image.shape}, expected {noise.shape}")
         hw = (noise.shape[1], noise.shape[2])
+        size = (hw[0] * self.vae.config.factor, hw[1] * self.vae.config.factor)
         cfg = self.unet.config
         seam.validate(controls, sites(cfg, hw), norm_sites(cfg, hw))
         tiled = tuple(seam.tile_rows(c, n) for c in controls)
-        # One call for both branches of all images, so that equal prompts are encoded equally.
-        context = self.encode_prompt([text for pair in zip(negatives, prompts, strict=True) for text in pair])
-        context = context.reshape(n, 2, *context.shape[1:])
-        scale = jnp.broadcast_to(jnp.asarray(scale), (n,))
-
+        context, added = self._condition(prompts, negatives, (*(original_size or size), *crop, *(target_size or size)))
+        job = Job(
+            noise=noise,
+            context=context,
+            guidance_scale=jnp.asarray(scale),
+            seeds=jnp.asarray(seed_array(seeds)) if solver.stochastic else None,
+            guidance_rescale=jnp.asarray(rescale) if rescale.any() else None,
+            added=added,
+            image=image,
+            mask=mask,
+        )
         devices = 1 if mesh is None else mesh.shape[DATA]
-        size = -(-(batch_size or n) // devices) * devices
+        together = -(-(batch_size or n) // devices) * devices
         parts = []
-        for start in range(0, n, size):
-            rows = jnp.minimum(jnp.arange(start, start + size), n - 1)  # the tail repeats the last image
-            batch_controls = tuple(seam.take_rows(c, rows) for c in tiled)
-            x = denoise(
-                self.unet,
-                self.schedule,
-                steps,
-                mesh,
-                self.params["unet"],
-                noise[rows],
-                context[rows],
-                scale[rows],
-                batch_controls,
-            )
+        for first in range(0, n, together):
+            rows = jnp.minimum(jnp.arange(first, first + together), n - 1)  # the tail repeats the last image
+            live = tuple(seam.take_rows(c, rows) for c in tiled)
+            x = denoise(self.unet, start, mesh, self.params["unet"], solver, job.take(rows), live)
             if output != "latent":
-                x = decode(self.vae, mesh, self.params["vae"], x)
-            parts.append((_to_uint8(x) if output == "uint8" else np.asarray(x))[: n - start])
+                x = decode(self.vae, mesh, tile, self.params["vae"], x)
+            parts.append((_to_uint8(x) if output == "uint8" else np.asarray(x))[: n - first])
         return np.concatenate(parts)
 
-    def decode(self, latents: Float[Array, "n h w c"], mesh: Mesh | None = None) -> np.ndarray:
-        """Decode latents, as `generate` gives them, to images (n, H, W, 3) uint8. Rows must divide by the devices."""
-        return _to_uint8(decode(self.vae, mesh, self.params["vae"], jnp.asarray(latents)))
+    def decode(
+        self, latents: Float[AnyArray, "n h w c"], mesh: Mesh | None = None, tile: int | None = None
+    ) -> np.ndarray:
+        """Decode latents, as `generate` gives them, to images (n, H, W, 3) uint8. Rows must divide by the devices.
 
-    # Folders -----------------------------------------------------------------------------------------------------
+        ``tile`` (latent cells) decodes in overlapping tiles of that side, in the memory of one.
+        """
+        return _to_uint8(decode(self.vae, mesh, tile, self.params["vae"], jnp.asarray(latents)))
 
-    def save(self, folder: str | Path, dtype: Any = None) -> None:
-        """Write a diffusers folder, which torch diffusers opens as a StableDiffusionPipeline.
+    # Files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, dtype: Any = None) -> None:
+        """Write a diffusers folder, or a single file if ``path`` ends in .safetensors; torch diffusers opens both.
 
         ``dtype`` (such as ``jnp.float16``) casts the weights on the way.
         """
-        save_folder(self, folder, dtype)
+        save_pipeline(self, path, dtype)
+
+
+def _per_image(name: str, value: float | Sequence[float], n: int) -> np.ndarray:
+    numbers = np.asarray(value, np.float32)
+    if numbers.shape not in ((), (n,)):
+        raise InputError(f"{name}: found {len(numbers)} values, expected 1 or one for each of the {n} prompts")
+    return np.broadcast_to(numbers, (n,))
+
+
+def _shrink_masks(masks: AnyArray, shape: tuple[int, ...], factor: int) -> Float[Array, "n h w 1"]:
+    """Return masks at the latents' size, by nearest neighbour, 0 or 1."""
+    masks = np.asarray(masks)
+    if masks.shape != shape:
+        raise InputError(f"masks: found shape {masks.shape}, expected that of the images, {shape}")
+    whole = 255 if masks.dtype == np.uint8 and masks.max(initial=0) > 1 else 1
+    return jnp.asarray(masks[:, ::factor, ::factor, None] >= whole / 2, jnp.float32)
+
+
+def _to_uint8(images: Array) -> np.ndarray:
+    return np.asarray(jnp.round(images * 255.0).astype(jnp.uint8))

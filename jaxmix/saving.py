@@ -1,4 +1,4 @@
-"""Pipelines to the folders and files that torch diffusers opens."""
+"""Pipelines to the folders and files that torch diffusers and its users open."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmix.weights import save_tree, write_config
+from jaxmix.weights.single_file import family_of_configs, save_single_file
+from jaxmix.weights.single_file_extras import save_extras
 
 if TYPE_CHECKING:
     from jaxmix.pipeline import Pipeline
@@ -14,35 +16,79 @@ if TYPE_CHECKING:
 DEFAULTS = "_jaxmix"
 """Key of model_index.json for this library's own defaults; diffusers skips keys with an underscore."""
 
+_FILES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+
+
+def save_pipeline(pipe: Pipeline, path: str | Path, dtype: Any = None) -> None:
+    """Write a single file in the original layout where `path` ends in ".safetensors", a diffusers folder otherwise.
+
+    ``dtype`` casts the floating weights on the way; they keep their own if it is None.
+    """
+    if Path(path).suffix == ".safetensors":
+        configs = {part: getattr(pipe, part).config.to_dict() for part in _parts(pipe)}
+        family = family_of_configs(configs) if pipe.extras is None else pipe.extras.family
+        configs["scheduler"] = pipe.schedule.to_config()
+        save_single_file(path, family, configs, pipe.params, pipe.extras, dtype)
+    else:
+        save_folder(pipe, path, dtype)
+
 
 def save_folder(pipe: Pipeline, folder: str | Path, dtype: Any = None) -> None:
-    """Write a diffusers folder; ``dtype`` casts the floating weights on the way."""
+    """Write a diffusers folder, which torch diffusers opens; ``dtype`` casts the floating weights on the way."""
     folder = Path(folder)
-    for part, file in (
-        ("unet", "diffusion_pytorch_model.safetensors"),
-        ("vae", "diffusion_pytorch_model.safetensors"),
-        ("text_encoder", "model.safetensors"),
-    ):
-        save_tree(pipe.params[part], folder / part / file, dtype=dtype)
+    for part in _parts(pipe):
+        save_tree(pipe.params[part], folder / part / _FILES[part], dtype=dtype)
         write_config(getattr(pipe, part).config.to_dict(), folder / part / "config.json")
     write_config(pipe.schedule.to_config(), folder / "scheduler" / "scheduler_config.json")
-    if isinstance(pipe.tokenizer, (str, Path)):
-        if Path(pipe.tokenizer).resolve() != (folder / "tokenizer").resolve():
-            shutil.copytree(pipe.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-    else:
-        pipe.tokenizer.save_pretrained(str(folder / "tokenizer"))
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+    _save_tokenizer(pipe.tokenizer, folder / "tokenizer")
+    if pipe.text_encoder_2 is not None:
+        _save_tokenizer(pipe.tokenizer_2, folder / "tokenizer_2")
+    save_extras(pipe.extras, folder)
+    write_config(_index(pipe), folder / "model_index.json")
+
+
+def _parts(pipe: Pipeline) -> list[str]:
+    return [part for part in _FILES if getattr(pipe, part) is not None]
+
+
+def _index(pipe: Pipeline) -> dict[str, Any]:
+    """Return the model_index.json, which tells torch diffusers the class of every part."""
+    index: dict[str, Any] = {
         "_diffusers_version": "0.42.1",
-        DEFAULTS: {"steps": pipe.default_steps, "guidance_scale": pipe.default_guidance_scale},
+        DEFAULTS: {
+            "steps": pipe.default_steps,
+            "guidance_scale": pipe.default_guidance_scale,
+            "sampler": pipe.sampler,
+        },
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder": ["transformers", pipe.text_encoder.config.to_dict()["architectures"][0]],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", pipe.schedule.to_config()["_class_name"]],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
     }
-    write_config(index, folder / "model_index.json")
+    if pipe.text_encoder_2 is None:
+        return index | {
+            "_class_name": "StableDiffusionPipeline",
+            "safety_checker": [None, None],
+            "requires_safety_checker": False,
+        }
+    return index | {
+        "_class_name": "StableDiffusionXLPipeline",
+        "text_encoder_2": ["transformers", pipe.text_encoder_2.config.to_dict()["architectures"][0]],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "force_zeros_for_empty_prompt": pipe.zeros_for_empty_prompt,
+    }
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    if not isinstance(tokenizer, (str, Path)):
+        tokenizer.save_pretrained(str(folder))
+    elif Path(tokenizer).resolve() != folder.resolve():
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)

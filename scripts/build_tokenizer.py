@@ -2,10 +2,12 @@
 
     pip download --no-deps open_clip_torch==3.3.0
     python scripts/build_tokenizer.py --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --npm node_modules
+    python scripts/build_tokenizer.py --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --full
 
-Writes a folder that `transformers.CLIPTokenizer` opens. Every byte stays, so any text can still be written; a word that
-is covered is split exactly as the full vocabulary splits it, because all merges that build it are kept in their order.
-The common words are the names and keywords of `unicode-emoji-json` and `emojilib` (both MIT).
+Writes a folder that `transformers.CLIPTokenizer` opens. In the pruned one every byte stays, so any text can still be
+written; a word that is covered is split exactly as the full vocabulary splits it, because all merges that build it are
+kept in their order. The common words are the names and keywords of `unicode-emoji-json` and `emojilib` (both MIT).
+With --full it is the whole vocabulary, for checkpoints in one file, which hold no tokenizer; npm is not needed then.
 The vocabulary is from `open_clip_torch` (MIT), originally OpenAI CLIP (MIT).
 """
 
@@ -23,12 +25,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from train.scenes import Atlas
-from train.scenes.captions import all_words
-
 START, END = "<|startoftext|>", "<|endoftext|>"
-FULL_MERGES = 49152 - 2 * 256 - 2
-TEXT_LENGTH = 32
+FULL_MERGES = 49152 - 256 - 2
+MINI_MERGES = 49152 - 2 * 256 - 2  # what the embedded model was trained with: without the 256 rarest
+TEXT_LENGTH, FULL_TEXT_LENGTH = 32, 77
+ASSETS = Path(__file__).parents[1] / "jaxmix" / "assets"
 BPE_FILE = "open_clip/bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -94,16 +95,21 @@ def prune(
     for word in words:
         needed |= split_word(word, ranks, letters)[1]
     kept = [pair for pair in merges if pair in needed]
-    pieces = [*letters.values(), *(v + "</w>" for v in letters.values()), *(a + b for a, b in kept), START, END]
-    return {piece: i for i, piece in enumerate(pieces)}, kept
+    return vocabulary(kept, letters), kept
 
 
-def write(out: Path, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
+def vocabulary(merges: Sequence[tuple[str, str]], letters: dict[int, str]) -> dict[str, int]:
+    """The id of every piece: bytes, bytes that end a word, what the merges build, the start and the end token."""
+    pieces = [*letters.values(), *(v + "</w>" for v in letters.values()), *(a + b for a, b in merges), START, END]
+    return {piece: i for i, piece in enumerate(pieces)}
+
+
+def write(out: Path, vocab: dict[str, int], merges: Sequence[tuple[str, str]], text_length: int) -> None:
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "do_lower_case": True,
-        "model_max_length": TEXT_LENGTH,
+        "model_max_length": text_length,
         "add_prefix_space": False,
         "errors": "replace",
         **special,
@@ -117,16 +123,29 @@ def write(out: Path, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prune the CLIP vocabulary for the embedded model.")
+    parser = argparse.ArgumentParser(
+        description="Prune the CLIP vocabulary for the embedded model, or write all of it."
+    )
     parser.add_argument("--open-clip-wheel", type=Path, required=True, help="the wheel, or its vocabulary gz file")
     parser.add_argument("--npm", type=Path, default=Path("node_modules"), help="folder of the npm packages")
-    default = Path(__file__).parents[1] / "jaxmix" / "assets" / "mini" / "tokenizer"
-    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--full", action="store_true", help="keep the whole vocabulary")
+    parser.add_argument("--out", type=Path, help="folder to write, by default the one in jaxmix/assets")
     args = parser.parse_args()
+    merges, letters = read_merges(args.open_clip_wheel), byte_letters()
+    if args.full:
+        out = args.out or ASSETS / "clip_tokenizer"
+        vocab = vocabulary(merges, letters)
+        write(out, vocab, merges, FULL_TEXT_LENGTH)
+        print(f"{out}: {len(vocab)} pieces, {len(merges)} merges")
+        return
+    from train.scenes import Atlas
+    from train.scenes.captions import all_words
+
+    out = args.out or ASSETS / "mini" / "tokenizer"
     words = all_words(Atlas().objects) | english_words(args.npm)
-    vocab, merges = prune(read_merges(args.open_clip_wheel), sorted(words), byte_letters())
-    write(args.out, vocab, merges)
-    print(f"{args.out}: {len(vocab)} pieces, {len(merges)} merges, {len(words)} words covered")
+    vocab, merges = prune(merges[:MINI_MERGES], sorted(words), letters)
+    write(out, vocab, merges, TEXT_LENGTH)
+    print(f"{out}: {len(vocab)} pieces, {len(merges)} merges, {len(words)} words covered")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Safetensors files to parameter trees, driven by the target tree, with nothing skipped in silence."""
+"""Sources of tensors to parameter trees, driven by the target tree, with nothing skipped in silence."""
 
 import json
 import os
@@ -12,14 +12,21 @@ import numpy as np
 
 from jaxmix.types import InputError
 from jaxmix.weights import names
-from jaxmix.weights.safetensors import Entry, Header, aligned_empty, read_header, read_tensor
+from jaxmix.weights.finite import all_finite
+from jaxmix.weights.msgpack import MsgpackFile
+from jaxmix.weights.safetensors import SafetensorsFile, aligned_empty
+from jaxmix.weights.sharded import ShardedFiles
+from jaxmix.weights.source import Entry, Source, stored_dtype
 
+_STEMS = ("diffusion_pytorch_model", "model")
+_ENDINGS = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")
 WEIGHT_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "model.fp16.safetensors",
+    *(stem + ending for ending in _ENDINGS for stem in _STEMS),
+    "diffusion_flax_model.msgpack",
+    "flax_model.msgpack",
 )
+"""What a model's folder may hold its weights in, the preferred first."""
+
 CONFIG_FILES = ("config.json", "scheduler_config.json", "model_index.json")
 IGNORED_KEYS = ("text_model.embeddings.position_ids", "embeddings.position_ids")
 
@@ -54,9 +61,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def find_weights(folder: str | os.PathLike[str]) -> Path:
-    """Returns the safetensors file of a diffusers model folder; a file is checked and returned as it is.
+    """Returns the file of a model's folder that has its weights: safetensors, an index of shards, or Flax msgpack.
 
-    Raises InputError if there is none, and says what to do if there are pickles instead.
+    A file is checked and returned as it is. Raises InputError if there is none, and says what to do if there are
+    pickles instead.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -76,42 +84,68 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
     raise InputError(f"{folder}: no weights: found {listing}, expected one of {', '.join(WEIGHT_FILES)}")
 
 
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Opens a model's folder, a safetensors file, an index of shards, or a Flax msgpack file, by its name.
+
+    Reads tables of contents only. Raises InputError for a path with no weights and for damaged files.
+    """
+    path = find_weights(path)
+    if path.suffix == ".msgpack":
+        return MsgpackFile(path)
+    if path.suffix == ".json":
+        return ShardedFiles(path)
+    return SafetensorsFile(path)
+
+
 def load_tree(
-    path: str | os.PathLike[str],
+    source: Source | str | os.PathLike[str],
     target: Mapping[str, Any],
     dtype: Any = None,
     ignore: Sequence[str] = IGNORED_KEYS,
 ) -> dict[str, Any]:
-    """Loads a safetensors file (or the one in a folder) into a tree of JAX arrays shaped like `target`.
+    """Loads a source, or the file or folder at a path, into a tree of JAX arrays shaped like `target`.
 
     `target` holds ShapeDtypeStructs or arrays. Floating leaves become `dtype`, by default each that of its target
-    leaf. Keys in `ignore` may be in the file without being used. The names are compared as a whole before any tensor
-    is read; then tensors are read one by one, the largest first, so that the peak is about the size of the tree.
+    leaf; "auto" keeps the precision of the source, which must then be one for all. Keys in `ignore` may be there
+    without being used. The names are compared as a whole before any tensor is read; then tensors are read one by one,
+    the largest first, so that the peak is about the size of the tree.
     Raises InputError with one line that counts and lists what is missing, unused, of wrong shape, of wrong rank, of
-    wrong dtype, or set twice.
+    wrong dtype, or set twice, or that names a tensor with NaN, infinities, or numbers that `dtype` cannot hold.
     """
-    path = find_weights(path)
-    header = read_header(path)
-    plan = _plan(path, header, target, set(ignore))
+    if not isinstance(source, Source):
+        source = open_source(source)
+    plan = _plan(source, target, set(ignore))
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = stored_dtype(source)
 
     leaves: dict[names.Path, jax.Array] = {}
-    with path.open("rb") as file:
-        for leaf_path, entry, leaf in sorted(plan, key=lambda item: -item[1].nbytes):
-            array = names.from_torch_layout(leaf_path, read_tensor(file, entry))
-            wanted = np.dtype(dtype) if dtype is not None and _is_float(leaf.dtype) else np.dtype(leaf.dtype)
-            if array.dtype != wanted or not array.flags.c_contiguous:
-                converted = aligned_empty(array.shape, wanted)
-                np.copyto(converted, array, casting="unsafe")
-                array = converted
-            # Unlike jnp.asarray, device_put keeps aligned host memory instead of copying it.
-            leaves[leaf_path] = jax.device_put(array)
+    for leaf_path, key, entry, leaf in sorted(plan, key=lambda item: -item[2].nbytes):
+        wanted = np.dtype(dtype) if dtype is not None and _is_float(leaf.dtype) else np.dtype(leaf.dtype)
+        array = names.from_torch_layout(leaf_path, source.read(key).reshape(entry.shape))
+        # Unlike jnp.asarray, device_put keeps aligned host memory instead of copying it.
+        leaves[leaf_path] = jax.device_put(_converted(source, key, array, wanted))
     return names.unflatten({leaf_path: leaves[leaf_path] for leaf_path, _ in names.flatten(target)})
 
 
-def _plan(
-    path: Path, header: Header, target: Mapping[str, Any], ignore: set[str]
-) -> list[tuple[names.Path, Entry, Any]]:
-    """Pairs every leaf of the target with its tensor in the file, or raises InputError listing every difference."""
+def _converted(source: Source, key: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns the array in one piece of memory and in `dtype`, with all of its numbers finite."""
+    converted = array
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        converted = aligned_empty(array.shape, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # told apart below
+            np.copyto(converted, array, casting="unsafe")
+    if not all_finite(converted):
+        where, bad = f"{source.origin(key)}: tensor {key!r}", ~np.isfinite(array)
+        if bad.any():
+            raise InputError(
+                f"{where} has {np.count_nonzero(bad)} NaN or infinite values of {bad.size}, expected finite numbers"
+            )
+        raise InputError(f"{where} has values up to {float(np.abs(array).max()):.3g}, which {dtype} cannot hold")
+    return converted
+
+
+def _plan(source: Source, target: Mapping[str, Any], ignore: set[str]) -> list[tuple[names.Path, str, Entry, Any]]:
+    """Pairs every leaf of the target with its tensor in the source, or raises InputError listing every difference."""
     expected: dict[str, tuple[names.Path, Any]] = {}
     for leaf_path, leaf in names.flatten(target):
         key = names.to_torch_key(leaf_path)
@@ -119,42 +153,42 @@ def _plan(
             raise ValueError(f"{'.'.join(expected[key][0])} and {'.'.join(leaf_path)} both have the torch name {key}")
         expected[key] = leaf_path, leaf
 
-    sources: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     unused = []
-    for file_key in header.entries:
-        if (key := names.match(file_key, expected)) is not None:
-            sources.setdefault(key, []).append(file_key)
-        elif file_key not in ignore:
-            unused.append(file_key)
+    for source_key in source.entries:
+        if (key := names.match(source_key, expected)) is not None:
+            found.setdefault(key, []).append(source_key)
+        elif source_key not in ignore:
+            unused.append(source_key)
 
     plan, shapes, ranks, dtypes = [], [], [], []
-    for key, file_keys in sources.items():
-        (leaf_path, leaf), entry = expected[key], header.entries[file_keys[0]]
+    for key, source_keys in found.items():
+        (leaf_path, leaf), entry = expected[key], source.entries[source_keys[0]]
         shape = names.to_torch_shape(leaf_path, tuple(leaf.shape))
-        entry = Entry(entry.dtype, names.fold_shape(key, entry.shape, shape), entry.offset)
-        plan.append((leaf_path, entry, leaf))
-        difference = f"{file_keys[0]} found {list(entry.shape)} expected {list(shape)}"
+        entry = Entry(entry.dtype, names.fold_shape(key, entry.shape, shape))
+        plan.append((leaf_path, source_keys[0], entry, leaf))
+        difference = f"{source_keys[0]} found {list(entry.shape)} expected {list(shape)}"
         if len(entry.shape) != len(shape):
             ranks.append(difference)
         elif entry.shape != shape:
             shapes.append(difference)
         if _is_float(entry.dtype) != _is_float(leaf.dtype):
-            dtypes.append(f"{file_keys[0]} found {entry.dtype} expected {leaf.dtype}")
+            dtypes.append(f"{source_keys[0]} found {entry.dtype} expected {leaf.dtype}")
 
     faults = {
-        "missing": [key for key in expected if key not in sources],
+        "missing": [key for key in expected if key not in found],
         "unused": unused,
         "wrong shape": shapes,
         "wrong rank": ranks,
         "wrong dtype": dtypes,
-        "set twice": [f"{key} by {' and '.join(keys)}" for key, keys in sources.items() if len(keys) > 1],
+        "set twice": [f"{key} by {' and '.join(keys)}" for key, keys in found.items() if len(keys) > 1],
     }
     faults = {kind: items for kind, items in faults.items() if items}
     if faults:
         counts = ", ".join(f"{len(items)} {kind}" for kind, items in faults.items())
         lists = "; ".join(f"{kind}: {_listing(items)}" for kind, items in faults.items())
         raise InputError(
-            f"{path}: does not fit the model: {len(header.entries)} tensors found, {len(expected)} expected "
+            f"{source.where}: does not fit the model: {len(source.entries)} tensors found, {len(expected)} expected "
             f"({counts}): {lists}"
         )
     return plan

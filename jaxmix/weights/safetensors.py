@@ -9,6 +9,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmix.types import InputError
+from jaxmix.weights.source import Entry, Source
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -44,23 +46,17 @@ _LARGEST_HEADER = 100 * 2**20  # the limit of the safetensors package
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class FileEntry(Entry):
     """One tensor of a file: its dtype, shape, and first byte counted from the start of the file."""
 
-    dtype: np.dtype
-    shape: tuple[int, ...]
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
     """The table of contents of a safetensors file."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, FileEntry]
     metadata: dict[str, str]
 
 
@@ -79,7 +75,26 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_tensor(file: BufferedReader, entry: Entry) -> np.ndarray:
+class SafetensorsFile(Source):
+    """The tensors of one safetensors file. `metadata` holds the strings of its header."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Read and check the header. Raises InputError as `read_header` does."""
+        header = read_header(path)
+        self.where = str(path)
+        self.metadata = header.metadata
+        self._entries = header.entries
+
+    @property
+    def entries(self) -> Mapping[str, FileEntry]:
+        return self._entries
+
+    def read(self, key: str) -> np.ndarray:
+        with open(self.where, "rb") as file:
+            return read_tensor(file, self._entries[key])
+
+
+def read_tensor(file: BufferedReader, entry: FileEntry) -> np.ndarray:
     """Reads one tensor into aligned memory of its own."""
     array = aligned_empty(entry.shape, entry.dtype)
     file.seek(entry.offset)
@@ -140,11 +155,11 @@ def _read_header(path: Path, file: BufferedReader) -> Header:
     return Header({key: entry for key, (entry, _) in spans.items()}, dict(metadata))
 
 
-def _entry(value: dict[str, Any], base: int) -> tuple[Entry, int]:
+def _entry(value: dict[str, Any], base: int) -> tuple[FileEntry, int]:
     """Returns a tensor's entry and the byte after its last, both counted from the start of the file."""
     name, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}")
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
         raise ValueError("negative or fractional shapes or offsets")
-    return Entry(DTYPES[name], tuple(shape), base + begin), base + end
+    return FileEntry(DTYPES[name], tuple(shape), base + begin), base + end

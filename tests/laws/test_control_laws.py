@@ -14,7 +14,8 @@ from jaxmix import QKV, Control, InputError, Site
 from jaxmix.control import attend, matches, phases, tile_rows, to_branches, validate
 from jaxmix.models import UNet2DConditionModel
 from jaxmix.models.unet import norm_sites, sites, subtree
-from jaxmix.pipeline import denoise
+from jaxmix.programs import Job, denoise
+from jaxmix.samplers import DDIM
 
 from .controls import CASES, Claiming, FavourFirst, FlipKeys, ShiftValues, make
 
@@ -172,8 +173,8 @@ def test_numbers_never_retrace_the_sampler(tiny_pipeline):
     pipe = tiny_pipeline
 
     @chex.assert_max_traces(n=1)
-    def traced(params, latents, context, scale, controls):
-        return denoise.__wrapped__(pipe.unet, pipe.schedule, 3, None, params, latents, context, scale, controls)
+    def traced(params, solver, job, controls):
+        return denoise.__wrapped__(pipe.unet, 0, None, params, solver, job, controls)
 
     chex.clear_trace_counter()
     fn = jax.jit(traced)
@@ -181,7 +182,8 @@ def test_numbers_never_retrace_the_sampler(tiny_pipeline):
         latents = pipe.initial_latents([i, i + 9])
         context = pipe.encode_prompt(["", f"a car {i}", "blurred", "a red apple"][:4]).reshape(2, 2, 32, 16)
         strengths = [make(case, [0.3 * i, 1.0]) for case in CASES]
-        fn(pipe.params["unet"], latents, context, jnp.full((2,), 1.0 + i), tuple(strengths))
+        job = Job(latents, context, jnp.full((2,), 1.0 + i))
+        fn(pipe.params["unet"], DDIM.create(pipe.schedule, 3), job, tuple(strengths))
 
 
 def test_the_public_sampler_compiles_once_for_any_numbers(tiny_pipeline):
@@ -232,15 +234,17 @@ def test_later_phases_run_without_the_control(tiny_pipeline):
 def _sampler_text(pipe, controls):
     context = pipe.encode_prompt(["", "a car"]).reshape(1, 2, 32, 16)
     controls = tuple(tile_rows(c, 1) for c in controls)
-    args = (pipe.params["unet"], pipe.initial_latents([0]), context, jnp.ones((1,)), controls)
-    return denoise.lower(pipe.unet, pipe.schedule, 4, None, *args).compile().as_text()
+    job = Job(pipe.initial_latents([0]), context, jnp.ones((1,)))
+    args = (pipe.params["unet"], DDIM.create(pipe.schedule, 4), job, controls)
+    return denoise.lower(pipe.unet, 0, None, *args).compile().as_text()
 
 
 def test_keys_and_values_of_attn2_are_computed_outside_the_loop(tiny_pipeline):
     pipe = tiny_pipeline
     context = pipe.encode_prompt(["", "a car"]).reshape(1, 2, 32, 16)
-    args = (pipe.params["unet"], pipe.initial_latents([0]), context, jnp.ones((1,)), ())
-    jaxpr = jax.make_jaxpr(lambda *a: denoise.__wrapped__(pipe.unet, pipe.schedule, 4, None, *a))(*args)
+    job = Job(pipe.initial_latents([0]), context, jnp.ones((1,)))
+    args = (pipe.params["unet"], DDIM.create(pipe.schedule, 4), job, ())
+    jaxpr = jax.make_jaxpr(lambda *a: denoise.__wrapped__(pipe.unet, 0, None, *a))(*args)
     loops = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
     assert len(loops) == 1
 

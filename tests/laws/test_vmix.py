@@ -10,7 +10,7 @@ from jaxmix import InputError, Site, VMix
 from jaxmix.control import KV, QKV, attend
 from jaxmix.controls import vmix as maths
 from jaxmix.models.unet import sites
-from jaxmix.pipeline import denoise
+from jaxmix.programs import denoise
 
 LABELS = {"color": ("vibrant color", "[V]"), "light": ("bright light", "[S]"), "focus": ("sharp focus", "[T]")}
 

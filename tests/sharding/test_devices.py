@@ -10,7 +10,8 @@ import pytest
 import jaxmix
 from jaxmix import InputError, VMix
 from jaxmix.control import tile_rows
-from jaxmix.pipeline import denoise
+from jaxmix.programs import Job, denoise
+from jaxmix.samplers import DDIM
 
 PROMPTS = [f"a {word}" for word in ("car", "dog", "apple", "cat", "boat", "rose", "key", "cup", "hat", "bus", "fox")]
 SEEDS = [11, 3, 3, 99, 12, 0, 7, 5, 2**32 - 1, 6, 8]
@@ -58,8 +59,9 @@ def test_the_compiled_sampler_holds_no_collective(tiny_pipeline, mesh):
     controls = tuple(tile_rows(c, 11) for c in controls_for(pipe))
     controls = jax.tree.map(lambda x: x[:8] if x.shape[:1] == (11,) else x, controls)
     context = pipe.encode_prompt([p for prompt in PROMPTS[:8] for p in ("", prompt)]).reshape(8, 2, 32, 16)
-    args = (pipe.params["unet"], pipe.initial_latents(SEEDS[:8]), context, jnp.ones(8), controls)
-    text = denoise.lower(pipe.unet, pipe.schedule, 4, mesh, *args).compile().as_text()
+    job = Job(pipe.initial_latents(SEEDS[:8]), context, jnp.ones(8))
+    args = (pipe.params["unet"], DDIM.create(pipe.schedule, 4), job, controls)
+    text = denoise.lower(pipe.unet, 0, mesh, *args).compile().as_text()
     assert "while(" in text
     assert not COLLECTIVE.search(text)
 

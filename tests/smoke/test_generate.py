@@ -14,6 +14,7 @@ from infer.manifest import Manifest
 from infer.measure import CompileClock
 from infer.png import read_settings, setting_chunks, write_png
 from jaxmix.command import parse
+from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError
 
 
@@ -22,7 +23,10 @@ class StandIn:
 
     default_steps = 4
     default_guidance_scale = 3.0
-    schedule = SimpleNamespace(num_train_timesteps=1000)
+    sampler = "ddim"
+    latent_shape = (4, 4, 2)
+    schedule = NoiseSchedule()
+    vae = SimpleNamespace(config=SimpleNamespace(factor=4))
 
     def __init__(self):
         self.calls = []
@@ -30,12 +34,13 @@ class StandIn:
     def tokenize(self, prompts):
         return None, [" ".join(prompt.split()[5:]) for prompt in prompts]
 
-    def generate(self, prompts, seeds, steps, guidance_scale, negative_prompts, mesh, output):
+    def generate(self, prompts, seeds, steps, guidance_scale, negative_prompts, output, **settings):
         assert output == "latent" and len(prompts) == len(seeds) == len(guidance_scale) == len(negative_prompts)
         self.calls.append((steps, list(seeds)))
+        self.settings = settings
         return np.array([np.full((4, 4, 2), (seed * 7 + steps) % 256) for seed in seeds], np.float32)
 
-    def decode(self, latents, mesh):
+    def decode(self, latents, mesh, tile):
         return np.repeat(latents.repeat(4, 1).repeat(4, 2)[..., :1], 3, axis=-1).astype(np.uint8)
 
 
@@ -147,7 +152,7 @@ def test_a_run_without_resume_starts_a_new_manifest(tmp_path):
 def test_a_dry_run_prints_the_plan_and_writes_no_image(tmp_path, capsys):
     status, pipe, out = job(tmp_path, "a\nb\nc\n", name="p.txt", dry_run=True, batch_size=2)
     assert status == 0 and pipe.calls == []
-    assert "4 steps: 3 images in 2 batches of 2" in capsys.readouterr().out
+    assert "4 steps of ddim, 16x16: 3 images in 2 batches of 2" in capsys.readouterr().out
     assert not (out / "manifest.jsonl").exists()
 
 
@@ -214,9 +219,41 @@ def test_compile_seconds_count_nested_tracing_once():
 
 def test_a_model_name_with_a_comma_stays_one_value(tmp_path):
     settings = {"prompt": "x", "negative_prompt": "", "seed": 1, "steps": 2, "guidance_scale": 1.5}
-    settings |= {"model": "a, b: c", "sampler": "DDIM"}
+    settings |= {"model": "a, b: c", "sampler": "ddim"}
     chunks = setting_chunks(settings, (8, 8))
     assert chunks["parameters"].endswith('Model: "a, b: c"')
     write_png(tmp_path / "x.png", np.zeros((8, 8, 3), np.uint8), chunks)
     assert read_settings(tmp_path / "x.png") == settings
     assert not Manifest(tmp_path).holds("x.png", settings)
+
+
+def test_sizes_and_pictures_reach_the_pipeline(tmp_path):
+    for name, mode in (("start.png", "RGB"), ("mask.png", "L")):
+        Image.new(mode, (13, 9), 255).save(tmp_path / name)
+    settings = {"image": str(tmp_path / "start.png"), "mask": str(tmp_path / "mask.png"), "strength": 0.5}
+    row = {"prompt": "x", "sampler": "euler", "guidance_rescale": 0.7, **settings}
+    status, pipe, out = job(tmp_path, json.dumps(row))
+    assert status == 0
+    # The picture is 13 x 9, which is cut down to multiples of the factor 4.
+    assert pipe.settings["images"].shape == (1, 8, 12, 3) and pipe.settings["masks"].shape == (1, 8, 12)
+    named = {key: pipe.settings[key] for key in ("sampler", "height", "width", "strength", "guidance_rescale")}
+    assert named == {"sampler": "euler", "height": 8, "width": 12, "strength": 0.5, "guidance_rescale": [0.7]}
+    assert lines_of(out)[0]["image"] == settings["image"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"height": 10}, "height: expected a multiple of 4 pixels, found 10"),
+        ({"strength": 0.1, "steps": 4, "image": True}, "strength is 0.1 with 4 steps: no step is left"),
+        ({"image": "text"}, "not a picture that can be opened"),
+    ],
+)
+def test_a_row_that_the_model_cannot_draw_is_named(tmp_path, capsys, row, reason):
+    Image.new("RGB", (8, 8)).save(tmp_path / "start.png")
+    (tmp_path / "text.png").write_text("no picture")
+    if "image" in row:
+        row["image"] = str(tmp_path / ("start.png" if row["image"] is True else "text.png"))
+    status, _, _ = job(tmp_path, json.dumps({"prompt": "x"}) + "\n" + json.dumps({"prompt": "y", **row}))
+    assert status == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if reason in line]

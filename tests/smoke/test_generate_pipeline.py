@@ -12,7 +12,7 @@ from PIL import Image
 from infer.generate import Config, main
 from jaxmix.command import run
 from jaxmix.loading import ASSETS
-from jaxmix.pipeline import denoise
+from jaxmix.programs import denoise
 
 QUICK = ["--steps", "1", "--devices", "1"]
 
@@ -67,6 +67,26 @@ def test_other_prompts_seeds_and_scales_compile_nothing_new(folder, tmp_path):
     second = write_rows(tmp_path / "b.jsonl", rows)
     assert main(Config(**settings, prompts=second, out=str(tmp_path / "b"))) == 0
     assert denoise._cache_size() == compiled
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "mask", "tiles"])
+def test_the_command_draws_at_another_size_from_pictures_and_in_tiles(folder, tmp_path, mode):
+    picture = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "start.png")
+    mask = np.zeros((12, 20), np.uint8)
+    mask[:, 10:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    settings = {"height": 12, "width": 20, "sampler": "dpmpp_2m_karras", "guidance_rescale": 0.5}
+    if mode in ("image", "mask"):
+        settings |= {"image": str(tmp_path / "start.png"), "strength": 0.5}
+    if mode == "mask":
+        settings |= {"mask": str(tmp_path / "mask.png")}
+    if mode == "tiles":
+        settings |= {"tile": 8}
+    config = Config(model=str(folder), prompt="a cat", steps=4, devices=1, out=str(tmp_path / "out"), **settings)
+    assert main(config) == 0
+    drawn = np.asarray(Image.open(tmp_path / "out" / "0000_seed0.png"))
+    assert drawn.shape == (12, 20, 3) and drawn.std() > 1
 
 
 def test_the_command_warns_of_words_cut_off_and_draws(folder, tmp_path, capsys):

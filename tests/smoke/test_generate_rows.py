@@ -1,5 +1,7 @@
 """What a prompt file may say, and what is said about one that is wrong."""
 
+import dataclasses
+
 import pytest
 
 from infer.rows import BadRow, Defaults, Row, buckets, read_rows, rows_of_prompts
@@ -82,8 +84,41 @@ def test_a_missing_file_is_named(tmp_path):
 def test_buckets_hold_rows_of_equal_steps(tmp_path):
     text = '{"prompt": "a", "steps": 2}\n{"prompt": "b"}\n{"prompt": "c", "steps": 2}\n{"prompt": "d", "steps": 4}'
     rows, _ = read(tmp_path, "p.jsonl", text)
-    held = [(steps, [row.prompt for row in part]) for steps, part in buckets(row.complete(4, 3.0) for row in rows)]
+    held = [(part[0].steps, [row.prompt for row in part]) for part in buckets(row.complete(steps=4) for row in rows)]
     assert held == [(2, ["a", "c"]), (4, ["b", "d"])]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampler": "euler"},
+        {"height": 64},
+        {"guidance_rescale": 0.5},
+        {"image": "a.png"},
+        {"image": "a.png", "mask": "m"},
+    ],
+)
+def test_a_row_that_needs_another_program_gets_a_bucket_of_its_own(change):
+    row = Row(0, "r:1", "x", "", 0, 4, 2.0)
+    other = dataclasses.replace(row, number=1, **change)
+    assert [len(part) for part in buckets([row, other, dataclasses.replace(row, seed=9, guidance_scale=3.0)])] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ('"sampler": "eular"', 'sampler: found text "eular", expected one of ddim, '),
+        ('"height": 0', "height: expected a whole number of pixels, found 0"),
+        ('"guidance_rescale": 1.5', "guidance_rescale: expected a number from 0 to 1, found 1.5"),
+        ('"image": "gone.png"', "image: no such file: gone.png"),
+        ('"mask": "%s"', "mask: found a mask without an image, expected the image to repaint"),
+    ],
+)
+def test_the_new_fields_say_what_they_expect(tmp_path, field, reason):
+    (tmp_path / "m.png").write_bytes(b"")
+    text = '{"prompt": "x", ' + (field % (tmp_path / "m.png") if "%" in field else field) + "}"
+    rows, bad = read(tmp_path, "p.jsonl", text)
+    assert not rows and bad[0].reason.startswith(reason)
 
 
 def test_an_empty_prompt_flag_is_a_bad_row():

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxmix.types import InputError
-from jaxmix.weights import find_weights, load_tree, read_config, read_header
+from jaxmix.weights import SafetensorsFile, find_weights, load_tree, read_config, read_header
 
 
 def leaf(*shape, dtype=jnp.float32):
@@ -63,7 +63,7 @@ def test_all_differences_are_listed_at_once(tmp_path):
 
 def test_nothing_is_read_before_the_names_agree(model, monkeypatch):
     path, target = model
-    monkeypatch.setattr("jaxmix.weights.load.read_tensor", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(SafetensorsFile, "read", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(InputError, match="1 missing"):
         load_tree(path, target | {"more": {"bias": leaf(1)}})
 

@@ -1,0 +1,77 @@
+"""What a job says at its end: the gallery, the contact sheet and the line of figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+from infer.gallery import Item, Picture, write_contact_sheet, write_gallery
+from infer.manifest import Manifest
+from infer.measure import CompileClock
+from infer.rows import BadRow, Row
+
+
+@dataclasses.dataclass
+class Times:
+    """Images drawn in one run, and the seconds it took; `drawing` and `decode` are without the compiling in them."""
+
+    images: int = 0
+    whole: float = 0.0
+    drawing: float = 0.0
+    compile: float = 0.0
+    decode: float = 0.0
+    png: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Images per second once everything is compiled."""
+        return self.images / max(self.drawing, 1e-9)
+
+
+def write_overview(
+    out: Path,
+    model: str,
+    rows: Sequence[Row],
+    bad: Sequence[BadRow],
+    manifest: Manifest,
+    times: Times,
+    cuts: dict[Row, str],
+) -> None:
+    """Write gallery.html and contact_sheet.png over all rows of the job, drawn now or before."""
+    items = []
+    for row in rows:
+        record = manifest.record(row.file_name)
+        shown = {"seed": str(row.seed), "steps": f"{row.steps} {row.sampler}", "guidance": f"{row.guidance_scale:g}"}
+        if row.negative_prompt:
+            shown["negative"] = row.negative_prompt
+        if row in cuts:
+            shown["cut off"] = cuts[row]
+        if row.id is not None:
+            shown["id"] = row.id
+        if row.image is not None:
+            shown["from"] = f"{Path(row.image).name}, strength {row.strength:g}"
+        picture = Picture(row.file_name, record["width"], record["height"])
+        items.append(Item(row.prompt, [picture], shown))
+    items += [Item("", error=str(failed)) for failed in bad]
+    facts = {"model": model, "images": str(len(rows))}
+    if bad:
+        facts["rows not drawn"] = str(len(bad))
+    facts["date"] = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    if times.images:
+        facts["speed"] = f"{times.rate:.3g} images/s"
+        facts["compile"] = f"{times.compile:.1f} s"
+    write_gallery(out, items, f"Drawn by {Path(model).name}", facts)
+    write_contact_sheet(out, items, f"{Path(model).name}: {len(rows)} images")
+
+
+def summary(times: Times, clock: CompileClock, cached: bool) -> str:
+    """Return the last line: images/s is over the drawing alone, without loading and compiling."""
+    if not times.images:
+        return f"0 images drawn in {times.whole:.1f} s (all kept from before)"
+    hits = f" ({clock.hits} of {clock.programs} programs from the cache)" if cached else ""
+    return (
+        f"{times.images} images in {times.whole:.1f} s: {times.rate:.3g} images/s; "
+        f"compile {times.compile:.1f} s{hits}, decode {times.decode:.1f} s, PNG {times.png:.2f} s"
+    )

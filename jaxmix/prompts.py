@@ -1,0 +1,41 @@
+"""Prompts to what the UNet is conditioned on, for one text encoder or two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmix.models.clip import CLIPTextModel, TextStates
+from jaxmix.programs import encode_ids
+from jaxmix.types import InputError, Params
+
+
+def open_tokenizer(tokenizer: Any) -> Any:
+    """Return a tokenizer: the object itself, or the transformers CLIPTokenizer of a folder."""
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    from transformers import CLIPTokenizer
+
+    if not any((Path(tokenizer) / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise InputError(f"{tokenizer}: no vocab.json or tokenizer.json here, expected a CLIP tokenizer")
+    return CLIPTokenizer.from_pretrained(str(tokenizer))
+
+
+def tokenize(tokenizer: Any, length: int, prompts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Return token ids (b, length) int32, and for each prompt the words that did not fit ("" if all did)."""
+    ids, cut = [], []
+    for prompt in prompts:
+        whole = tokenizer(prompt, verbose=False)["input_ids"]  # not verbose: the caller words the warning
+        cut.append(tokenizer.decode(whole[length - 1 : -1]).strip() if len(whole) > length else "")
+        ids.append(tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"])
+    return np.asarray(ids, np.int32).reshape(-1, length), cut
+
+
+def encode(tokenizer: Any, encoder: CLIPTextModel, params: Params, prompts: Sequence[str]) -> TextStates:
+    """Return what a text encoder makes of each prompt."""
+    ids, _ = tokenize(tokenizer, encoder.config.max_position_embeddings, prompts)
+    return encode_ids(encoder, params, jnp.asarray(ids))

@@ -1,0 +1,80 @@
+"""Pipelines from the Hugging Face hub: the files that are needed, into the cache that all its tools share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmix.types import InputError
+from jaxmix.weights.load import WEIGHT_FILES
+
+_CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json", "tokenizer*/*")
+_LISTED = 4
+_SECONDS = 10.0  # to wait for an answer before the cache is tried
+
+
+def download(repo: str, parts: Sequence[str]) -> Path:
+    """Return the local folder of the pipeline `repo` ("owner/name"), after downloading what is not there yet.
+
+    Of each of `parts` one kind of weights is fetched, by the order of `WEIGHT_FILES`, and never a pickle. Without a
+    connection a folder that is in the cache already is used. Raises InputError with one line for an unknown or
+    private repository, for one that is no diffusers pipeline, and where there is neither connection nor cache.
+    """
+    import huggingface_hub as hub  # here, because most models are loaded without it
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        found = hub.HfApi().model_info(repo, timeout=_SECONDS)
+    except RepositoryNotFoundError:  # and gated ones
+        raise InputError(
+            f"{repo}: neither a folder or file here nor a public model on the hub, expected the id of a diffusers "
+            "pipeline (log in with `hf auth login` for a private or gated one)"
+        ) from None
+    except Exception as error:  # each release and each proxy has its own way to say that there is no connection
+        return _cached(hub, repo, error)
+    files = [file.rfilename for file in found.siblings or ()]
+    if "model_index.json" not in files:
+        single = [name for name in files if "/" not in name and name.endswith(".safetensors")]
+        hint = f"; it has single files, download one and give its path: {', '.join(single[:_LISTED])}" if single else ""
+        raise InputError(f"{repo}: no model_index.json on the hub, expected a diffusers pipeline{hint}")
+    try:
+        return _fetch(hub, repo, files, parts)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{repo}: the download failed: {_one_line(error)}; the next call goes on with it") from None
+
+
+def wanted_files(files: Iterable[str], part: str) -> list[str]:
+    """Return the weight files to fetch for one part: one file, or an index (whose shards come after it)."""
+    present = set(files)
+    return next(([f"{part}/{name}"] for name in WEIGHT_FILES if f"{part}/{name}" in present), [])
+
+
+def _fetch(hub: Any, repo: str, files: Sequence[str], parts: Sequence[str]) -> Path:
+    weights = [name for part in parts for name in wanted_files(files, part)]
+    folder = Path(hub.snapshot_download(repo, allow_patterns=[*_CONFIGS, *weights]))
+    shards = set()
+    for index in (name for name in weights if name.endswith(".json")):
+        weight_map = json.loads((folder / index).read_text(encoding="utf-8")).get("weight_map", {})
+        shards |= {f"{Path(index).parent.as_posix()}/{shard}" for shard in weight_map.values()}
+    if shards:
+        folder = Path(hub.snapshot_download(repo, allow_patterns=[*_CONFIGS, *weights, *sorted(shards)]))
+    return folder
+
+
+def _cached(hub: Any, repo: str, error: Exception) -> Path:
+    try:
+        return Path(hub.snapshot_download(repo, local_files_only=True))
+    except (OSError, ValueError):  # LocalEntryNotFoundError is one of them
+        raise InputError(
+            f"{repo}: no such folder or file here, the hub cannot be reached ({_one_line(error)}), and nothing of it "
+            "is in the cache; expected a connection, or the path of a model"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
