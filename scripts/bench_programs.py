@@ -1,0 +1,229 @@
+"""The JAX programs that are timed and measured: ours, and the same of diffusers' Flax models.
+
+A program is a function of (params, inputs) with abstract arguments, so it can be compiled without any weights, for this
+machine or for another; `materialize` makes arguments of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxprs_in_params
+
+from scripts.bench_rows import Row, added_width, configs
+
+GUIDANCE = 7.5
+_CONSTANTS = {"t": 500, "time_ids": 512.0, "scale": GUIDANCE}  # inputs that are not noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function and the shapes of its arguments."""
+
+    fn: Callable[[Any, dict[str, Any]], jax.Array]
+    params: Any  # tree of ShapeDtypeStruct
+    inputs: dict[str, jax.ShapeDtypeStruct]
+
+    def trace(self, sharding: Any = None) -> Any:
+        """Trace under jit; ``sharding`` places every argument."""
+
+        def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return x if sharding is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.jit(self.fn).trace(*jax.tree.map(place, (self.params, self.inputs)))
+
+
+def program(engine: str, row: Row) -> Program:
+    """Return the program of "ours" or "flax" for a row; ImportError if diffusers has no Flax models."""
+    return {"ours": _ours, "flax": _flax}[engine](row)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+
+def _inputs(row: Row, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what is fed, NHWC and rows branch minor: a `unet` step sees two rows an image, as under guidance."""
+    unet, n, side = found["unet"], row.batch, row.latents
+    rows = 1 if row.task == "decode" else 2
+    dtype = jnp.dtype(row.dtype)
+    channels = found["vae"]["latent_channels"] if row.task == "decode" else unet["in_channels"]
+    x_rows = 2 * n if row.task == "unet" else n
+    out = {"latents": jax.ShapeDtypeStruct((x_rows, side, side, channels), jnp.float32)}
+    if row.task == "decode":
+        return out
+    out["context"] = jax.ShapeDtypeStruct((n * rows, found["text_length"], unet["cross_attention_dim"]), dtype)
+    if width := added_width(unet):
+        out["text_embeds"] = jax.ShapeDtypeStruct((n * rows, width), dtype)
+        out["time_ids"] = jax.ShapeDtypeStruct((n * rows, 6), jnp.float32)
+    if row.task == "unet":
+        out["t"] = jax.ShapeDtypeStruct((), jnp.int32)
+    else:
+        out["scale"] = jax.ShapeDtypeStruct((n,), jnp.float32)
+    return out
+
+
+def _ours(row: Row) -> Program:
+    from jaxmix.models import AutoencoderKL, UNet2DConditionModel, UNetConfig, VAEConfig
+    from jaxmix.models.unet import AddedCond
+    from jaxmix.programs import Job, decode, denoise
+    from jaxmix.samplers import make_solver
+    from jaxmix.schedule import NoiseSchedule
+
+    found, dtype = configs(row.model, row.tiny), jnp.dtype(row.dtype)
+    inputs = _inputs(row, found)
+    if row.task == "decode":
+        vae = AutoencoderKL(VAEConfig.from_dict(found["vae"]), dtype)
+        return Program(
+            lambda params, x: decode(vae, None, None, params, x["latents"]), _cast(vae.abstract_params(), dtype), inputs
+        )
+
+    unet = UNet2DConditionModel(UNetConfig.from_dict(found["unet"]), dtype)
+    schedule = NoiseSchedule.from_config(found["scheduler"])
+    params = _cast(unet.abstract_params(), dtype)
+
+    def added(x: dict[str, Any], *lead: int) -> Any:
+        """Added conditioning of SDXL; ``lead`` splits its rows, as (images, branches) do."""
+        if "text_embeds" not in x:
+            return None
+        return AddedCond(*(x[k].reshape(*(lead or x[k].shape[:1]), -1) for k in ("text_embeds", "time_ids")))
+
+    if row.task == "unet":
+
+        def step(params: Any, x: dict[str, Any]) -> jax.Array:
+            return unet.apply({"params": params}, x["latents"], x["t"], x["context"], (), added(x))
+
+        return Program(step, params, inputs)
+
+    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
+        context = x["context"].reshape(row.batch, 2, *x["context"].shape[1:])
+        job = Job(x["latents"], context, x["scale"], added=added(x, row.batch, 2))
+        return denoise(unet, 0, None, params, make_solver("ddim", schedule, row.steps), job, ())
+
+    return Program(sample, params, inputs)
+
+
+def _flax(row: Row) -> Program:
+    """diffusers' Flax modules, driven as its Flax pipelines drive them: branches concatenated, a fori_loop."""
+    from diffusers import FlaxAutoencoderKL, FlaxDDIMScheduler, FlaxUNet2DConditionModel
+
+    found, dtype = configs(row.model, row.tiny), jnp.dtype(row.dtype)
+    inputs = _inputs(row, found)
+    key = jax.random.PRNGKey(0)
+
+    def known(kind: Any, config: dict[str, Any]) -> dict[str, Any]:
+        names = kind.__dataclass_fields__
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names and v is not None}
+
+    if row.task == "decode":
+        vae = FlaxAutoencoderKL(**known(FlaxAutoencoderKL, found["vae"]), dtype=dtype)
+        factor = found["vae"]["scaling_factor"]
+
+        def decode(params: Any, x: dict[str, Any]) -> jax.Array:
+            latents = x["latents"].transpose(0, 3, 1, 2) / factor
+            y = vae.apply({"params": params}, latents, method=vae.decode).sample
+            return jnp.clip(y / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+
+        return Program(decode, _cast(jax.eval_shape(vae.init_weights, key), dtype), inputs)
+
+    # Its norms have 32 groups, whatever the configuration says: mini's have 16 elsewhere.
+    unet = FlaxUNet2DConditionModel(**known(FlaxUNet2DConditionModel, found["unet"]), dtype=dtype)
+    params = _cast(jax.eval_shape(unet.init_weights, key), dtype)
+
+    def predict(params: Any, latents: jax.Array, t: jax.Array, x: dict[str, Any]) -> jax.Array:
+        added = {k: x[k] for k in ("text_embeds", "time_ids") if k in x} or None
+        t = jnp.broadcast_to(t, latents.shape[:1])
+        return unet.apply({"params": params}, latents, t, x["context"], added).sample
+
+    if row.task == "unet":
+        return Program(lambda params, x: predict(params, x["latents"].transpose(0, 3, 1, 2), x["t"], x), params, inputs)
+
+    config = {k: v for k, v in found["scheduler"].items() if not k.startswith("_") and v is not None}
+    scheduler = FlaxDDIMScheduler(**{k: v for k, v in config.items() if k != "timestep_spacing"})
+
+    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
+        latents = x["latents"].transpose(0, 3, 1, 2)
+        state = scheduler.set_timesteps(scheduler.create_state(), row.steps, latents.shape)
+        scale = x["scale"][:, None, None, None]
+
+        def body(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            latents, state = carry
+            t = jnp.asarray(state.timesteps, jnp.int32)[i]
+            uncond, cond = jnp.split(predict(params, jnp.concatenate([latents] * 2), t, x), 2)
+            moved, state = scheduler.step(state, uncond + scale * (cond - uncond), t, latents, return_dict=False)
+            return moved.astype(jnp.float32), state
+
+        return jax.lax.fori_loop(0, row.steps, body, (latents, state))[0]
+
+    return Program(sample, params, inputs)
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def materialize(made: Program, seed: int = 0, params: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Return device arrays for a program: weights by `random_params` (unless given), normals and fixed numbers."""
+    rng = np.random.default_rng(seed)
+
+    def feed(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+        if name in _CONSTANTS:
+            return jnp.full(x.shape, _CONSTANTS[name], x.dtype)
+        return jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype)
+
+    weights = random_params(made.params, rng) if params is None else params
+    return weights, {k: feed(k, v) for k, v in made.inputs.items()}
+
+
+def random_params(tree: Any, rng: np.random.Generator) -> Any:
+    """Fill a tree: kernels with normals of variance 1 / fan-in, scales with 1, biases with 0.
+
+    No leaf is drawn by itself: a million normals are drawn once and repeated, which makes billions in seconds.
+    """
+    base = rng.standard_normal(1_000_003, np.float32)
+
+    def fill(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+        last = str(getattr(path[-1], "key", path[-1]))
+        if x.ndim < 2:
+            return jnp.full(x.shape, 1.0 if last == "scale" else 0.0, x.dtype)
+        scaled = (base * math.prod(x.shape[:-1]) ** -0.5).astype(x.dtype)
+        return jax.device_put(np.resize(np.roll(scaled, int(rng.integers(base.size))), x.shape))
+
+    return jax.tree_util.tree_map_with_path(fill, tree)
+
+
+# FLOPs ----------------------------------------------------------------------------------------------------------------
+
+
+def count_flops(made: Program) -> int:
+    """Count the floating-point operations of a program's products and convolutions (a multiply-add is two)."""
+    return _flops(jax.make_jaxpr(made.fn)(made.params, made.inputs).jaxpr)
+
+
+def _flops(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contract, _), _ = params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+            total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // out_features
+        elif name == "cond":
+            total += max(_flops(branch.jaxpr) for branch in params["branches"])
+        elif name == "pallas_call":
+            pass  # a branch for another kind of device: what it does is counted in the others
+        elif name == "while":
+            raise ValueError("the number of rounds of a while loop is not in the program: it cannot be counted")
+        else:
+            rounds = params["length"] if name == "scan" else 1
+            total += rounds * sum(_flops(getattr(inner, "jaxpr", inner)) for inner in jaxprs_in_params(params))
+    return total

@@ -1,0 +1,242 @@
+"""What is timed: the models as diffusers configurations, the rows of the table, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmix.command import near_misses
+from jaxmix.types import InputError
+
+ASSETS = Path(__file__).resolve().parents[1] / "jaxmix" / "assets" / "mini"
+MODELS = ("mini", "sd15", "sdxl")
+TASKS = ("unet", "sample", "decode")
+ENGINES = ("ours", "flax", "torch", "torch-compile")
+DTYPES = ("float32", "bfloat16")
+PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent
+
+_SD15 = {
+    "unet": {
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+        "norm_num_groups": 32,
+    },
+    "vae": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "sample_size": 512,
+        "scaling_factor": 0.18215,
+    },
+    "scheduler": {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+    },
+    "text_length": 77,
+}
+_SDXL = {
+    "unet": {
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 2,
+        "attention_head_dim": [5, 10, 20],
+        "transformer_layers_per_block": [1, 2, 10],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "norm_num_groups": 32,
+    },
+    "vae": {**_SD15["vae"], "sample_size": 1024, "scaling_factor": 0.13025},  # type: ignore[dict-item]
+    "scheduler": _SD15["scheduler"],
+    "text_length": 77,
+}
+# Shrunk, for `--tiny`: 32 channels is the least that the fixed 32 groups of diffusers' Flax norms take.
+_TINY_UNET = {
+    "sample_size": 8,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "norm_num_groups": 32,
+}
+_TINY_VAE = {
+    "block_out_channels": [32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "sample_size": 16,
+}
+_TINY = {
+    "mini": {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 2,
+    },
+    "sd15": {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 2,
+    },
+    "sdxl": {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": [1, 2],
+        "transformer_layers_per_block": [1, 2],
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table. ``batch`` counts images; under guidance the UNet sees two rows an image."""
+
+    model: str
+    task: str
+    latents: int  # side, in latents
+    batch: int
+    dtype: str
+    steps: int  # of the sampler; 0 elsewhere
+    tiny: bool = False
+
+    @property
+    def name(self) -> str:
+        """The row in words, for progress lines and errors."""
+        steps = f", {self.steps} steps" if self.steps else ""
+        tiny = " (tiny)" if self.tiny else ""
+        return f"{self.model}{tiny} {self.task} {self.latents}x{self.latents} x{self.batch} {self.dtype}{steps}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """The defaults of a kind of run; every flag wins over them."""
+
+    models: str
+    latents: dict[str, tuple[int, ...]]
+    batch: dict[str, tuple[int, ...]]
+    dtype: str
+    rounds: int
+    steps: int
+    max_seconds: float  # 0: no limit
+    row_seconds: float
+    engines: str = ",".join(ENGINES)
+    tasks: str = ",".join(TASKS)
+
+
+PRESETS = {
+    # Four images of mini are 8 rows of its UNet, one image of the others 2.
+    "quick": Preset("mini", {"mini": (16,), "sd15": (32,), "sdxl": (32,)}, {"mini": (4,)}, "float32", 3, 25, 0, 900),
+    "cpu": Preset(
+        "mini,sd15,sdxl", {"mini": (16,), "sd15": (32, 64), "sdxl": (32,)}, {"mini": (4,)}, "float32", 5, 25, 0, 900
+    ),
+    "gpu": Preset(
+        "sd15,sdxl",
+        {"mini": (16,), "sd15": (64,), "sdxl": (128,)},
+        {"mini": (4,), "sd15": (1, 8), "sdxl": (1, 8)},
+        "bfloat16",
+        5,
+        25,
+        560,
+        10,
+    ),
+}
+
+
+def names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Split a comma list and check every name of it; raises InputError with near misses."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise InputError(f"--{flag}: found nothing, expected one or more of {', '.join(known)}")
+    for name in found:
+        if name not in known:
+            raise InputError(f"--{flag}: {name!r} is not known{near_misses(name, known)}")
+    return tuple(dict.fromkeys(found))
+
+
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Split a comma list of positive integers; raises InputError."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--{flag}: found {text!r}, expected positive integers with commas between")
+    return tuple(int(part) for part in parts)
+
+
+def plan(
+    preset: Preset,
+    models: Sequence[str],
+    tasks: Sequence[str],
+    latents: Sequence[int],
+    batch: Sequence[int],
+    dtype: str,
+    steps: int,
+    tiny: bool,
+) -> list[Row]:
+    """List the rows, the most important first; empty ``latents`` and ``batch`` take the preset's of each model.
+
+    Small before large and the UNet before what is made of it, decoding last: a run that is cut short has lost the
+    least.
+    """
+    rows = []
+    for model in models:
+        # The shrunk models have latents of 8, whatever the real ones have.
+        sides = tuple(latents) or ((8,) if tiny else preset.latents[model])
+        for side in sides:
+            for n in tuple(batch) or preset.batch.get(model, (1,)):
+                for task in tasks:
+                    rows.append(Row(model, task, side, n, dtype, steps if task == "sample" else 0, tiny))
+    # Stable: models and sides keep their order.
+    return sorted(rows, key=lambda row: (row.task == "decode", row.batch if row.model != "mini" else 0))
+
+
+def configs(model: str, tiny: bool = False) -> dict[str, Any]:
+    """Return the diffusers configurations "unet", "vae", "scheduler" of a model, and its "text_length" in tokens."""
+    if model == "mini":
+        parts = {name: json.loads((ASSETS / name / "config.json").read_text()) for name in ("unet", "vae")}
+        parts["scheduler"] = json.loads((ASSETS / "scheduler" / "scheduler_config.json").read_text())
+        text = json.loads((ASSETS / "text_encoder" / "config.json").read_text())
+        found: dict[str, Any] = {**parts, "text_length": text["max_position_embeddings"]}
+    else:
+        found = {"sd15": _SD15, "sdxl": _SDXL}[model]
+    if tiny:
+        found = {
+            **found,
+            "unet": {**found["unet"], **_TINY_UNET, **_TINY[model]},
+            "vae": {**found["vae"], **_TINY_VAE},
+            "text_length": 8,
+        }
+    return found
+
+
+def added_width(unet: dict[str, Any]) -> int:
+    """Return the width of the pooled text that a UNet configuration asks for (0: it takes none)."""
+    if unet.get("addition_embed_type") is None:
+        return 0
+    return unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
