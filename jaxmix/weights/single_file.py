@@ -60,8 +60,9 @@ _VAE_PARTS = tuple(VAE + name for name in ("encoder.", "decoder.", "quant_conv."
 class PartSource(Source):
     """One part of a single file under the names of diffusers and transformers."""
 
-    def __init__(self, where: str, entries: Mapping[str, FileEntry], transposed: frozenset[str]):
+    def __init__(self, where: str, part: str, entries: Mapping[str, FileEntry], transposed: frozenset[str]):
         self.where = where
+        self.part = part
         self._entries = entries
         self._transposed = transposed
 
@@ -75,6 +76,9 @@ class PartSource(Source):
             return read_entry(self.where, entry)
         stored = dataclasses.replace(entry, shape=entry.shape[::-1])
         return np.ascontiguousarray(read_entry(self.where, stored).T)
+
+    def origin(self, key: str) -> str:
+        return f"{self.where} ({self.part})"  # the key alone is not one of the file's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +155,7 @@ def open_single_file(
         path=path,
         family=family,
         configs=configs,
-        sources={part: PartSource(where, entries[part], frozenset(transposed[part])) for part in by_part},
+        sources={part: PartSource(where, part, entries[part], frozenset(transposed[part])) for part in by_part},
         scheduler=scheduler,
         extras=Extras(path, family, rest, layout),
         pad_tokens=dict(PAD_TOKENS[family]),
