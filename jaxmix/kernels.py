@@ -141,9 +141,19 @@ def _splash_limits(n: int, s: int) -> str | None:
 
 
 def _cudnn_limits(d: int, dtype: jnp.dtype) -> str | None:
+    capability = _cuda_capability()
+    if capability < 8:
+        return "it needs a CUDA GPU of compute capability 8.0"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it has no {jnp.dtype(dtype)}"
-    return "heads must be multiples of 8 and at most 128" if d % 8 or d > 128 else None
+    most = 256 if capability >= 9 else 128
+    return f"heads must be multiples of 8 and at most {most}" if d % 8 or d > most else None
+
+
+def _cuda_capability() -> float:
+    """Return the compute capability of the GPUs here, 0 if they are not NVIDIA's."""
+    device = jax.local_devices(backend="gpu")[0]
+    return float(device.compute_capability) if "cuda" in device.client.platform_version else 0.0
 
 
 def _refused(name: str, n: int, s: int, d: int, reason: str | None) -> bool:

@@ -100,13 +100,17 @@ def test_attend_gives_what_the_kernel_gives_and_editing_scores_avoids_it(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("n", "s", "d", "dtype", "reason"),
+    ("capability", "d", "dtype", "reason"),
     [
-        (4096, 4096, 160, jnp.bfloat16, "cuDNN, because heads must be multiples of 8 and at most 128"),
-        (4096, 4096, 40, jnp.float32, "cuDNN, because it has no float32"),
+        (8.0, 160, jnp.bfloat16, "cuDNN, because heads must be multiples of 8 and at most 128"),
+        (9.0, 260, jnp.bfloat16, "cuDNN, because heads must be multiples of 8 and at most 256"),
+        (9.0, 40, jnp.float32, "cuDNN, because it has no float32"),
+        (7.5, 40, jnp.float16, "cuDNN, because it needs a CUDA GPU of compute capability 8.0"),
     ],
 )
-def test_a_fallback_on_the_gpu_says_why(monkeypatch, caplog, n, s, d, dtype, reason):
+def test_a_fallback_on_the_gpu_says_why(monkeypatch, caplog, capability, d, dtype, reason):
+    n, s = 4096, 77
+    monkeypatch.setattr(kernels, "_cuda_capability", lambda: capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     kernels._say.cache_clear()
     with caplog.at_level(logging.INFO, "jaxmix.kernels"):
@@ -115,6 +119,14 @@ def test_a_fallback_on_the_gpu_says_why(monkeypatch, caplog, n, s, d, dtype, rea
     assert [r.message for r in caplog.records if "cuDNN" in r.message] == [
         f"attention of {n} queries, {s} keys, heads of {d}: XLA and not {reason}"
     ]
+
+
+@pytest.mark.parametrize(("capability", "d"), [(8.0, 40), (9.0, 160)])
+def test_the_gpu_takes_cudnn_where_it_can(monkeypatch, capability, d):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "_cuda_capability", lambda: capability)
+    chosen = kernels.choose(1024, 77, d, jnp.dtype(jnp.bfloat16))
+    assert chosen.keywords["cuda"] is kernels.cudnn and chosen.keywords["default"] is kernels.plain
 
 
 def test_a_fallback_on_the_tpu_says_why(monkeypatch, caplog):
