@@ -17,7 +17,7 @@ from jaxmix.types import AnyArray, Array
 Padding: TypeAlias = Sequence[tuple[int, int]]  # (top, bottom), (left, right)
 
 _kernel_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # what torch layers start from
-_TINY_IMAGE = 8 * 8  # pixels of the output up to which a convolution on the CPU is better off as a product
+_TINY_IMAGE = 4 * 4  # pixels of the output up to which a convolution on the CPU is better off as a product
 _SMALL_IMAGE = 64 * 64  # pixels up to which a convolution on the CPU is better off with Eigen ...
 _FEW = 16  # ... unless it has fewer outputs than this
 

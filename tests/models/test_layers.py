@@ -9,6 +9,7 @@ from jaxmix.models.layers import Conv, GroupNorm, Linear
 
 CASES = [  # (height, width), stride, padding: sizes on both sides of each threshold
     ((2, 2), 1, ((1, 1), (1, 1))),
+    ((4, 4), 1, ((1, 1), (1, 1))),
     ((8, 8), 1, ((1, 1), (1, 1))),
     ((9, 8), 1, ((1, 1), (1, 1))),
     ((65, 64), 1, ((1, 1), (1, 1))),
