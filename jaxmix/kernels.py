@@ -126,7 +126,12 @@ def choose(n: int, s: int, d: int, dtype: jnp.dtype) -> Kernel:
         kernels["cuda"] = cudnn
     if not kernels:
         return plain
-    return functools.partial(jax.lax.platform_dependent, **kernels, default=plain)
+    return _by_platform(tuple(kernels.items()))
+
+
+@functools.cache  # one function for each choice, so that calls outside of any program compile once a shape
+def _by_platform(kernels: tuple[tuple[str, Kernel], ...]) -> Kernel:
+    return jax.jit(functools.partial(jax.lax.platform_dependent, **dict(kernels), default=plain), inline=True)
 
 
 @functools.cache

@@ -40,10 +40,7 @@ class Linear(nn.Module):
         shape = (1, 1, i, self.features) if self.conv else (i, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         x, kernel = jnp.asarray(x, self.dtype), kernel.reshape(i, self.features).astype(self.dtype)
-        if x.ndim > 2:
-            y = jax.lax.platform_dependent(x, kernel, cpu=_flat_product, default=jnp.matmul)
-        else:
-            y = x @ kernel
+        y = product(x, kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
@@ -63,16 +60,39 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = jnp.asarray(x, self.dtype)
 
-        convolve = functools.partial(_convolve, stride=self.stride, padding=self.padding)
-        pixels = x.shape[1] * x.shape[2]
-        on_cpu = convolve
-        if pixels <= _TINY_IMAGE * self.stride**2:
-            on_cpu = functools.partial(_convolve_by_product, stride=self.stride, padding=self.padding)
-        elif pixels <= _SMALL_IMAGE and self.stride == 1 and self.features >= _FEW:
-            on_cpu = functools.partial(convolve, beside=1)
-        if on_cpu is convolve:
-            return convolve(x, kernel) + bias
-        return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=convolve) + bias
+        return convolve(x, kernel, self.stride, tuple(self.padding)) + bias
+
+
+# What depends on the platform is settled when the program is lowered, in functions that are compiled once a shape:
+# without `jit` a call outside of any program would compile its branches anew each time. Inlined, they leave no trace.
+
+
+@functools.partial(jax.jit, static_argnames=("stride", "padding"), inline=True)
+def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """Convolve (b, h, w, i) with (3, 3, i, o), padded by ((top, bottom), (left, right))."""
+    plain = functools.partial(_convolve, stride=stride, padding=padding)
+    pixels = x.shape[1] * x.shape[2]
+    if pixels <= _TINY_IMAGE * stride**2:
+        on_cpu = functools.partial(_convolve_by_product, stride=stride, padding=padding)
+    elif pixels <= _SMALL_IMAGE and stride == 1 and kernel.shape[-1] >= _FEW:
+        on_cpu = functools.partial(_convolve, stride=stride, padding=padding, beside=1)
+    else:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+
+
+@functools.partial(jax.jit, inline=True)
+def product(x: Array, kernel: Array) -> Array:
+    """Multiply the last axis of (..., i) with (i, o)."""
+    if x.ndim <= 2:
+        return x @ kernel
+    return jax.lax.platform_dependent(x, kernel, cpu=_flat_product, default=jnp.matmul)
+
+
+@functools.partial(jax.jit, inline=True)
+def mean_over_pixels(y: Array) -> Array:
+    """Return the mean of each channel, (b, h, w, c) to (b, c)."""
+    return jax.lax.platform_dependent(y, cpu=_mean_by_product, default=_mean_by_sum)
 
 
 def _convolve(x: Array, kernel: Array, stride: int, padding: Padding, beside: int = 0) -> Array:
@@ -133,7 +153,7 @@ class GroupNorm(nn.Module):
         def mean_of(y: Array) -> Array:
             # Scaled before the sum and not after it, because a product after it may be fused with what a control (or
             # epsilon) adds, and a control of strength 0 would then change the last bit.
-            per_channel = jax.lax.platform_dependent(y, cpu=_mean_by_product, default=_mean_by_sum)
+            per_channel = mean_over_pixels(y)
             return (per_channel.reshape(b, g, c // g) * (g / c)).sum(-1)
 
         def to_channels(per_group: Array) -> Array:

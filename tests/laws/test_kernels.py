@@ -126,7 +126,7 @@ def test_the_gpu_takes_cudnn_where_it_can(monkeypatch, capability, d):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(kernels, "_cuda_capability", lambda: capability)
     chosen = kernels.choose(1024, 77, d, jnp.dtype(jnp.bfloat16))
-    assert chosen.keywords["cuda"] is kernels.cudnn and chosen.keywords["default"] is kernels.plain
+    assert chosen is kernels._by_platform((("cuda", kernels.cudnn),))
 
 
 def test_a_fallback_on_the_tpu_says_why(monkeypatch, caplog):
