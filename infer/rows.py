@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,17 @@ from jaxmix.types import InputError
 MAX_SEED = 2**32 - 1
 
 
-@dataclass(frozen=True)
-class Row:
-    """One image to draw.
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a row gets where it says nothing itself: the flags of the command line; row k draws with `seed` + k.
 
-    `number` is the row's place in its file, from 0; `where` names it in messages. Steps, guidance scale, sampler,
-    height and width are None until `complete` fills in the model's own. `image` and `mask` are paths of pictures.
+    None: the model's own. `image` and `mask` are paths of pictures.
     """
 
-    number: int
-    where: str
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int | None
-    guidance_scale: float | None
-    id: str | None = None
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
     sampler: str | None = None
     height: int | None = None
     width: int | None = None
@@ -39,6 +34,20 @@ class Row:
     image: str | None = None
     mask: str | None = None
     strength: float = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Defaults):
+    """One image to draw.
+
+    `number` is the row's place in its file, from 0; `where` names it in messages. What is None is filled in by
+    `complete`.
+    """
+
+    number: int
+    where: str
+    prompt: str
+    id: str | None = None
 
     def complete(self, **defaults: Any) -> Row:
         """Return the row with the defaults of the model where neither the row nor the command line said anything."""
@@ -57,15 +66,14 @@ class Row:
 
     def settings(self) -> dict[str, Any]:
         """Return what the image depends on, as it is written into the PNG and the manifest."""
-        settings = asdict(self)
-        del settings["where"]
+        held = asdict(self)
+        del held["where"]
         if self.image is None:
-            del settings["strength"]
+            del held["strength"]
         for key in ("guidance_rescale", "image", "mask"):  # only where they are used
-            if not settings[key]:
-                del settings[key]
-        settings["row"] = settings.pop("number")
-        return settings
+            if not held[key]:
+                del held[key]
+        return {"row": held.pop("number"), "prompt": held.pop("prompt"), **held}
 
 
 @dataclass(frozen=True)
@@ -80,27 +88,7 @@ class BadRow:
         return f"{self.where}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What a row gets where it says nothing itself: the flags of the command line; row k draws with `seed` + k."""
-
-    negative_prompt: str = ""
-    seed: int = 0
-    steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
-    height: int | None = None
-    width: int | None = None
-    guidance_rescale: float = 0.0
-    image: str | None = None
-    mask: str | None = None
-    strength: float = 0.8
-
-
-FIELDS = (
-    *("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "id", "sampler", "height", "width"),
-    *("guidance_rescale", "image", "mask", "strength"),
-)
+FIELDS = ("prompt", "id", *(field.name for field in fields(Defaults)))
 
 
 def read_rows(path: str | Path, defaults: Defaults) -> tuple[list[Row], list[BadRow]]:
@@ -177,31 +165,14 @@ def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults) -
     if "prompt" not in content:
         raise InputError("no field 'prompt'")
     given = {key: value for key, value in content.items() if value is not None}
-
-    def get(key: str, check: Any) -> Any:
-        value = given.get(key, getattr(defaults, key))
-        return None if value is None else check(key, value)
-
-    image, mask = get("image", check_file), get("mask", check_file)
-    if mask is not None and image is None:
+    flags = {**vars(defaults), "seed": defaults.seed + number}
+    values: dict[str, Any] = {key: value for key in FIELDS if (value := given.get(key, flags.get(key))) is not None}
+    values["prompt"] = content["prompt"]  # null is no prompt, elsewhere it is nothing said
+    checked: dict[str, Any] = {key: _CHECKS[key](key, value) for key, value in values.items()}
+    row = Row(number=number, where=where, **checked)
+    if row.mask is not None and row.image is None:
         raise InputError("mask: found a mask without an image, expected the image to repaint")
-    return Row(
-        number=number,
-        where=where,
-        prompt=check_text("prompt", content["prompt"]),
-        negative_prompt=check_text("negative_prompt", given.get("negative_prompt", defaults.negative_prompt)),
-        seed=check_seed("seed", given.get("seed", defaults.seed + number)),
-        steps=get("steps", check_steps),
-        guidance_scale=get("guidance_scale", check_number),
-        id=None if "id" not in given else check_id("id", given["id"]),
-        sampler=get("sampler", check_sampler),
-        height=get("height", check_pixels),
-        width=get("width", check_pixels),
-        guidance_rescale=get("guidance_rescale", check_share),
-        image=image,
-        mask=mask,
-        strength=get("strength", check_share),
-    )
+    return row
 
 
 def check_text(key: str, value: Any) -> str:
@@ -270,6 +241,23 @@ def check_id(key: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(f"{key}: expected a name, found {_kind(value)}")
     return check_text(key, value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "prompt": check_text,
+    "id": check_id,
+    "negative_prompt": check_text,
+    "seed": check_seed,
+    "steps": check_steps,
+    "guidance_scale": check_number,
+    "sampler": check_sampler,
+    "height": check_pixels,
+    "width": check_pixels,
+    "guidance_rescale": check_share,
+    "image": check_file,
+    "mask": check_file,
+    "strength": check_share,
+}
 
 
 def buckets(rows: Iterable[Row]) -> Iterator[list[Row]]:

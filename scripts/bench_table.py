@@ -61,7 +61,8 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
     return [_line(head), "|" + "---|" * len(head), *map(_line, body)]
 
 
@@ -96,14 +97,14 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         "Median seconds a call (minimum-maximum), and how many times faster ours is:",
         "",
-        *_table([*lead, *engines, *heads], [
+        *table([*lead, *engines, *heads], [
             [*_row_names(row), *(timing(row["engines"].get(e, {})) for e in engines), *ratios(row["engines"])]
             for row in rows
         ]),
         "",
         "First call in a new process with an empty compile cache -> with a full one; peak memory:",
         "",
-        *_table([*lead, *engines], [
+        *table([*lead, *engines], [
             [*_row_names(row), *(_start(row["engines"].get(e, {})) for e in engines)] for row in rows
         ]),
     ]  # fmt: skip
@@ -111,7 +112,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         peak = result.get("peak_tflops")
         share = f" (share of {peak:.0f})" if peak else ""
         out += ["", f"TFLOP of one call of ours, and TFLOP/s{share}:", ""]
-        out += _table([*lead, "TFLOP", *engines], [
+        out += table([*lead, "TFLOP", *engines], [
             [*_row_names(row), f"{row['tflop']:.3g}", *(_rate(row, e, peak) for e in engines)]
             for row in rows if "tflop" in row
         ])  # fmt: skip

@@ -22,8 +22,9 @@ from typing import Any
 from jaxmix import command
 from jaxmix.types import InputError
 from scripts import bench_rows
+from scripts.bench_changes import CHANGES, without
 from scripts.bench_rows import Row
-from scripts.bench_table import seconds
+from scripts.bench_table import seconds, table
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("ours", "flax")
@@ -46,6 +47,7 @@ class Config:
         dtype: float32 or bfloat16.
         steps: sampling steps; memory does not depend on them.
         tiny: shrink every model, to see that the script works.
+        without: a change of ours to undo (see `scripts.bench_changes`); none if empty.
         effort: XLA's effort from -1 (fast compiling) to 1; -1 compiles SD 1.5 for a TPU in a tenth of the time.
         rounds: compilations of each program; the seconds are those of the fastest.
         timeout: seconds for one program.
@@ -61,13 +63,14 @@ class Config:
     dtype: str = "bfloat16"
     steps: int = 25
     tiny: bool = False
+    without: str = ""
     effort: float = -1.0
     rounds: int = 1
     timeout: float = 3600.0
     out: str = ""
 
 
-def compile_one(engine: str, row: Row, target: str) -> dict[str, Any]:
+def compile_one(engine: str, row: Row, target: str, undone: str) -> dict[str, Any]:
     """Compile one program in this process; returns seconds of each stage and bytes of each kind."""
     import jax
     import numpy as np
@@ -83,7 +86,8 @@ def compile_one(engine: str, row: Row, target: str) -> dict[str, Any]:
         sharding, platforms = NamedSharding(mesh, PartitionSpec()), ("tpu",)
     made = program(engine, row)
     clock = [time.perf_counter()]
-    traced = made.trace(sharding)
+    with without(undone):
+        traced = made.trace(sharding)
     clock.append(time.perf_counter())
     lowered = traced.lower(lowering_platforms=platforms) if platforms else traced.lower()
     clock.append(time.perf_counter())
@@ -116,7 +120,9 @@ def in_process(engine: str, row: Row, config: Config) -> dict[str, Any]:
             "TPU_ACCELERATOR_TYPE": "v5litepod-4",
             "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": str(config.effort),
         }
-    order = json.dumps({"engine": engine, "row": dataclasses.asdict(row), "target": config.target})
+    order = json.dumps(
+        {"engine": engine, "row": dataclasses.asdict(row), "target": config.target, "without": config.without}
+    )
     arguments = [sys.executable, "-m", "scripts.memory", "--one", order]
     try:
         done = subprocess.run(
@@ -163,11 +169,11 @@ def markdown(result: dict[str, Any]) -> str:
             pair = set(ENGINES) <= set(total)
             peak = [cells[e].get("peak_bytes", 0) for e in ENGINES] if pair else []
             line += [f"{peak[0] / peak[1]:.2f}", f"{total['ours'] / total['flax']:.2f}"] if pair else ["", ""]
-        body.append("| " + " | ".join(line) + " |")
+        body.append(line)
+    undone = f"; ours without {result['without']}" if result["without"] else ""
     effort = "" if result["target"] == "cpu" else f", effort {result['effort']:g}"
-    first = f"{result['date']}, compiled for {result['target']}{effort}, {result['dtype']}, jax {result['jax']}"
-    table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]
-    return "\n".join([first, "", *table, *(["", "Not compiled:", "", *reasons] if reasons else [])]) + "\n"
+    first = f"{result['date']}, compiled for {result['target']}{effort}, {result['dtype']}, jax {result['jax']}{undone}"
+    return "\n".join([first, "", *table(head, body), *(["", "Not compiled:", "", *reasons] if reasons else [])]) + "\n"
 
 
 def main(config: Config) -> int:
@@ -179,6 +185,8 @@ def main(config: Config) -> int:
     tasks = bench_rows.names("tasks", config.tasks, TASKS)
     (dtype,) = bench_rows.names("dtype", config.dtype, bench_rows.DTYPES)[:1]
     sides = bench_rows.numbers("latents", config.latents)
+    if config.without:
+        bench_rows.names("without", config.without, tuple(CHANGES))
     if config.steps < 1 or config.rounds < 1:
         raise InputError(f"--steps {config.steps} --rounds {config.rounds}: expected at least 1")
     if config.out and not Path(config.out).absolute().parent.is_dir():
@@ -188,6 +196,7 @@ def main(config: Config) -> int:
         "target": config.target,
         "effort": config.effort,
         "dtype": dtype,
+        "without": config.without,
         "jax": jax.__version__,
         "engines": list(engines),
         "rows": [],
@@ -214,7 +223,7 @@ def main(config: Config) -> int:
 def one(order: str) -> None:
     """Be the process of one program."""
     told = json.loads(order)
-    print(json.dumps(compile_one(told["engine"], Row(**told["row"]), told["target"])))
+    print(json.dumps(compile_one(told["engine"], Row(**told["row"]), told["target"], told["without"])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them: ruff, mypy, pytest.
-# usage: scripts/test.sh [--no-parity] [--smoke | --flax] [arguments of pytest]
+# usage: scripts/test.sh [--no-parity] [--smoke | --flax] [arguments of pytest, such as -k WORD, or -n 0 for one process]
 #   --no-parity  without torch and diffusers (left out by itself on Python 3.12 and newer)
 #   --smoke      no linters, and only the tests that touch what changes from one JAX to the next
 #   --flax       no linters, and only the tests against diffusers' own Flax models, whose last release is another one
@@ -38,6 +38,8 @@ if ! { echo "$extras" && cat pyproject.toml; } | cmp -s - "$venv/.installed-test
   { echo "$extras" && cat pyproject.toml; } >"$venv/.installed-test"
 fi
 run="$venv/bin/python -m"
+# Compiling leaves a core idle now and then, and the memory maps of all programs are too many for one process.
+pytest="pytest -q -n auto --maxprocesses 4 --dist worksteal"
 
 if [ $flax = yes ]; then
   echo "==> Python $version: diffusers with Flax"
@@ -47,7 +49,7 @@ fi
 if [ $smoke = yes ]; then
   echo "==> Python $version: smoke"
   [ $# -gt 0 ] || set -- tests/laws tests/sharding tests/tuning tests/parity/test_fixtures.py tests/smoke/test_generate_pipeline.py tests/test_house.py
-  exec $run pytest -q -m "not slow" "$@"
+  exec $run $pytest -m "not slow" "$@"
 fi
 echo "==> Python $version: ruff"
 $run ruff check .
@@ -55,4 +57,4 @@ $run ruff format --check .
 echo "==> mypy"
 $run mypy
 echo "==> pytest"
-exec $run pytest -q "$@"
+exec $run $pytest "$@"

@@ -1,6 +1,8 @@
 """Fixtures that every test folder shares: eight virtual devices and a tiny random pipeline."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 # Before jax is imported anywhere: the sharding tests want eight devices, and all tests want the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -66,6 +68,18 @@ def random_leaf(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> 
         return jnp.asarray(rng.standard_normal(shape) / np.sqrt(np.prod(shape[:-1])), jnp.float32)
     around = {"scale": 1.0, "bias": 0.0, "embedding": 0.0}[name]
     return jnp.asarray(around + rng.standard_normal(shape) * (0.5 if name == "embedding" else 0.05), jnp.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs() -> Iterator[None]:
+    """Drop the compiled programs of a file once it is done.
+
+    Each holds dozens of memory maps. On Linux a process may have 65,530 of them, and LLVM crashes where it gets no
+    more.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,10 @@ class SceneNet(nn.Module):
             x = nn.Conv(width, (3, 3), strides=strides, name=f"convs.{i}")(x)
             x = nn.relu(nn.GroupNorm(8, name=f"norms.{i}")(x))
             means.append(x.mean((1, 2)))
-        features = jnp.concatenate([*means, x.max((1, 2))], -1)
+        # Not x.max(): its gradient divides by the number of places where x is the largest, which is none where the
+        # compiler computes x once more with another rounding.
+        largest = nn.max_pool(x, x.shape[1:3])[:, 0, 0]
+        features = jnp.concatenate([*means, largest], -1)
         sizes = dict(zip(HEADS, (self.objects, self.styles, self.backgrounds), strict=True))
         return {head: nn.Dense(size, name=f"heads.{head}")(features) for head, size in sizes.items()}
 

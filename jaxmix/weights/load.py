@@ -13,7 +13,7 @@ import numpy as np
 from jaxmix.types import InputError
 from jaxmix.weights import names
 from jaxmix.weights.finite import all_finite
-from jaxmix.weights.msgpack import MsgpackFile
+from jaxmix.weights.msgpack import open_msgpack
 from jaxmix.weights.safetensors import SafetensorsFile, aligned_empty
 from jaxmix.weights.sharded import ShardedFiles
 from jaxmix.weights.source import Entry, Source, stored_dtype
@@ -91,7 +91,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     path = find_weights(path)
     if path.suffix == ".msgpack":
-        return MsgpackFile(path)
+        return open_msgpack(path)
     if path.suffix == ".json":
         return ShardedFiles(path)
     return SafetensorsFile(path)

@@ -16,14 +16,13 @@ from jaxmix.models import (
     VAEConfig,
 )
 from jaxmix.models.unet import norm_sites, sites
-from jaxmix.weights import load_tree, read_config
+from jaxmix.weights import read_config
 from jaxmix.weights.names import flatten, match, to_torch_key, to_torch_shape
+from tests.parity.oracle import assert_close, loaded, nhwc
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-
-TOLERANCE = 2e-5  # of the output's largest absolute value
 
 # The config.json files of the released models, key by key.
 SD21_UNET = {
@@ -195,25 +194,6 @@ SMALL_SDXL = _SMALL | {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 20 + 6 * 8,
 }
-
-
-def loaded(theirs, ours, tmp_path):
-    """Save the torch model and read its file into our tree."""
-    with torch.no_grad():  # norms and biases start at ones and zeros, where a swap would go unnoticed
-        for p in theirs.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    theirs.eval().save_pretrained(tmp_path)
-    return load_tree(tmp_path, ours.abstract_params())
-
-
-def nhwc(x):
-    return x.detach().numpy().transpose(0, 2, 3, 1)
-
-
-def assert_close(got, expected):
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape
-    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 def test_the_unet_of_stable_diffusion_2_agrees(tmp_path):

@@ -14,14 +14,12 @@ from jaxmix.models import (
     UNetConfig,
     VAEConfig,
 )
-from jaxmix.weights import load_tree
 from jaxmix.weights.names import flatten, match, to_torch_key, to_torch_shape
+from tests.parity.oracle import assert_close, loaded, nhwc
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-
-TOLERANCE = 2e-5  # of the output's largest absolute value
 
 UNET = {
     "sample_size": 16,
@@ -50,25 +48,6 @@ CLIP = {
     "bos_token_id": 97,
     "eos_token_id": 98,
 }
-
-
-def loaded(theirs, ours, tmp_path):
-    """Save the torch model and read its file into our tree."""
-    with torch.no_grad():  # norms and biases start at ones and zeros, where a swap would go unnoticed
-        for p in theirs.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    theirs.eval().save_pretrained(tmp_path)
-    return load_tree(tmp_path, ours.abstract_params())
-
-
-def nhwc(x):
-    return x.detach().numpy().transpose(0, 2, 3, 1)
-
-
-def assert_close(got, expected):
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape
-    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(

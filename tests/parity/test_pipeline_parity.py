@@ -6,6 +6,7 @@ import pytest
 import jaxmix
 from jaxmix import InputError
 from jaxmix.weights.single_file import CLIP_TOKENIZER
+from tests.parity.oracle import perturbed
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -50,16 +51,9 @@ def tokenizer(pad="<|endoftext|>"):
     return transformers.CLIPTokenizer.from_pretrained(str(CLIP_TOKENIZER), pad_token=pad)
 
 
-def perturb(module):
-    with torch.no_grad():  # norms and biases start at ones and zeros, where a swap would go unnoticed
-        for p in module.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return module.eval()
-
-
 def torch_pipeline(family):
     torch.manual_seed(0)
-    vae = perturb(
+    vae = perturbed(
         diffusers.AutoencoderKL(
             block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8, sample_size=32,
@@ -69,11 +63,11 @@ def torch_pipeline(family):
         scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
         return diffusers.StableDiffusionXLPipeline(
             vae=vae,
-            text_encoder=perturb(text_encoder(16, "quick_gelu")),
-            text_encoder_2=perturb(text_encoder(24, "gelu", "CLIPTextModelWithProjection")),
+            text_encoder=perturbed(text_encoder(16, "quick_gelu")),
+            text_encoder_2=perturbed(text_encoder(24, "gelu", "CLIPTextModelWithProjection")),
             tokenizer=tokenizer(),
             tokenizer_2=tokenizer("!"),
-            unet=perturb(diffusers.UNet2DConditionModel(**{**BLOCKS, **SDXL})),
+            unet=perturbed(diffusers.UNet2DConditionModel(**{**BLOCKS, **SDXL})),
             scheduler=scheduler,
             add_watermarker=False,
         )
@@ -82,9 +76,9 @@ def torch_pipeline(family):
     prediction_type = "v_prediction" if sd2 else "epsilon"
     return diffusers.StableDiffusionPipeline(
         vae=vae,
-        text_encoder=perturb(text_encoder(16, "gelu" if sd2 else "quick_gelu")),
+        text_encoder=perturbed(text_encoder(16, "gelu" if sd2 else "quick_gelu")),
         tokenizer=tokenizer("!" if sd2 else "<|endoftext|>"),
-        unet=perturb(diffusers.UNet2DConditionModel(**BLOCKS, **own, cross_attention_dim=16)),
+        unet=perturbed(diffusers.UNet2DConditionModel(**BLOCKS, **own, cross_attention_dim=16)),
         scheduler=diffusers.DDIMScheduler(
             **BETAS, prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False
         ),

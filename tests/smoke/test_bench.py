@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxmix.types import InputError
-from scripts.bench_programs import Program, count_flops, random_params
+from scripts.bench_changes import CHANGES, without
+from scripts.bench_programs import Program, count_flops, program, random_params
 from scripts.bench_rows import MODELS, PRESETS, Row, configs, names, numbers, plan
 from scripts.bench_table import markdown, peak_tflops, ratio, summary
 
@@ -161,3 +162,33 @@ def test_memory_of_a_tiny_program_is_told_for_the_cpu(tmp_path):
     cell = json.loads(out.read_text())["rows"][0]["engines"]["ours"]
     assert cell["peak_bytes"] > cell["weight_bytes"] > 0
     assert Row("mini", "unet", 8, 1, "float32", 0, True).name in done.stderr
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "all"])
+def test_an_undone_change_is_another_program_and_comes_back(name):
+    side = 32 if name == "attention" else 8  # long enough for blocks, or halved to 4x4
+    made = program("ours", Row("sd15", "unet", side, 1, "float32", 0, True))
+
+    def lowered():
+        return made.trace().lower(lowering_platforms=("tpu" if name == "products" else "cpu",)).as_text()
+
+    now = lowered()
+    with without(name):
+        assert lowered() != now
+    assert lowered() == now
+
+
+def test_changes_of_a_tiny_program_are_timed_one_by_one(tmp_path):
+    out = tmp_path / "changes.json"
+    arguments = ("--tiny", "--models=mini", "--latents=8", "--rounds=1", "--changes=means,all", f"--out={out}")
+    done = run("scripts.bench_changes", *arguments)
+    assert done.returncode == 0, done.stderr
+    variants = json.loads(out.read_text())["rows"][0]["variants"]
+    assert list(variants) == ["", "means", "all"] and all(cell["median_s"] > 0 for cell in variants.values())
+    assert "without products for the means of norms" in done.stdout
+
+
+def test_an_unknown_change_is_one_line_and_status_2():
+    done = run("scripts.memory", "--without=product")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: --without: 'product' is not known; did you mean 'products'?\n"

@@ -30,8 +30,10 @@ def test_a_row_of_jsonl_overrides_every_flag(tmp_path):
     )
     rows, bad = read(tmp_path, "p.jsonl", text, steps=9, guidance_scale=1.5, negative_prompt="blur")
     assert not bad
-    assert rows[0] == Row(0, "p.jsonl:1", "x", "blur", 0, 9, 1.5, None)
-    assert rows[1] == Row(1, "p.jsonl:2", "y", "n", 5, 3, 2.0, "7")
+    assert rows[0] == Row(number=0, where="p.jsonl:1", prompt="x", negative_prompt="blur", steps=9, guidance_scale=1.5)
+    assert rows[1] == Row(
+        number=1, where="p.jsonl:2", prompt="y", negative_prompt="n", seed=5, steps=3, guidance_scale=2.0, id="7"
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_buckets_hold_rows_of_equal_steps(tmp_path):
     ],
 )
 def test_a_row_that_needs_another_program_gets_a_bucket_of_its_own(change):
-    row = Row(0, "r:1", "x", "", 0, 4, 2.0)
+    row = Row(number=0, where="r:1", prompt="x", steps=4, guidance_scale=2.0)
     other = dataclasses.replace(row, number=1, **change)
     assert [len(part) for part in buckets([row, other, dataclasses.replace(row, seed=9, guidance_scale=3.0)])] == [2, 1]
 

@@ -75,7 +75,7 @@ def test_arrays_that_flax_writes_in_pieces_load(tmp_path, monkeypatch):
 def test_every_cut_of_a_file_is_one_line(tmp_path):
     data = serialization.to_bytes(TREE)
     path = tmp_path / "flax_model.msgpack"
-    for keep in (0, 1, 20, len(data) // 2, len(data) - 1):
+    for keep in (0, 20, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:keep])
         with pytest.raises(InputError, match=f"{path}: truncated: {keep} bytes") as error:
             open_source(path)
