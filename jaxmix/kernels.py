@@ -68,7 +68,7 @@ def chunked(q: Array, k: Array, v: Array, size: int = _CHUNK) -> Array:
     blocks = -(-n // size)
     size = -(-n // blocks)  # even blocks, so that little is padded
     q = (q * jnp.asarray(d**-0.5, q.dtype)).transpose(0, 2, 1, 3).reshape(b * h, n, d)
-    q = jnp.pad(q, ((0, 0), (0, blocks * size - n), (0, 0))).reshape(b * h, blocks, size, d)
+    q = jnp.pad(q, ((0, 0), (0, blocks * size - n), (0, 0))).reshape(b * h * blocks, size, d)
     k = k.transpose(0, 2, 3, 1).reshape(b * h, d, s)
     v = v.transpose(0, 2, 1, 3).reshape(b * h, s, d)
 
@@ -79,10 +79,9 @@ def chunked(q: Array, k: Array, v: Array, size: int = _CHUNK) -> Array:
         total = e.sum(-1, keepdims=True)  # divided after the product: (size, d) numbers and not (size, s)
         return (jnp.matmul(e.astype(v.dtype), v) / total).astype(v.dtype)
 
-    def head(qkv: tuple[Array, Array, Array]) -> Array:
-        return jax.lax.map(lambda rows: block(rows, *qkv[1:]), qkv[0])
-
-    o = jax.lax.map(head, (q, k, v)).reshape(b, h, blocks * size, d)
+    # One loop over all blocks and not a loop over heads around it: each costs compile time, at every layer.
+    heads = jnp.arange(b * h * blocks) // blocks
+    o = jax.lax.map(lambda x: block(x[1], k[x[0]], v[x[0]]), (heads, q)).reshape(b, h, blocks * size, d)
     return o[:, :, :n].transpose(0, 2, 1, 3)
 
 
@@ -117,7 +116,7 @@ def choose(n: int, s: int, d: int, dtype: jnp.dtype) -> Kernel:
     compiled for a TPU elsewhere; cuDNN alone must be there when tracing.
     """
     kernels: dict[str, Kernel] = {}
-    if n * s >= _CPU_SCORES and n > _CHUNK // 2:
+    if n * s >= _CPU_SCORES and min(n, s) > _CHUNK // 2:  # with the 77 keys of a prompt blocks are slower
         kernels["cpu"] = chunked
     # Tracing for a TPU needs its compiler: without libtpu there is nothing to compile with, and nothing to trace.
     if (jax.default_backend() == "tpu" or _has_libtpu()) and not _refused("splash", n, s, d, _splash_limits(n, s)):
