@@ -97,15 +97,21 @@ def without(name: str) -> Iterator[None]:
 
 
 def one_row(row: Row, variants: tuple[str, ...], rounds: int) -> dict[str, Any]:
-    """Compile and time the variants of a row; returns a cell for each."""
+    """Compile and time the variants of a row; returns a cell for each that is another program."""
     made = program("ours", row)
     params, inputs = materialize(made)
     calls: dict[str, Callable[[Any, Any], Any]] = {}
     cells: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     for name in variants:
         start = time.perf_counter()
         with without(name):
-            calls[name] = made.trace().lower().compile()
+            lowered = made.trace().lower()
+        texts[name] = lowered.as_text()
+        if name and texts[name] == texts[""]:
+            print(f"bench: {row.name}: {_SAYS[name]}: the same program, not timed", file=sys.stderr, flush=True)
+            continue
+        calls[name] = lowered.compile()
         cells[name] = {"compile_s": time.perf_counter() - start, "rounds": []}
     repeat = {}
     for name, call in calls.items():  # a warm-up, which also tells how often to call

@@ -17,9 +17,11 @@ from jaxmix.types import AnyArray, Array
 Padding: TypeAlias = Sequence[tuple[int, int]]  # (top, bottom), (left, right)
 
 _kernel_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # what torch layers start from
-_TINY_IMAGE = 4 * 4  # pixels of the output up to which a convolution on the CPU is better off as a product
+_TINY_IMAGE = 4 * 4  # pixels of the output up to which a convolution on the CPU is better off as a product ...
+_MANY = 512 * 512  # ... if it has at least so many pairs of inputs and outputs; below, it only compiles longer
 _SMALL_IMAGE = 64 * 64  # pixels up to which a convolution on the CPU is better off with Eigen ...
 _FEW = 16  # ... unless it has fewer outputs than this
+_LARGE_IMAGE = 32 * 32  # pixels from which the means of norms on the CPU are better off as products
 
 
 class Linear(nn.Module):
@@ -72,7 +74,7 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """Convolve (b, h, w, i) with (3, 3, i, o), padded by ((top, bottom), (left, right))."""
     plain = functools.partial(_convolve, stride=stride, padding=padding)
     pixels = x.shape[1] * x.shape[2]
-    if pixels <= _TINY_IMAGE * stride**2:
+    if pixels <= _TINY_IMAGE * stride**2 and kernel.shape[2] * kernel.shape[3] >= _MANY:
         on_cpu = functools.partial(_convolve_by_product, stride=stride, padding=padding)
     elif pixels <= _SMALL_IMAGE and stride == 1 and kernel.shape[-1] >= _FEW:
         on_cpu = functools.partial(_convolve, stride=stride, padding=padding, beside=1)
@@ -92,6 +94,8 @@ def product(x: Array, kernel: Array) -> Array:
 @functools.partial(jax.jit, inline=True)
 def mean_over_pixels(y: Array) -> Array:
     """Return the mean of each channel, (b, h, w, c) to (b, c)."""
+    if y.shape[1] * y.shape[2] < _LARGE_IMAGE:
+        return _mean_by_sum(y)
     return jax.lax.platform_dependent(y, cpu=_mean_by_product, default=_mean_by_sum)
 
 

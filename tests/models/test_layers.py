@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmix.models import layers
 from jaxmix.models.layers import Conv, GroupNorm, Linear
 
 CASES = [  # (height, width), stride, padding: sizes on both sides of each threshold
@@ -21,7 +22,8 @@ CASES = [  # (height, width), stride, padding: sizes on both sides of each thres
 
 @pytest.mark.parametrize(("hw", "stride", "padding"), CASES)
 @pytest.mark.parametrize("features", [3, 24])
-def test_convolutions_and_their_gradients_are_those_of_lax(hw, stride, padding, features):
+def test_convolutions_and_their_gradients_are_those_of_lax(hw, stride, padding, features, monkeypatch):
+    monkeypatch.setattr(layers, "_MANY", 0)  # products for few channels too
     conv = Conv(features, stride, padding)
     x = jax.random.normal(jax.random.key(0), (2, *hw, 5))
     params = conv.init(jax.random.key(1), x)["params"]
@@ -51,11 +53,21 @@ def test_products_over_any_number_of_axes_agree():
     np.testing.assert_allclose(linear.apply({"params": params}, x[0, 0]), got[0, 0], atol=2e-6)
 
 
-def test_group_norm_with_a_large_mean_keeps_its_digits():
+@pytest.mark.parametrize(("side", "features", "products"), [(4, 512, 1), (4, 256, 0), (8, 512, 0)])
+def test_products_take_the_place_of_small_convolutions_of_many_channels(side, features, products):
+    conv = Conv(features)
+    x = jax.ShapeDtypeStruct((1, side, side, features), jnp.float32)
+    params = jax.eval_shape(conv.init, jax.random.key(0), x)
+    text = jax.jit(conv.apply).lower(params, x).as_text()
+    assert text.count("stablehlo.dot_general") == products and text.count("stablehlo.convolution") == 1 - products
+
+
+@pytest.mark.parametrize("hw", [(6, 5), (40, 32)])
+def test_group_norm_with_a_large_mean_keeps_its_digits(hw):
     norm = GroupNorm(4, 1e-5)
-    x = 1e3 + jax.random.normal(jax.random.key(0), (2, 6, 5, 8))
+    x = 1e3 + jax.random.normal(jax.random.key(0), (2, *hw, 8))
     params = norm.init(jax.random.key(1), x)["params"]
-    y = np.asarray(x, np.float64).reshape(2, 30, 4, 2)
+    y = np.asarray(x, np.float64).reshape(2, -1, 4, 2)
     expected = (y - y.mean((1, 3), keepdims=True)) / np.sqrt(y.var((1, 3), keepdims=True) + 1e-5)
     got = jax.jit(lambda x: norm.apply({"params": params}, x))(x)
-    np.testing.assert_allclose(got.reshape(2, 30, 4, 2), expected, atol=2e-3)
+    np.testing.assert_allclose(got.reshape(2, -1, 4, 2), expected, atol=2e-3)

@@ -1,5 +1,8 @@
 """What the parity tests share: torch models with nothing at its default, read into our trees and compared."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
@@ -22,6 +25,11 @@ def loaded(theirs, ours, tmp_path):
     """Save the torch model, perturbed, and read its file into our tree."""
     perturbed(theirs).save_pretrained(tmp_path)
     return load_tree(tmp_path, ours.abstract_params())
+
+
+def run(module, params, *args, **options):
+    """Apply in one compiled program: op by op, each of hundreds of small ones would be compiled."""
+    return jax.jit(functools.partial(module.apply, **options))({"params": params}, *args)
 
 
 def nhwc(x):

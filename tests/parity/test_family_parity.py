@@ -18,7 +18,7 @@ from jaxmix.models import (
 from jaxmix.models.unet import norm_sites, sites
 from jaxmix.weights import read_config
 from jaxmix.weights.names import flatten, match, to_torch_key, to_torch_shape
-from tests.parity.oracle import assert_close, loaded, nhwc
+from tests.parity.oracle import assert_close, loaded, nhwc, run
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -204,7 +204,7 @@ def test_the_unet_of_stable_diffusion_2_agrees(tmp_path):
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 977]), torch.randn(2, 7, 24)
     with torch.no_grad():
         expected = nhwc(theirs(x, t, context).sample)
-    assert_close(jax.jit(ours.apply)({"params": params}, nhwc(x), t.numpy(), context.numpy()), expected)
+    assert_close(run(ours, params, nhwc(x), t.numpy(), context.numpy()), expected)
 
 
 def test_the_unet_of_sdxl_agrees_and_takes_what_is_computed_once(tmp_path):
@@ -260,7 +260,7 @@ def test_the_text_encoder_with_projection_agrees(tmp_path, eos):
     params = loaded(theirs, ours, tmp_path)
     with torch.no_grad():
         expected = theirs(ids, output_hidden_states=True)
-    got = ours.apply({"params": params}, ids.numpy())
+    got = run(ours, params, ids.numpy())
     assert_close(got.last_hidden_state, expected.last_hidden_state)
     assert_close(got.penultimate, expected.hidden_states[-2])
     assert_close(got.projected, expected.text_embeds)
@@ -278,7 +278,7 @@ def test_a_text_encoder_without_projection_has_none_and_its_penultimate_state(tm
     ids = torch.randint(3, 98, (1, 77))
     with torch.no_grad():
         expected = theirs(ids, output_hidden_states=True)
-    got = ours.apply({"params": params}, ids.numpy())
+    got = run(ours, params, ids.numpy())
     assert got.projected is None and "text_projection" not in params
     assert_close(got.last_hidden_state, expected.last_hidden_state)
     assert_close(got.penultimate, expected.hidden_states[-2])

@@ -15,7 +15,8 @@ from jaxmix.models import (
     VAEConfig,
 )
 from jaxmix.weights.names import flatten, match, to_torch_key, to_torch_shape
-from tests.parity.oracle import assert_close, loaded, nhwc
+from scripts.bench_programs import random_params
+from tests.parity.oracle import assert_close, loaded, nhwc, run
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -83,10 +84,10 @@ def test_vae_agrees_both_ways(tmp_path):
     with torch.no_grad():
         moments = theirs.encode(images).latent_dist
         decoded = nhwc(theirs.decode(moments.mean).sample)
-    mean, logvar = ours.apply({"params": params}, nhwc(images), method="encode")
+    mean, logvar = run(ours, params, nhwc(images), method="encode")
     assert_close(mean, nhwc(moments.mean))
     assert_close(logvar, nhwc(moments.logvar))
-    assert_close(ours.apply({"params": params}, nhwc(moments.mean), method="decode"), decoded)
+    assert_close(run(ours, params, nhwc(moments.mean), method="decode"), decoded)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -99,21 +100,21 @@ def test_text_encoder_agrees(tmp_path, act):
     ids[0, 7:], ids[1, 19] = 98, 98
     with torch.no_grad():
         expected = theirs(ids)
-    got = ours.apply({"params": params}, ids.numpy())
+    got = run(ours, params, ids.numpy())
     assert_close(got.last_hidden_state, expected.last_hidden_state)
     assert_close(got.pooled, expected.pooler_output)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_bfloat16_stays_close_to_float32(remat):
-    config = UNetConfig.from_dict(UNET)
+def test_bfloat16_stays_close_to_float32_with_and_without_remat():
+    config = UNetConfig.from_dict({**UNET, "layers_per_block": 1})
     x, context = jax.random.normal(jax.random.key(0), (2, 16, 16, 4)), jax.random.normal(jax.random.key(1), (2, 7, 24))
-    params = UNet2DConditionModel(config).init_params(jax.random.key(2))
-    full = UNet2DConditionModel(config).apply({"params": params}, x, 400, context)
-    half = UNet2DConditionModel(config, jnp.bfloat16, remat).apply({"params": params}, x, 400, context)
-    assert half.dtype == jnp.float32
-    error = float(jnp.abs(full - half).max() / jnp.abs(full).max())
-    assert 0 < error < 0.05
+    params = random_params(UNet2DConditionModel(config).abstract_params(), np.random.default_rng(2))
+    full = run(UNet2DConditionModel(config), params, x, 400, context)
+    for remat in (False, True):
+        half = run(UNet2DConditionModel(config, jnp.bfloat16, remat), params, x, 400, context)
+        assert half.dtype == jnp.float32
+        error = float(jnp.abs(full - half).max() / jnp.abs(full).max())
+        assert 0 < error < 0.05
 
 
 SD15 = {

@@ -164,28 +164,46 @@ def test_memory_of_a_tiny_program_is_told_for_the_cpu(tmp_path):
     assert Row("mini", "unet", 8, 1, "float32", 0, True).name in done.stderr
 
 
+def lowered(platform):
+    # 32x32: attention over 1024 tokens, means of large images, convolutions down to 4x4.
+    row = Row("sd15", "unet", 32, 1, "float32", 0)
+    return program("ours", row).trace().lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.fixture(scope="module")
+def now():
+    return {platform: lowered(platform) for platform in ("cpu", "tpu")}
+
+
 @pytest.mark.parametrize("name", [*CHANGES, "all"])
-def test_an_undone_change_is_another_program_and_comes_back(name):
-    side = 32 if name == "attention" else 8  # long enough for blocks, or halved to 4x4
-    made = program("ours", Row("sd15", "unet", side, 1, "float32", 0, True))
-
-    def lowered():
-        return made.trace().lower(lowering_platforms=("tpu" if name == "products" else "cpu",)).as_text()
-
-    now = lowered()
+def test_an_undone_change_is_another_program(name, now):
+    platform = "tpu" if name == "products" else "cpu"
     with without(name):
-        assert lowered() != now
-    assert lowered() == now
+        assert lowered(platform) != now[platform]
+
+
+def test_what_was_undone_comes_back(now):
+    with without("all"):
+        pass
+    assert lowered("cpu") == now["cpu"]
 
 
 def test_changes_of_a_tiny_program_are_timed_one_by_one(tmp_path):
     out = tmp_path / "changes.json"
-    arguments = ("--tiny", "--models=mini", "--latents=8", "--rounds=1", "--changes=means,all", f"--out={out}")
+    arguments = (
+        "--tiny",
+        "--models=mini",
+        "--latents=8",
+        "--rounds=1",
+        "--changes=small-convolutions,means",
+        f"--out={out}",
+    )
     done = run("scripts.bench_changes", *arguments)
     assert done.returncode == 0, done.stderr
     variants = json.loads(out.read_text())["rows"][0]["variants"]
-    assert list(variants) == ["", "means", "all"] and all(cell["median_s"] > 0 for cell in variants.values())
-    assert "without products for the means of norms" in done.stdout
+    assert list(variants) == ["", "small-convolutions"] and all(cell["median_s"] > 0 for cell in variants.values())
+    assert "without the column that keeps convolutions" in done.stdout
+    assert "without products for the means of norms: the same program, not timed" in done.stderr
 
 
 def test_an_unknown_change_is_one_line_and_status_2():

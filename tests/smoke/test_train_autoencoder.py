@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def shrunk(folder, **changes):
     cfg = parse(autoencoder.main, ["--config", str(CONFIGS / "mini_autoencoder.yaml"), "--output_dir", str(folder)])
-    small = {"block_out_channels": [8, 16], "norm_num_groups": 4, "sample_size": 16}
+    small = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16}
     blocks = {key: cfg.vae[key][:2] for key in ("down_block_types", "up_block_types")}
     return dataclasses.replace(
         cfg,

@@ -38,6 +38,7 @@ def shrunk(folder, vae_folder, **changes):
     blocks = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
     blocks["up_block_types"] = ["UpBlock2D", "CrossAttnUpBlock2D"]
     size = {"sample_size": 8, "block_out_channels": [16, 16], "cross_attention_dim": 16, "norm_num_groups": 4}
+    size["layers_per_block"] = 1
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     base = {
         "pretrained_vae_model_name_or_path": str(vae_folder),
