@@ -24,7 +24,6 @@ import jax
 
 from jaxmix import command, kernels
 from jaxmix.models import layers
-from jaxmix.types import InputError
 from scripts import bench_rows
 from scripts.bench_programs import materialize, program
 from scripts.bench_rows import Row
@@ -152,10 +151,7 @@ def main(config: Config) -> int:
     changes = bench_rows.names("changes", config.changes, (*CHANGES, "all"))
     (dtype,) = bench_rows.names("dtype", config.dtype, bench_rows.DTYPES)[:1]
     sides, batch = bench_rows.numbers("latents", config.latents), bench_rows.numbers("batch", config.batch)
-    if config.steps < 1 or config.rounds < 1:
-        raise InputError(f"--steps {config.steps} --rounds {config.rounds}: expected at least 1")
-    if config.out and not Path(config.out).absolute().parent.is_dir():
-        raise InputError(f"--out {config.out}: no such folder")
+    bench_rows.check(config.steps, config.rounds, config.out)
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": machine(),

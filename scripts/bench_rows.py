@@ -189,6 +189,14 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def check(steps: int, rounds: int, out: str) -> None:
+    """Raise InputError for a number below one, or an output file in no folder."""
+    if steps < 1 or rounds < 1:
+        raise InputError(f"--steps {steps} --rounds {rounds}: expected at least 1")
+    if out and not Path(out).absolute().parent.is_dir():
+        raise InputError(f"--out {out}: no such folder")
+
+
 def plan(
     preset: Preset,
     models: Sequence[str],

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxmix import command
-from jaxmix.types import InputError
 from scripts import bench_rows
 from scripts.bench_changes import CHANGES, without
 from scripts.bench_rows import Row
@@ -187,10 +186,7 @@ def main(config: Config) -> int:
     sides = bench_rows.numbers("latents", config.latents)
     if config.without:
         bench_rows.names("without", config.without, tuple(CHANGES))
-    if config.steps < 1 or config.rounds < 1:
-        raise InputError(f"--steps {config.steps} --rounds {config.rounds}: expected at least 1")
-    if config.out and not Path(config.out).absolute().parent.is_dir():
-        raise InputError(f"--out {config.out}: no such folder")
+    bench_rows.check(config.steps, config.rounds, config.out)
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "target": config.target,

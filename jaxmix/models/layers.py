@@ -100,8 +100,8 @@ def mean_over_pixels(y: Array) -> Array:
 
 
 def _convolve(x: Array, kernel: Array, stride: int, padding: Padding, beside: int = 0) -> Array:
-    # XLA:CPU gives a symmetric convolution to YNNPACK, which packs the kernel anew at every call: up to three times
-    # slower than Eigen where the image is small. One more column on the right, dropped again, keeps it with Eigen.
+    # XLA:CPU gives a symmetric convolution to YNNPACK, which packs the kernel anew at every call: slower than Eigen
+    # where the image is small. One more column on the right, dropped again, keeps it with Eigen.
     rows, (left, right) = padding
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), (rows, (left, right + beside)), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -110,8 +110,8 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: Padding, beside: in
 
 
 def _convolve_by_product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    # Where there are few pixels and many channels, reading the kernel is all the work; XLA:CPU's convolutions take up
-    # to 40 times as long as one product of patches with the kernel (1280 channels at 2x2: 145 against 3.7 ms).
+    # Where there are few pixels and many channels, reading the kernel is all the work, and XLA:CPU's convolutions take
+    # many times as long as one product of patches with the kernel (scripts.bench_changes, SD 1.5 at 16x16).
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     h, w = ((side - 3) // stride + 1 for side in x.shape[1:3])
     patches = [
@@ -174,7 +174,7 @@ class GroupNorm(nn.Module):
 
 def _flat_product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
     # On XLA:CPU the weight gradient of a product of more axes is several times slower. On a TPU, flattened tokens made
-    # the compiler keep transposed copies of the attention's kernels beside the loop: 0.65 GiB for SDXL.
+    # the compiler keep transposed copies of the attention's kernels beside the loop: 0.7 GiB for SDXL.
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
