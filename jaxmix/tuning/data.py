@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,27 +18,58 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
+@runtime_checkable
+class BatchSource(Protocol):
+    """Rows of which not any may share a batch, such as pictures of several sizes: it orders them itself."""
+
+    def __len__(self) -> int: ...
+
+    def in_batches(self, batch_size: int, seed: int) -> Source:
+        """Return the endless sequence of rows in which batch k is items k * batch_size to (k + 1) * batch_size - 1.
+
+        Item i depends on (batch_size, seed, i) alone, and may be asked for by several threads in any order.
+        """
+        ...
+
+
 def make_dataset(
-    source: Source,
+    source: Source | BatchSource,
     batch_size: int,
     seed: int,
     transform: Callable[[Any, np.random.Generator], Any] | None = None,
+    *,
+    shard: tuple[int, int] = (0, 1),
 ) -> Any:
-    """Return an endless grain MapDataset whose item k is batch k.
+    """Return an endless grain MapDataset whose item k is batch k, or one host's rows of it.
 
-    Rows are shuffled anew in each pass; `transform(row, rng)` gets a generator that depends on the seed and the row's
-    place alone, so crops and dropped captions repeat as well. Nothing but (seed, k) has to be remembered to resume.
+    Rows are shuffled anew in each pass, by grain, or by the source where it is a `BatchSource`. ``transform(row, rng)``
+    gets a generator that depends on the seed and the row's place alone, so crops and dropped captions repeat as well.
+    Nothing but (seed, k) has to be remembered to resume.
+
+    ``shard`` is (index, count): host ``index`` of ``count`` makes rows index * b / count to (index + 1) * b / count of
+    every batch of b. What all hosts make together does not depend on ``count``, so a run may go on with another number.
+    Raises InputError for a batch size below 1 or that ``count`` does not divide, and for a source without rows.
     """
     import grain
 
+    index, count = shard
     if batch_size < 1:
         raise InputError(f"train_batch_size: found {batch_size}, expected 1 or more")
+    if not 0 <= index < count:
+        raise InputError(f"shard: found host {index} of {count}, expected 0 to {count - 1}")
+    if batch_size % count:
+        raise InputError(f"train_batch_size: found {batch_size}, expected a multiple of the {count} hosts")
     if len(source) < 1:
         raise InputError("data source: found no rows, expected 1 or more")
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    if isinstance(source, BatchSource):
+        rows = grain.MapDataset.source(source.in_batches(batch_size, seed)).seed(seed)
+    else:
+        rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
     if transform is not None:
-        dataset = dataset.random_map(transform)
-    return dataset.batch(batch_size, drop_remainder=True)
+        rows = rows.random_map(transform)
+    # Cut into the hosts' shares, batch k is shares k * count to (k + 1) * count - 1; the places of rows stay the same.
+    shares = rows.batch(batch_size // count, drop_remainder=True)
+    return shares if count == 1 else shares.slice(slice(index, None, count))
 
 
 def iterate(dataset: Any, start_step: int = 0, threads: int = 2, prefetch: int = 8) -> Iterator[Any]:

@@ -1,0 +1,95 @@
+"""Captioned pictures for training: folders, WebDataset tars and caches of latents, in batches of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from etils import epath
+
+from jaxmix.pipeline import Pipeline
+from jaxmix.types import InputError
+
+from .buckets import PictureConfig
+from .cache import INDEX, LatentCache
+from .folder import METADATA, ImageFolder
+from .pictures import Pictures
+from .rows import PICTURES, BadRow, PictureSource
+from .webdataset import WebDataset
+
+__all__ = [
+    "BadRow",
+    "ImageFolder",
+    "LatentCache",
+    "PictureConfig",
+    "PictureSource",
+    "Pictures",
+    "WebDataset",
+    "check_sizes",
+    "open_batches",
+    "open_source",
+]
+
+
+def open_source(
+    path: str | epath.PathLike,
+    labels: Sequence[str] | None = None,
+    text_column: str = "text",
+    image_column: str = "file_name",
+) -> ImageFolder | WebDataset | LatentCache:
+    """Open captioned pictures of any kind: a folder of pictures, WebDataset tars, or a cache of latents.
+
+    `labels` are the dimensions that labels may name; None does not read them. Raises InputError for anything else.
+    """
+    name = str(path)
+    kinds = f"pictures with a {METADATA}, tars, or a cache with an {INDEX}"
+    if not name:
+        raise InputError(f"train_data_dir: not given, expected a folder of {kinds}")
+    if name.endswith(".tar") or any(sign in name for sign in "{*?["):
+        return WebDataset(path, text_column, labels)
+    folder = epath.Path(path).expanduser()
+    if not folder.is_dir():
+        what = "this is a file" if folder.exists() else "no such folder"
+        raise InputError(f"{name}: {what}, expected a folder of {kinds}")
+    if (folder / METADATA).exists():
+        return ImageFolder(path, text_column, image_column, labels)
+    names = {entry.name for entry in folder.iterdir()}
+    if INDEX in names or any(entry.endswith(".array_record") for entry in names):
+        return LatentCache(name, labels)
+    if any(entry.endswith(".tar") for entry in names):
+        return WebDataset(path, text_column, labels)
+    if any(entry.lower().endswith(PICTURES) for entry in names):
+        return ImageFolder(path, text_column, image_column, labels)
+    raise InputError(f"{name}: found {_some(names)}, expected {kinds}")
+
+
+def open_batches(
+    path: str | epath.PathLike,
+    cfg: PictureConfig,
+    pipe: Pipeline,
+    labels: Sequence[str] | None = None,
+    text_column: str = "text",
+    image_column: str = "file_name",
+) -> Pictures | LatentCache:
+    """Open captioned pictures for `make_dataset`: rows with "image", or with latents where `path` is a cache.
+
+    Raises InputError for a cache of another model or other sizes, and for sizes that the model cannot encode.
+    """
+    source = open_source(path, labels, text_column, image_column)
+    if isinstance(source, LatentCache):
+        source.check(pipe, cfg)
+        return LatentCache(source.folder, labels, cfg.random_flip)
+    check_sizes(cfg, pipe)
+    return Pictures(source, cfg)
+
+
+def check_sizes(cfg: PictureConfig, pipe: Pipeline) -> None:
+    """Raise InputError for picture sizes that the autoencoder does not turn into whole latent cells."""
+    factor = pipe.vae.config.factor
+    key = "bucket_reso_steps" if cfg.enable_bucket else "resolution"
+    if getattr(cfg, key) % factor:
+        raise InputError(f"{key}: found {getattr(cfg, key)}, expected a multiple of {factor} for this autoencoder")
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return f"{', '.join(shown)}{', ...' if len(names) > 3 else ''}" if shown else "an empty folder"

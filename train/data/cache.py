@@ -1,0 +1,223 @@
+"""A cache of latents and text states in ArrayRecord shards: what its records hold, and the source that reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmix.pipeline import Pipeline
+from jaxmix.types import InputError
+from train.data.buckets import PictureConfig, Size
+from train.data.order import Stream
+
+INDEX = "index.json"
+EMPTY = "empty.safetensors"
+FORMAT = "jaxmix latents"
+VERSION = 1
+_META = "meta"  # the entry of a record that holds its id and labels, as JSON in bytes
+_WITHOUT_EFFECT = ("_class_name", "_diffusers_version", "architectures", "model_type", "sample_size", "force_upcast")
+_LEADING = 4096  # values of each tensor that the digest of the weights looks at
+
+
+def identify(pipe: Pipeline) -> dict[str, str]:
+    """Return digests of what latents and text states depend on: configs and weights of autoencoder and text encoders.
+
+    The decoder is left out: latents do not depend on it. Digests of the weights are over the first values of every
+    tensor in bfloat16, and so the same for a model that was loaded in float32 or in bfloat16.
+    """
+    found = {}
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        if (module := getattr(pipe, part)) is None:
+            continue
+        config = {key: value for key, value in module.config.to_dict().items() if key not in _WITHOUT_EFFECT}
+        found[f"{part}.config"] = _digest([json.dumps(config, sort_keys=True).encode()])
+        paths = [
+            (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(pipe.params[part])
+        ]
+        kept = [(path, leaf) for path, leaf in paths if part != "vae" or "decoder" not in path]
+        values = jax.device_get(_leading([leaf for _, leaf in kept]))
+        found[f"{part}.weights"] = _digest(
+            [
+                f"{path} {leaf.shape}".encode() + value.tobytes()
+                for (path, leaf), value in zip(kept, values, strict=True)
+            ]
+        )
+    return found
+
+
+def encode_record(arrays: Mapping[str, np.ndarray], name: str, labels: Sequence[str]) -> bytes:
+    """Return a record: arrays in safetensors' format, with the row's id and labels."""
+    from safetensors.numpy import save
+
+    meta = np.frombuffer(json.dumps({"id": name, "labels": list(labels)}).encode(), np.uint8)
+    return save({**{key: np.ascontiguousarray(array) for key, array in arrays.items()}, _META: meta})
+
+
+def decode_record(record: bytes) -> dict[str, Any]:
+    """Return what `encode_record` was given, as one row."""
+    from safetensors.numpy import load
+
+    row: dict[str, Any] = load(record)
+    meta = json.loads(row.pop(_META).tobytes())
+    return {**row, "id": meta["id"], "labels": tuple(meta["labels"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheIndex:
+    """The `index.json` of a cache.
+
+    `model` is what it was made with, `identity` as `identify` gives it, `known` the dimensions that labels were read
+    for (None: not read), `flipped` whether the mirrored pictures are there too, `shards` the files with the number of
+    their records, `buckets` the sizes that occur, and `bucket` for every record which of them it has.
+    """
+
+    model: str
+    identity: dict[str, str]
+    resolution: int
+    enable_bucket: bool
+    flipped: bool
+    known: list[str] | None
+    shards: list[tuple[str, int]]
+    buckets: list[Size]
+    bucket: list[int]
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        fields = dataclasses.asdict(self)
+        return json.dumps({"format": FORMAT, "version": VERSION, "count": len(self.bucket), **fields}) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> CacheIndex:
+        """Read the file. Raises InputError for one that is something else."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not readable as JSON: {error}") from None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise InputError(f"{path}: not the index of a cache of latents, expected one by scripts.cache_latents")
+        if found.get("version") != VERSION:
+            raise InputError(f"{path}: version: found {found.get('version')}, expected {VERSION}; make the cache anew")
+        fields = {field.name: found[field.name] for field in dataclasses.fields(cls)}
+        fields["shards"] = [(name, count) for name, count in fields["shards"]]
+        fields["buckets"] = [(height, width) for height, width in fields["buckets"]]
+        return cls(**fields)
+
+
+class LatentCache:
+    """The rows of a folder that `scripts.cache_latents` wrote, a `BatchSource` with one picture size a batch.
+
+    A row has "latents_mean" and "latents_std" (h, w, c) float16, the moments of the autoencoder's posterior, not
+    scaled; "context" (s, d) and, for SDXL, "pooled" (p,) float16; "labels", "id", and "time_ids" float32 (6,) as
+    `train.data.buckets.fit` gives them. `empty` has "context" and "pooled" of the empty caption, for caption dropout.
+    The folder is local (or mounted): ArrayRecord reads no gs://.
+
+    `labels`, if given, must be among the dimensions that the cache was made with, and other labels are left out.
+    """
+
+    def __init__(self, folder: str | Path, labels: Sequence[str] | None = None, random_flip: bool = False) -> None:
+        self.folder = Path(folder).expanduser()
+        if not (self.folder / INDEX).is_file():
+            unfinished = any(self.folder.glob("*.array_record"))
+            hint = "; it is not finished: run scripts.cache_latents again" if unfinished else ""
+            raise InputError(f"{folder}: no {INDEX} here, expected a cache by scripts.cache_latents{hint}")
+        self.index = CacheIndex.read(self.folder / INDEX)
+        self._labels = None if labels is None else frozenset(labels)
+        for label in labels or ():
+            if label not in (self.index.known or ()):
+                raise InputError(
+                    f"{folder}: made without the label {label!r}; it has {', '.join(self.index.known or ()) or 'none'}"
+                )
+        if random_flip and not self.index.flipped:
+            raise InputError(f"{folder}: random_flip: made without mirrored pictures; make it with --random_flip true")
+        self.random_flip = random_flip
+        for name, _ in self.index.shards:
+            if not (self.folder / name).is_file():
+                raise InputError(f"{self.folder / name}: no such file, but {INDEX} lists it")
+        bucket = np.asarray(self.index.bucket)
+        self.buckets = self.index.buckets
+        self.groups = [np.flatnonzero(bucket == i) for i in range(len(self.buckets))]
+
+    @functools.cached_property
+    def empty(self) -> dict[str, np.ndarray]:
+        """The text states of the empty caption: "context" (s, d) and, for SDXL, "pooled" (p,), float16."""
+        from safetensors.numpy import load_file
+
+        return load_file(str(self.folder / EMPTY))
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        import grain
+
+        records = grain.sources.ArrayRecordDataSource([str(self.folder / name) for name, _ in self.index.shards])
+        if len(records) != len(self.index.bucket):
+            raise InputError(f"{self.folder}: found {len(records)} records, expected the {len(self)} of {INDEX}")
+        return records
+
+    def __len__(self) -> int:
+        return len(self.index.bucket)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a row, not mirrored."""
+        return self.read(index, False)
+
+    def read(self, index: int, flip: bool) -> dict[str, Any]:
+        """Return a row of the picture as it is, or mirrored."""
+        row = decode_record(self._records[index])
+        moments = row.pop("moments")[int(flip)]
+        mean, std = np.split(moments, 2, -1)
+        labels = tuple(label for label in row["labels"] if self._labels is None or label in self._labels)
+        return {
+            **row,
+            "latents_mean": mean,
+            "latents_std": std,
+            "time_ids": row["time_ids"][int(flip)],
+            "labels": labels,
+        }
+
+    def in_batches(self, batch_size: int, seed: int) -> Stream:
+        """Return the endless rows of which each `batch_size` are a batch; see `jaxmix.tuning.data.BatchSource`."""
+
+        def draw(index: int, group: int, rng: np.random.Generator) -> dict[str, Any]:
+            return self.read(index, self.random_flip and bool(rng.random() < 0.5))
+
+        return Stream(self.groups, batch_size, seed, draw)
+
+    def describe(self) -> str:
+        """Return one line for people: how many rows there are, and of which sizes."""
+        sizes = [f"{height}x{width}: {len(g)}" for (height, width), g in zip(self.buckets, self.groups, strict=True)]
+        return f"{self.folder}: {len(self)} cached rows, height x width {', '.join(sizes)}"
+
+    def check(self, pipe: Pipeline, cfg: PictureConfig | None = None) -> None:
+        """Raise InputError that names what differs if the cache was made with another model, or for other sizes."""
+        expected = identify(pipe)
+        for key in sorted(set(expected) | set(self.index.identity)):
+            found, wanted = self.index.identity.get(key, "none"), expected.get(key, "none")
+            if found != wanted:
+                raise InputError(
+                    f"{self.folder}: made with another model ({self.index.model}): {key}: found {found}, "
+                    f"expected {wanted}"
+                )
+        for key in ("resolution", "enable_bucket") if cfg is not None else ():
+            if getattr(self.index, key) != getattr(cfg, key):
+                raise InputError(
+                    f"{self.folder}: made with another {key}: found {getattr(self.index, key)}, "
+                    f"expected {getattr(cfg, key)}"
+                )
+
+
+@jax.jit
+def _leading(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [leaf.reshape(-1)[:_LEADING].astype(jnp.bfloat16) for leaf in leaves]
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -1,0 +1,93 @@
+"""A folder of captioned pictures, as Hugging Face's imagefolder and kohya's trainers have it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from jaxmix.types import InputError
+from train.data.rows import PICTURES, BadRow, Entry, PictureSource, make_entry
+
+METADATA = "metadata.jsonl"
+
+
+class ImageFolder(PictureSource):
+    """Pictures with a `metadata.jsonl`, or with their captions beside them in files `NAME.txt`.
+
+    A line of the metadata is {"file_name": ..., "text": ...}, with labels as "labels": ["color", "light"] or one column
+    a dimension ("color": true, false, 1 or 0); other columns are left alone. `labels` names the dimensions that there
+    are; None does not read them. The folder is local or gs://. Ids are the file names, with ":LINE" behind them for
+    the second and later captions of one picture.
+
+    Raises InputError for a folder without either, and for an unknown label; a line that is not usable otherwise becomes
+    a row that raises BadRow when it is read.
+    """
+
+    def __init__(
+        self,
+        folder: str | epath.PathLike,
+        text_column: str = "text",
+        image_column: str = "file_name",
+        labels: Sequence[str] | None = None,
+    ) -> None:
+        self.folder = epath.Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise InputError(f"{folder}: no such folder, expected pictures with a {METADATA}")
+        self._text_column, self._image_column = text_column, image_column
+        metadata = self.folder / METADATA
+        self._files: list[str] = []
+        entries = self._from_metadata(metadata, labels) if metadata.exists() else self._from_captions()
+        super().__init__(str(self.folder), labels, entries)
+
+    def open(self, index: int) -> BinaryIO:
+        try:
+            return (self.folder / self._files[index]).open("rb")
+        except (FileNotFoundError, IsADirectoryError):
+            raise BadRow("no such file") from None
+
+    def _from_metadata(self, metadata: epath.Path, labels: Sequence[str] | None) -> list[Entry]:
+        entries: list[Entry] = []
+        seen: set[str] = set()
+        columns = (self._text_column, labels)
+        # Not splitlines: captions may hold what Unicode takes for the end of a line.
+        for number, line in enumerate(metadata.read_text(encoding="utf-8-sig").split("\n"), 1):
+            if not line.strip():
+                continue
+            where = f"{metadata}:{number}"
+            row = _read_line(line)
+            name = row.get(self._image_column) if isinstance(row, dict) else None
+            if not isinstance(row, dict) or not isinstance(name, str) or not name:
+                fault = row if isinstance(row, str) else f"no {self._image_column!r} in this line"
+                self._files.append("")
+                entries.append(Entry(f"{METADATA}:{number}", fault=fault))
+                continue
+            self._files.append(name)
+            # A picture may have several captions, a line each.
+            entries.append(make_entry(f"{name}:{number}" if name in seen else name, row, *columns, where))
+            seen.add(name)
+        return entries
+
+    def _from_captions(self) -> list[Entry]:
+        names = {path.name for path in self.folder.iterdir()}
+        entries = []
+        for name in sorted(name for name in names if epath.Path(name).suffix.lower() in PICTURES):
+            caption = epath.Path(name).with_suffix(".txt").name
+            self._files.append(name)
+            if caption not in names:
+                entries.append(Entry(name, fault=f"no text: found no {caption} beside it and no {METADATA}"))
+                continue
+            row = {self._text_column: (self.folder / caption).read_text(encoding="utf-8")}
+            entries.append(make_entry(name, row, self._text_column, None, str(self.folder / caption)))
+        return entries
+
+
+def _read_line(line: str) -> Any:
+    """Return what a line holds if it is a JSON object, otherwise what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return f"not readable as JSON: {error}"
+    return row if isinstance(row, dict) else f"found {type(row).__name__}, expected a JSON object"

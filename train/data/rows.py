@@ -1,0 +1,154 @@
+"""What every source of captioned pictures shares: a table of its rows, and pictures read by their index."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jaxmix import command
+from jaxmix.types import InputError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+"""Suffixes of the files that are taken for pictures."""
+
+_ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+_ORIENTATION = 0x0112
+
+
+class BadRow(Exception):
+    """A row that cannot be used. The message says why; who raises it need not know the row's name."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of a row without opening its picture; `fault` says why it cannot be used, if it cannot."""
+
+    id: str
+    text: str = ""
+    labels: tuple[str, ...] = ()
+    fault: str = ""
+
+
+class PictureSource(abc.ABC):
+    """Rows {"image" uint8 (H, W, 3), "text", "labels", "id"}, read anew each time, from any number of threads.
+
+    `where` is what errors name, `known` the dimensions that labels may name, None where labels were not asked for.
+    """
+
+    def __init__(self, where: str, known: Sequence[str] | None, entries: Sequence[Entry]) -> None:
+        self.where = where
+        self.known = None if known is None else tuple(known)
+        self.entries = entries
+        if not entries:
+            raise InputError(f"{where}: found no rows, expected pictures with captions")
+
+    @abc.abstractmethod
+    def open(self, index: int) -> BinaryIO:
+        """Open the file of a row's picture. Raises BadRow where there is none."""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read a row. Raises BadRow with the reason if it has no text or its picture cannot be decoded."""
+        entry = self.entries[index]
+        if entry.fault:
+            raise BadRow(entry.fault)
+        with self.open(index) as file:
+            image = decode(file.read())
+        return {"image": image, "text": entry.text, "labels": entry.labels, "id": entry.id}
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return (height, width) as the picture is shown, from its header. Raises BadRow as reading it would."""
+        if fault := self.entries[index].fault:
+            raise BadRow(fault)
+        with self.open(index) as file:
+            return header_size(file)
+
+
+def decode(content: bytes) -> np.ndarray:
+    """Return a picture as uint8 (H, W, 3): upright, what is transparent on white. Raises BadRow if it is broken."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and others
+        raise BadRow(f"cannot be decoded: {_reason(error)}") from None
+
+
+def header_size(file: BinaryIO) -> tuple[int, int]:
+    """Return (height, width) of the upright picture in an open file; no pixels are decoded."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            # A PNG may have its EXIF behind the pixels; asking for it would decode them.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and image.getexif().get(_ORIENTATION) in _ROTATED
+    except Exception as error:
+        raise BadRow(f"cannot be decoded: {_reason(error)}") from None
+    return (width, height) if turned else (height, width)
+
+
+def read_text(row: Mapping[str, Any], column: str) -> str:
+    """Return a row's caption. Raises BadRow if it has none."""
+    text = row.get(column)
+    if not isinstance(text, str) or not text.strip():
+        found = "nothing" if text is None else "an empty text" if isinstance(text, str) else repr(text)
+        raise BadRow(f"no text: found {found} in {column!r}")
+    return text.strip()
+
+
+def read_labels(row: Mapping[str, Any], known: Sequence[str] | None, where: str) -> tuple[str, ...]:
+    """Return a row's positive labels in the order of `known`, from "labels": [...] or from one column a dimension.
+
+    None known: labels are not read. Raises InputError that begins with `where` for a label that is not known, and for
+    values that are none.
+    """
+    if known is None:
+        return ()
+    listed = row.get("labels")
+    if listed is None:
+        listed = []
+    if not isinstance(listed, list) or not all(isinstance(label, str) for label in listed):
+        raise InputError(f'{where}: labels: found {listed!r}, expected a list of names such as ["{known[0]}"]')
+    for label in listed:
+        if label not in known:
+            raise InputError(f"{where}: unknown label {label!r}{command.near_misses(label, known)}")
+    found = set(listed)
+    for name in known:
+        value = row.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):  # True and False are equal to 1 and 0
+            raise InputError(f"{where}: {name}: found {value!r}, expected true, false, 1 or 0")
+        if value:
+            found.add(name)
+    return tuple(name for name in known if name in found)
+
+
+def make_entry(name: str, row: Mapping[str, Any], column: str, known: Sequence[str] | None, where: str) -> Entry:
+    """Return the entry of a row of metadata; one without a text is kept as a fault, to be reported and replaced."""
+    labels = read_labels(row, known, where)
+    try:
+        return Entry(name, read_text(row, column), labels)
+    except BadRow as fault:
+        return Entry(name, fault=str(fault))
+
+
+def _reason(error: Exception) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return "not a picture that Pillow knows" if words.startswith("cannot identify image file") else words
