@@ -3,6 +3,7 @@
 from jaxmix.adapters import VMix
 from jaxmix.control import KV, QKV, Control, Moments, Site, gate, per_row, static
 from jaxmix.loading import from_flax, load
+from jaxmix.loras import LoRA, apply_loras
 from jaxmix.pipeline import Pipeline
 from jaxmix.sharding import data_mesh
 from jaxmix.types import InputError
@@ -14,10 +15,12 @@ __all__ = [
     "QKV",
     "Control",
     "InputError",
+    "LoRA",
     "Moments",
     "Pipeline",
     "Site",
     "VMix",
+    "apply_loras",
     "data_mesh",
     "from_flax",
     "gate",

@@ -17,6 +17,9 @@ from jaxmix.types import AnyArray, Array
 Padding: TypeAlias = Sequence[tuple[int, int]]  # (top, bottom), (left, right)
 
 _kernel_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # what torch layers start from
+LOW_RANK = "lora"
+"""Where a module finds ``{"down", "up", "scale"}``, a low-rank addition to its kernel, if its parameters hold one."""
+
 _TINY_IMAGE = 4 * 4  # pixels of the output up to which a convolution on the CPU is better off as a product ...
 _MANY = 512 * 512  # ... if it has at least so many pairs of inputs and outputs; below, it only compiles longer
 _SMALL_IMAGE = 64 * 64  # pixels up to which a convolution on the CPU is better off with Eigen ...
@@ -43,6 +46,9 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         x, kernel = jnp.asarray(x, self.dtype), kernel.reshape(i, self.features).astype(self.dtype)
         y = product(x, kernel)
+        if self.has_variable("params", LOW_RANK):
+            down, up = _low_rank(self, self.dtype)
+            y = y + product(product(x, down.reshape(i, -1)), up)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
@@ -61,8 +67,19 @@ class Conv(nn.Module):
         kernel = self.param("kernel", _kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = jnp.asarray(x, self.dtype)
+        y = convolve(x, kernel, self.stride, tuple(self.padding))
+        if self.has_variable("params", LOW_RANK):
+            down, up = _low_rank(self, self.dtype)
+            y = y + product(convolve(x, down, self.stride, tuple(self.padding)), up)
+        return y + bias
 
-        return convolve(x, kernel, self.stride, tuple(self.padding)) + bias
+
+def _low_rank(module: nn.Module, dtype: Any) -> tuple[Array, Array]:
+    """Return the factors (.., in, r) and (r, out) beside a module's kernel, the scale in the second."""
+    factors = module.get_variable("params", LOW_RANK)
+    up = factors["up"]
+    up = up.reshape(up.shape[-2:]) * factors["scale"]
+    return factors["down"].astype(dtype), up.astype(dtype)
 
 
 # What depends on the platform is settled when the program is lowered, in functions that are compiled once a shape:
