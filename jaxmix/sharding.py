@@ -1,14 +1,20 @@
-"""Meshes and placements for data-parallel sampling."""
+"""Meshes and placements: rows over devices for sampling, rows and weights over devices for training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmix.types import InputError
 
 DATA = "data"
 """Name of the mesh axis over which rows are split."""
+FSDP = "fsdp"
+"""Name of the mesh axis over which weights are split; rows are split over it, too."""
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
@@ -22,3 +28,78 @@ def data_mesh(devices: int | None = None) -> Mesh:
         raise InputError(f"devices={n}: found {len(found)} {found[0].platform} device(s), expected 1 to {len(found)}")
     # Auto, because jax.make_mesh makes Explicit axes by default and sharding constraints raise under those.
     return jax.make_mesh((n,), (DATA,), axis_types=(AxisType.Auto,), devices=found[:n])
+
+
+def train_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return a mesh (data, fsdp) over `devices`, all devices of all processes if None; `fsdp` must divide their number.
+
+    Devices stand in the order of (process, id) and fsdp is the minor axis. So each process holds consecutive rows of
+    a batch, whatever the mesh, and the weights are gathered between neighbours, within one host where fsdp divides
+    its devices.
+    """
+    ordered = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    if fsdp < 1 or len(ordered) % fsdp:
+        raise InputError(f"fsdp: found {fsdp}, expected a divisor of the {len(ordered)} devices")
+    grid = np.array(ordered).reshape(-1, fsdp)
+    return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+
+
+def rows_over(mesh: Mesh) -> NamedSharding:
+    """Return the placement of arrays with the rows first: rows split over every axis of the mesh, data major."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the placement of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def fsdp_specs(tree: Any, mesh: Mesh, min_size: int = 4096) -> Any:
+    """Return the tree of `PartitionSpec`s that splits the weights of `tree` over the mesh's fsdp axis.
+
+    Of an array of two or more axes and at least `min_size` values the last axis is split (output features: kernels
+    are (..., in, out)), the last but one where fsdp does not divide the last. Everything else (biases, norms, small
+    kernels, and what fsdp divides in neither) stays whole on every device: to gather it would cost more than it
+    takes. The rule sees shapes alone, so an optimiser's moments are split exactly as their weights.
+    """
+    fsdp = mesh.shape[FSDP]
+
+    def spec(leaf: Any) -> PartitionSpec:
+        shape = np.shape(leaf)
+        if fsdp > 1 and len(shape) >= 2 and np.prod(shape) >= min_size:
+            for axis in (len(shape) - 1, len(shape) - 2):
+                if shape[axis] % fsdp == 0:
+                    return PartitionSpec(*([None] * axis), FSDP)
+        return PartitionSpec()
+
+    return jax.tree.map(spec, tree)
+
+
+def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
+    """Return `tree` on the mesh, placed by the tree (or the one for all) of `specs`.
+
+    Every process must have the whole tree with the same values; each reads from it what its own devices hold.
+    """
+    one = isinstance(specs, PartitionSpec)
+    several = jax.process_count() > 1
+
+    def put(leaf: Any, spec: PartitionSpec) -> jax.Array:
+        sharding = NamedSharding(mesh, spec)
+        if not several or getattr(leaf, "sharding", None) == sharding:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map((lambda leaf: put(leaf, specs)) if one else put, tree, *(() if one else (specs,)))
+
+
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+    """Return the batch whose rows are split over the mesh, from the rows that this process has.
+
+    Every leaf has rows first: of the whole batch in one process, of this process's share in several, where the
+    batch is the processes' shares one after another.
+    """
+    sharding = rows_over(mesh)
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), tree)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxmix.tuning import flops
 from jaxmix.tuning.checkpoints import Checkpoints, stop_on_signals
+from jaxmix.tuning.devices import Program, Stepper, agree, training_devices
+from jaxmix.tuning.logs import ScalarLog, mean_metrics
 from jaxmix.tuning.update import OptimizerConfig, TrainState, make_learning_rate
 from jaxmix.types import InputError
 
@@ -24,19 +27,27 @@ class FitConfig(OptimizerConfig):
     Attributes:
         output_dir: folder for checkpoints, logs, pictures and the exported model.
         seed: seed of the weights, of the data order and of the noise.
-        train_batch_size: rows per update.
-        checkpointing_steps: save the training state every so many steps; 0: only at the end.
+        train_batch_size: rows per update, over all devices and micro-batches.
+        devices: devices to train on, 0: all of all processes (in one process as many as divide a micro-batch's rows);
+            the rows are split over them.
+        fsdp: devices over which the frozen weights, and what trains with its average and optimiser state, are split;
+            1: every device has them whole. Weights are gathered when they are used. It must divide the devices.
+        checkpointing_steps: save the training state every so many steps, in the background; 0: only at the end.
         checkpoints_total_limit: older states are removed beyond so many.
-        resume_from_checkpoint: latest (start anew if there is none), none, or a step.
+        resume_from_checkpoint: latest (the newest sound one; start anew if there is none), none, or a step. Later
+            checkpoints are moved to OUT/checkpoints-aside, later rows of the logs are dropped.
         max_seconds: stop cleanly after so many seconds, for a later resume; 0: no limit.
-        log_steps: write the means of so many steps to the logs.
+        log_steps: write the means of so many steps to the logs, and show them.
         mixed_precision: "no" for float32, bf16 for bfloat16 compute on float32 weights.
         dataloader_num_workers: threads that prepare batches ahead.
+        distributed: this is one of several processes, as on a TPU pod: find the others first.
     """
 
     output_dir: str = ""
     seed: int = 0
     train_batch_size: int = 32
+    devices: int = 0
+    fsdp: int = 1
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str = "latest"
@@ -44,6 +55,7 @@ class FitConfig(OptimizerConfig):
     log_steps: int = 20
     mixed_precision: str = "no"
     dataloader_num_workers: int = 2
+    distributed: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that could only fail later."""
@@ -65,56 +77,16 @@ class FitConfig(OptimizerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Something to do with the state every `every` steps (0: never) and, with `at_end`, when the loop ends."""
+    """Something to do with the state every `every` steps (0: never) and, with `at_end`, when the loop ends.
+
+    run(step, state) may return pictures, {name: (H, W, 3) uint8}, which become OUT/pictures/{name}-{step:07d}.png and
+    TensorBoard images. It runs on process 0 alone, with params and ema whole on one device whatever the mesh, so it
+    must not need the other processes.
+    """
 
     every: int
-    run: Callable[[int, TrainState], None]
+    run: Callable[[int, TrainState], Mapping[str, np.ndarray] | None]
     at_end: bool = True
-
-
-class ScalarLog:
-    """Scalars by step, as TensorBoard events and as `metrics.jsonl` in one folder."""
-
-    def __init__(self, folder: str | Path):
-        """Open both files for appending."""
-        from tensorboardX import SummaryWriter
-
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._events = SummaryWriter(str(folder))
-        self._lines = open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Write one row of scalars; what is not finite (a timestep bin without rows) is left out."""
-        import json
-
-        scalars = {name: round(float(value), 7) for name, value in scalars.items() if math.isfinite(value)}
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
-        self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._lines.flush()
-
-    def close(self) -> None:
-        """Write what is buffered."""
-        self._events.close()
-        self._lines.close()
-
-
-def mean_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the means over steps of scalar metrics; `bin_sum` and `bin_count` become loss/t0 .. loss/tN."""
-    total = jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64), axis=0), *rows)
-    sums, counts = total.pop("bin_sum", np.zeros(0)), total.pop("bin_count", np.zeros(0))
-    means = {name: float(value) / len(rows) for name, value in total.items()}
-    bins = {f"loss/t{i}": s / n if n else math.nan for i, (s, n) in enumerate(zip(sums, counts, strict=True))}
-    return {**means, **bins}
-
-
-def _check_finite(step: int, metrics: dict[str, Any]) -> None:
-    loss = float(metrics["loss"])
-    if not math.isfinite(loss):
-        raise InputError(
-            f"step {step}: loss is {loss}; the last checkpoint is sound: resume from it with a lower learning_rate "
-            "or max_grad_norm"
-        )
 
 
 def fit(
@@ -129,76 +101,193 @@ def fit(
     """Run `update` up to cfg.max_train_steps and return (state, whether the run is complete).
 
     state: the fresh state, replaced by a checkpoint's when cfg.resume_from_checkpoint finds one in
-    cfg.output_dir/checkpoints. batches(k): iterator over the batches from step k on. The loop stops early, after
-    saving, on SIGTERM, Ctrl-C or cfg.max_seconds. A loss that is not finite raises InputError naming the step, and
-    nothing of that state is saved.
+    cfg.output_dir/checkpoints. batches(k): iterator over the batches from step k on, in several processes over this
+    process's rows of them: the batch is process 0's rows, then process 1's, and so on. An entry "id" (names of the
+    rows) stays on the host. On several devices state, frozen and rows are placed as `Stepper` says; give `frozen` as
+    NumPy arrays where it is too large for one of them. The state that is returned has params and ema whole on one
+    device.
+
+    The loop stops early, after saving, on SIGTERM, Ctrl-C or cfg.max_seconds, and returns as usual, so that the
+    command exits with status 0; several processes agree on the step, up to five steps later. A loss that is
+    not finite raises InputError naming the step, the rows and the last good checkpoint, and nothing of that state is
+    saved.
     """
+    micro = cfg.train_batch_size // cfg.gradient_accumulation_steps
+    stepper = Stepper(update, training_devices(micro, cfg.fsdp, cfg.devices), cfg.fsdp)
+    if len(stepper.devices) < len(jax.devices()) and not cfg.devices:
+        _say(
+            f"{len(stepper.devices)} of {len(jax.devices())} devices: no more divide the {micro} rows of a micro-batch"
+        )
     folder = Path(cfg.output_dir)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoints_total_limit)
-    log = ScalarLog(folder / "logs")
+    log: ScalarLog | None = None
     try:
-        found = checkpoints.find(cfg.resume_from_checkpoint)
-        if found is not None:
-            state = checkpoints.restore(found, state)
-            print(f"resumed from step {found}", flush=True)
+        start, state, extra, remarks = checkpoints.resume(cfg.resume_from_checkpoint, stepper.place(state))
+        _say(*remarks, *([f"resumed from step {start}"] if start else []))
+        if jax.process_index() == 0:
+            log = ScalarLog(folder / "logs", start)
         with stop_on_signals() as signals:
-            return _loop(cfg, state, update, frozen, batches, hooks, progress, checkpoints, log, signals)
+            run = _Run(cfg, stepper, hooks, checkpoints, log, signals)
+            run.window = [{k: np.asarray(v) for k, v in row.items()} for row in (extra or {}).get("window", ())]
+            state, complete = run.loop(state, stepper.place(frozen), batches, progress)
+        return stepper.whole(state), complete
     finally:
         checkpoints.close()
-        log.close()
+        if log is not None:
+            log.close()
 
 
-def _loop(
-    cfg: FitConfig,
-    state: TrainState,
-    update: Callable[..., Any],
-    frozen: Any,
-    batches: Callable[[int], Iterator[Any]],
-    hooks: Sequence[Hook],
-    progress: Callable[..., Any] | None,
-    checkpoints: Checkpoints,
-    log: ScalarLog,
-    signals: list[str],
-) -> tuple[TrainState, bool]:
-    key, learning_rate = jax.random.key(cfg.seed), make_learning_rate(cfg)
-    start = step = int(state.step)
-    window: list[dict[str, Any]] = []
-    began = window_began = time.monotonic()
-    spent_in_hooks, stopped, note = 0.0, "", ""
-    rows = batches(start) if start < cfg.max_train_steps else iter(())
-    bar = progress(max(cfg.max_train_steps - start, 0), "train", "steps") if progress else None
-    while step < cfg.max_train_steps and not stopped:
-        state, metrics = update(state, frozen, next(rows), key)
-        step += 1
-        if window:
-            # One step behind, so that the device never waits for the host to look.
-            _check_finite(step - 1, window[-1])
-        window.append(metrics)
-        if signals or (cfg.max_seconds and time.monotonic() - began > cfg.max_seconds):
-            stopped = signals[0] if signals else f"{cfg.max_seconds:g} s are over"
-        last = bool(stopped) or step == cfg.max_train_steps
-        due = [hook for hook in hooks if (hook.at_end and last) or (hook.every and step % hook.every == 0)]
-        save = last or (cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0)
-        logs = last or step % cfg.log_steps == 0
-        if due or save or logs:
-            _check_finite(step, metrics)
-        if logs:
-            means = mean_metrics(jax.device_get(window))
-            seconds = time.monotonic() - window_began - spent_in_hooks
-            means["samples_per_second"] = len(window) * cfg.train_batch_size / max(seconds, 1e-9)
-            means["learning_rate"] = float(learning_rate(step - 1))
-            means["samples"] = step * cfg.train_batch_size
-            log.write(step, means)
-            note = f"step {step} loss {means['loss']:.4f}, {means['samples_per_second']:.1f} samples/s"
-            window, window_began, spent_in_hooks = [], time.monotonic(), 0.0
-        if bar is not None:
-            bar.update(1, note)
-        paused = time.monotonic()
-        if save:
-            checkpoints.save(step, state)
+_AGREE_STEPS = 5
+"""Processes look every so many steps whether one of them was told to stop."""
+
+
+def _say(*lines: str) -> None:
+    if jax.process_index() == 0:
+        for line in lines:
+            print(line, flush=True)
+
+
+class _Run:
+    """One run of the loop: what it counts and writes between the updates."""
+
+    def __init__(
+        self,
+        cfg: FitConfig,
+        stepper: Stepper,
+        hooks: Sequence[Hook],
+        checkpoints: Checkpoints,
+        log: ScalarLog | None,
+        signals: list[str],
+    ):
+        self.cfg, self.stepper, self.hooks = cfg, stepper, hooks
+        self.checkpoints, self.log, self.signals = checkpoints, log, signals
+        self.learning_rate = make_learning_rate(cfg)
+        # The metrics of the steps since the last row of the logs. They are saved with the state, so that the rows of
+        # a resumed run are means over the same steps.
+        self.window: list[dict[str, Any]] = []
+        self.began = time.monotonic()
+        self.peak = flops.Peak(math.inf, "unknown")
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.clock, self.aside, self.timed, self.work = time.monotonic(), 0.0, 0, 0.0
+
+    def loop(
+        self,
+        state: TrainState,
+        frozen: Any,
+        batches: Callable[[int], Iterator[Any]],
+        progress: Callable[..., Any] | None,
+    ) -> tuple[TrainState, bool]:
+        cfg, stepper, key = self.cfg, self.stepper, self.stepper.key(self.cfg.seed)
+        start = step = int(state.step)
+        stopped, note, bar = "", "", None
+        before: tuple[int, dict[str, Any], Any] | None = None
+        rows = batches(start) if start < cfg.max_train_steps else iter(())
+        while step < cfg.max_train_steps and not stopped:
+            batch, ids = _split_ids(next(rows))
+            batch = stepper.rows(batch)
+            paused = time.monotonic()
+            program = stepper.program(state, frozen, batch, key)
+            if step == start:
+                self._introduce(program)
+                bar = progress(cfg.max_train_steps - start, "train", "steps") if self.log and progress else None
+                self._restart_clock()  # neither placing, nor the first batch, nor compiling is speed
+            else:
+                self.aside += time.monotonic() - paused
+            state, metrics = program.run(state, frozen, batch, key)
+            step += 1
+            if before is not None:
+                # One step behind, so that the device never waits for the host to look.
+                self._check_finite(*before)
+            before = step, metrics, ids
+            self.window.append(metrics)
+            self.timed, self.work = self.timed + 1, self.work + program.flops
+            stopped = self._stop(step)
+            complete = step == cfg.max_train_steps
+            last = bool(stopped) or complete
+            due = [hook for hook in self.hooks if (hook.at_end and last) or (hook.every and step % hook.every == 0)]
+            save = last or (cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0)
+            logs = complete or step % cfg.log_steps == 0
+            if due or save or logs:
+                self._check_finite(*before)
+            if logs:
+                note = self._write(step)
+            if bar is not None:
+                bar.update(1, note)
+            paused = time.monotonic()
+            if save:
+                window = [
+                    {k: np.asarray(v, np.float64).tolist() for k, v in row.items()}
+                    for row in jax.device_get(self.window)
+                ]
+                self.checkpoints.save(step, state, {"window": window})
+            if due:
+                self._run_hooks(step, due, stepper.whole(state))
+            self.aside += time.monotonic() - paused
+        if stopped:
+            _say(f"stopped at step {step} ({stopped}), saved; the same command goes on from there")
+        return state, step >= cfg.max_train_steps
+
+    def _stop(self, step: int) -> str:
+        """Return why to stop after this step, "" to go on; the same in every process."""
+        late = self.cfg.max_seconds and time.monotonic() - self.began > self.cfg.max_seconds
+        code = 2 if self.signals else 1 if late else 0
+        if jax.process_count() > 1:
+            code = agree(code) if step % _AGREE_STEPS == 0 else 0
+        return ("", f"{self.cfg.max_seconds:g} s are over", self.signals[0] if self.signals else "signal")[code]
+
+    def _introduce(self, program: Program) -> None:
+        if not program.seconds:
+            return
+        self.peak = flops.peak(self.stepper.devices, self.cfg.dtype)
+        where = "" if self.stepper.mesh is None else f" for {dict(self.stepper.mesh.shape)}"
+        said = (
+            f"update compiled{where} in {program.seconds:.1f} s",
+            f"{program.flops / 1e12:.3g} TFLOP a step",
+            f"peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.label})",
+            program.memory,
+        )
+        _say("; ".join(filter(None, said)))
+
+    def _write(self, step: int) -> str:
+        """Write a row of the logs for the steps since the last one, and return the note for the progress line."""
+        means = mean_metrics(jax.device_get(self.window))
+        seconds = max(time.monotonic() - self.clock - self.aside, 1e-9)
+        means["samples_per_second"] = self.timed * self.cfg.train_batch_size / seconds
+        means["learning_rate"] = float(self.learning_rate(step - 1))
+        means["samples"] = step * self.cfg.train_batch_size
+        note = f"step {step} loss {means['loss']:.4f}, {means['samples_per_second']:.1f} samples/s"
+        if self.work:
+            means["mfu"] = self.work / seconds / self.peak.flops
+            note += f", {100 * means['mfu']:.1f} % MFU"
+        if self.log is not None:
+            self.log.write(step, means)
+        self.window = []
+        self._restart_clock()
+        return note
+
+    def _run_hooks(self, step: int, due: Sequence[Hook], state: TrainState) -> None:
+        if self.log is None:
+            return
         for hook in due:
-            hook.run(step, state)
-        spent_in_hooks += time.monotonic() - paused
-    if stopped:
-        print(f"stopped at step {step} ({stopped}), saved; the same command goes on from there", flush=True)
-    return state, step >= cfg.max_train_steps
+            for name, image in (hook.run(step, state) or {}).items():
+                self.log.picture(step, name, image, Path(self.cfg.output_dir) / "pictures")
+
+    def _check_finite(self, step: int, metrics: dict[str, Any], ids: Any) -> None:
+        loss = float(metrics["loss"])
+        if math.isfinite(loss):
+            return
+        rows = "" if ids is None else f" (rows {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''})"
+        good = self.checkpoints.newest()
+        raise InputError(
+            f"step {step}{rows}: loss is {loss}; last good checkpoint: {good or 'none'}; go on from it with a lower "
+            "learning_rate or max_grad_norm"
+        )
+
+
+def _split_ids(batch: Any) -> tuple[Any, Any]:
+    """Return (what goes to the device, the names of the rows or None)."""
+    if not isinstance(batch, Mapping) or "id" not in batch:
+        return batch, None
+    return {name: value for name, value in batch.items() if name != "id"}, batch["id"]

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec
 
+from jaxmix.sharding import DATA, FSDP
 from jaxmix.types import InputError
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -131,14 +133,25 @@ def make_update(
     loss_fn(params, frozen, batch, key) -> (scalar loss, metrics) is differentiated in `params` alone; `frozen` holds
     the weights that do not learn, as an argument so that they are no constants of the program. Every leaf of `batch`
     has the rows first; `accumulate` splits them into so many micro-batches of equal size, whose gradients and metrics
-    are averaged. `key` is the run's key: the step is folded in here, so a resumed run draws the same numbers.
+    are averaged: micro-batch j has the rows j, j + accumulate, ..., so that no row leaves its device. `key` is the
+    run's key: the step is folded in here, so a resumed run draws the same numbers.
+
+    Under `jax.set_mesh` of a mesh (data, fsdp) rows stay on their devices, and weights that are split over fsdp are
+    gathered where the loss begins, in each micro-batch anew: the devices exchange whole weights, never activations.
     """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def whole_loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss_fn(_gather(params), _gather(frozen), _keep_rows(batch), key)
+
+    grad_fn = jax.value_and_grad(whole_loss, has_aux=True)
 
     def micro_steps(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
         if accumulate == 1:
             return grad_fn(params, frozen, batch, key)
-        micro = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+        micro = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        micro = _keep_rows(micro, axis=1)
 
         def body(total: Any, inputs: Any) -> tuple[Any, None]:
             rows, index = inputs
@@ -158,3 +171,18 @@ def make_update(
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return jax.jit(update, donate_argnums=0)
+
+
+def _gather(weights: Any) -> Any:
+    """Constrain weights to be whole on every device, if the mesh in scope splits any."""
+    if jax.sharding.get_abstract_mesh().shape.get(FSDP, 1) == 1:
+        return weights
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), weights)
+
+
+def _keep_rows(batch: Any, axis: int = 0) -> Any:
+    """Constrain rows to stay split over the mesh in scope, if there is one."""
+    if FSDP not in jax.sharding.get_abstract_mesh().shape:
+        return batch
+    spec = PartitionSpec(*([None] * axis), (DATA, FSDP))
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spec), batch)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 
 import jax
@@ -32,17 +33,23 @@ def loss_fn(params, frozen, batch, key):
 
 
 def config(folder, **changes):
-    base = {"output_dir": str(folder), "train_batch_size": 4, "max_train_steps": 6, "log_steps": 2}
+    base = {"output_dir": str(folder), "devices": 1, "train_batch_size": 4, "max_train_steps": 6, "log_steps": 2}
     return FitConfig(**{**base, "learning_rate": 0.1, "checkpointing_steps": 0, "ema_decay": 0.9, **changes})
 
 
-def train(cfg, loss=loss_fn, hooks=()):
+def train(cfg, loss=loss_fn, hooks=(), name_rows=False, zero_at=0):
     params = {"block.0": {"to_out.0": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}}
     optimizer = make_optimizer(cfg)
     dataset = make_dataset(Points(), cfg.train_batch_size, cfg.seed)
     update = make_update(loss, optimizer, cfg.ema_decay)
     state = TrainState.create(params, optimizer)
-    return fit(cfg, state, update, {}, lambda step: iterate(dataset, step), hooks)
+
+    def batches(step):
+        for k, batch in enumerate(iterate(dataset, step), step + 1):
+            names = {"id": np.array([f"{k}-{i}.png" for i in range(4)])} if name_rows else {}
+            yield {**batch, "y": batch["y"] * (k != zero_at), **names}
+
+    return fit(cfg, state, update, {}, batches, hooks)
 
 
 def assert_equal_states(one, other):
@@ -110,10 +117,21 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named_and_nothing_saved(t
         loss, metrics = loss_fn(params, frozen, batch, key)
         return jnp.where(params["block.0"]["to_out.0"]["bias"][0] != 0.0, jnp.nan, loss), metrics
 
-    with pytest.raises(InputError, match="step 2: loss is nan") as caught:
+    with pytest.raises(InputError, match="step 2: loss is nan; last good checkpoint: none") as caught:
         train(config(tmp_path, checkpointing_steps=2), broken)
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == []
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_and_the_last_good_checkpoint(tmp_path):
+    def broken(params, frozen, batch, key):
+        loss, metrics = loss_fn(params, frozen, batch, key)
+        return loss / (batch["y"][0, 0] != 0.0), metrics
+
+    with pytest.raises(InputError) as caught:
+        train(config(tmp_path, checkpointing_steps=1), broken, name_rows=True, zero_at=4)
+    assert "step 4 (rows 4-0.png, 4-1.png, 4-2.png, 4-3.png): loss is inf" in str(caught.value)
+    assert f"last good checkpoint: {tmp_path / 'checkpoints' / '3'};" in str(caught.value)
 
 
 def test_logs_hold_means_learning_rate_and_samples(tmp_path):
@@ -122,8 +140,41 @@ def test_logs_hold_means_learning_rate_and_samples(tmp_path):
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[-1]["samples"] == 24
     assert rows[0]["learning_rate"] == pytest.approx(0.1)
-    assert {"loss", "loss/t3", "grad_norm", "samples_per_second"} <= set(rows[0])
+    assert {"loss", "loss/t3", "grad_norm", "samples_per_second", "mfu"} <= set(rows[0])
+    assert rows[-1]["samples_per_second"] > 0.0
     assert list((tmp_path / "logs").glob("events*"))
+
+
+def test_pictures_of_hooks_become_files(tmp_path):
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    train(config(tmp_path, max_train_steps=2), hooks=[Hook(0, lambda step, state: {"grid": picture})])
+    from PIL import Image
+
+    np.testing.assert_array_equal(Image.open(tmp_path / "pictures" / "grid-0000002.png"), picture)
+
+
+def test_the_update_is_traced_and_compiled_once_and_its_cost_is_told(tmp_path, capsys):
+    traces = []
+
+    def counted(params, frozen, batch, key):
+        traces.append(None)
+        return loss_fn(params, frozen, batch, key)
+
+    train(config(tmp_path), counted)
+    assert len(traces) == 1
+    assert re.search(r"compiled in [\d.]+ s; .* TFLOP a step; peak .*measured .*GiB a device", capsys.readouterr().out)
+
+
+def test_steps_between_two_rows_of_the_logs_are_not_lost_by_stopping(tmp_path):
+    train(config(tmp_path / "whole", log_steps=4, max_train_steps=8))
+    os_kill = lambda step, state: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None  # noqa: E731
+    train(config(tmp_path / "parts", log_steps=4, max_train_steps=8), hooks=[Hook(1, os_kill)])
+    train(config(tmp_path / "parts", log_steps=4, max_train_steps=8))
+    rows = []
+    for name in ("whole", "parts"):
+        lines = map(json.loads, (tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines())
+        rows.append([(row["step"], row["loss"], row["grad_norm"]) for row in lines])
+    assert rows[0] == rows[1]
 
 
 def test_means_leave_empty_bins_open():

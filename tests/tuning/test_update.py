@@ -55,6 +55,20 @@ def test_accumulated_micro_batches_equal_one_batch():
         np.testing.assert_allclose(one, many, rtol=1e-5)
 
 
+def test_micro_batch_j_has_the_rows_j_and_every_further_one():
+    params, frozen, batch = problem()
+    optimizer, seen = optax.sgd(0.0), []
+
+    def shown(params, frozen, batch, key):
+        jax.debug.callback(lambda x: seen.append(x.tolist()), batch["x"], ordered=True)
+        return loss_fn(params, frozen, batch, key)
+
+    update = make_update(shown, optimizer, 0.0, accumulate=4)
+    jax.block_until_ready(update(TrainState.create(params, optimizer, ema=False), frozen, batch, jax.random.key(0)))
+    jax.effects_barrier()
+    assert seen == [batch["x"][j::4].tolist() for j in range(4)]
+
+
 def test_each_step_draws_its_own_numbers_and_only_the_step_decides():
     params, frozen, batch = problem()
     optimizer, key = optax.sgd(0.0), jax.random.key(7)

@@ -1,0 +1,155 @@
+"""How much of a device a training step uses: FLOPs of a step, peak rates, memory of a compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Dense peak rates of one JAX device in TFLOP/s as (bfloat16, float32), from the vendors' data sheets. float32 is what
+# a float32 product runs as at JAX's default precision: TF32 on these GPUs, bfloat16 passes on a TPU. Sought as parts
+# of `device_kind`, the first match wins. A v7 chip shows itself as two devices.
+_PEAKS = (
+    ("TPU v7", 1153.5, 1153.5),
+    ("TPU7x", 1153.5, 1153.5),
+    ("TPU v6", 918.0, 918.0),
+    ("TPU v5p", 459.0, 459.0),
+    ("TPU v5 lite", 197.0, 197.0),
+    ("TPU v5e", 197.0, 197.0),
+    ("TPU v5", 459.0, 459.0),
+    ("TPU v4", 275.0, 275.0),
+    ("H200", 989.4, 494.7),
+    ("H100 PCIe", 756.0, 378.0),
+    ("H100", 989.4, 494.7),
+    ("A100", 312.0, 156.0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """The FLOP/s that devices could do together, and where the figure is from."""
+
+    flops: float
+    label: str
+
+
+def peak(devices: Sequence[Any], dtype: Any) -> Peak:
+    """Return the peak of `devices` together for products in `dtype`.
+
+    By data sheet for the accelerators in the table; else the rate that a large float32 matrix product reaches here
+    and now, which a busy machine lowers. The virtual devices of a CPU share it: it counts once a process.
+    """
+    kind = devices[0].device_kind
+    for name, half, single in _PEAKS:
+        if name.lower() in kind.lower():
+            rate = half if jnp.dtype(dtype) == jnp.bfloat16 else single
+            return Peak(rate * 1e12 * len(devices), f"{len(devices)} x {kind}")
+    on_cpu = devices[0].platform == "cpu"
+    count = len({d.process_index for d in devices}) if on_cpu else len(devices)
+    return Peak(_measured_rate() * count, f"measured float32 matrix product, {count} x {kind}")
+
+
+def _measured_rate(size: int = 1024, repeats: int = 3) -> float:
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+def memory_line(compiled: Any) -> str:
+    """Return what one device needs for a compiled program, in GiB, as the compiler states it; "" if it does not."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return ""
+    gib = [x / 2**30 for x in (found.argument_size_in_bytes, found.temp_size_in_bytes)]
+    # Outputs that reuse donated arguments take no memory of their own.
+    new = (found.output_size_in_bytes - found.alias_size_in_bytes) / 2**30
+    total = max(getattr(found, "peak_memory_in_bytes", 0) / 2**30, sum(gib) + max(new, 0.0))
+    return f"{total:.3g} GiB a device at most: arguments {gib[0]:.3g}, temporaries {gib[1]:.3g}"
+
+
+def model_flops(jaxpr: Any) -> float:
+    """Return the FLOPs of the matrix products and convolutions in a (closed) jaxpr, of all devices together.
+
+    2 for a multiplication with its addition. Counted before compilation, so that loops count as often as they run
+    (XLA's cost analysis counts a scan once), and that a product with the same operands counts once however often it
+    is done: the recomputation of `gradient_checkpointing` is no work of the model. Of the branches of a cond the
+    costliest counts; a while loop of unknown length counts once; kernels that are opaque to JAX (Pallas, cuDNN) count
+    nothing, but their plain alternative for other platforms does. Sums, norms and activations are left out.
+    """
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return _Count().run(inner, [object() for _ in inner.invars])[0]
+
+
+class _Count:
+    """Walk a jaxpr, giving equal values equal numbers, and count each distinct product once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._fresh = 0
+
+    def run(self, jaxpr: Any, arguments: Sequence[Any]) -> tuple[float, list[Any]]:
+        """Return (FLOPs not yet counted, the numbers of the outputs)."""
+        env: dict[Any, Any] = dict(zip(jaxpr.invars, arguments, strict=True))
+        env |= {var: ("const", id(var)) for var in jaxpr.constvars}
+
+        def read(atom: Any) -> Any:
+            if hasattr(atom, "val"):
+                value = np.asarray(atom.val) if not hasattr(atom.val, "_base_array") else atom.val
+                return ("literal", str(value), str(atom.aval))
+            return env[atom]
+
+        total = 0.0
+        for eqn in jaxpr.eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            flops, outputs = self._equation(eqn, inputs)
+            total += flops
+            env |= dict(zip(eqn.outvars, outputs, strict=True))
+        return total, [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, inputs: list[Any]) -> tuple[float, list[Any]]:
+        name, params = eqn.primitive.name, eqn.params
+        body = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
+        inner: Any = getattr(body, "jaxpr", body)  # some are closed, some open
+        inline = inner is not None and name not in ("scan", "while", "cond")
+        if inline and len(getattr(inner, "invars", ())) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
+            return self.run(inner, inputs)
+        key = (name, _static(params), *inputs)
+        seen = key in self._numbers
+        number = self._numbers.setdefault(key, len(self._numbers))
+        outputs = [(number, i) for i in range(len(eqn.outvars))]
+        return (0.0 if seen else self._flops(eqn, name, params)), outputs
+
+    def _flops(self, eqn: Any, name: str, params: dict[str, Any]) -> float:
+        if name == "dot_general":
+            (contract, _), _ = params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)
+            return 2.0 * eqn.outvars[0].aval.size * depth
+        if name == "conv_general_dilated":
+            kernel, spec = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
+            depth = math.prod(kernel[axis] for axis in spec[1:])
+            # Zeros between the values (the gradient of a stride) are no work.
+            return 2.0 * eqn.outvars[0].aval.size * depth / math.prod(params["lhs_dilation"])
+        if name == "scan":
+            return params["length"] * model_flops(params["jaxpr"])
+        if name == "while":
+            return model_flops(params["body_jaxpr"])
+        if name == "cond":
+            return max(model_flops(branch) for branch in params["branches"])
+        return 0.0
+
+
+def _static(params: dict[str, Any]) -> Any:
+    """Return something hashable that tells parameters of one primitive apart; inner programs by identity."""
+    return tuple((key, id(v) if "jaxpr" in key or key == "branches" else str(v)) for key, v in sorted(params.items()))
