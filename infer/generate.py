@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from infer.adapters import Adapters, open_adapters
 from infer.manifest import Manifest
 from infer.measure import CompileClock
 from infer.pictures import open_picture, picture_size
@@ -51,8 +52,8 @@ class Config:
         model: "mini" (embedded), a diffusers folder, a single .safetensors file, or a hub id "owner/name"
         prompt: one prompt to draw
         prompts: a .txt (one prompt a line) or .jsonl file (one object a line: prompt, and optionally negative_prompt,
-            seed, steps, guidance_scale, guidance_rescale, sampler, height, width, image, mask, strength, id), or
-            "builtin"; without either flag the built-in prompts are drawn
+            seed, steps, guidance_scale, guidance_rescale, sampler, height, width, image, mask, strength, labels,
+            vmix_scale, id), or "builtin"; without either flag the built-in prompts are drawn
         out: folder for the PNGs, manifest.jsonl, contact_sheet.png and gallery.html
         negative_prompt: what to steer away from, for rows that name nothing themselves
         steps: denoising steps, from 1 to the 1000 that models are usually trained with; default: the model's own
@@ -64,6 +65,11 @@ class Config:
         image: a picture to start from (image-to-image)
         mask: a picture, white where `image` is to be repainted (inpainting)
         strength: how much of `image` is drawn anew, above 0 to 1
+        vmix: a VMix adapter: "mini-vmix" (embedded) or an adapter.safetensors that train.vmix wrote
+        vmix_scale: how strongly to apply it, 0 for not at all (no unit; the paper shows 0 to 2); default: 1
+        labels: its labels that the images shall have: all, none, or some, such as color,light; default: all
+        vmix_lora: whether to use the LoRA that was trained along with it, too
+        lora: LoRA files (diffusers, PEFT or kohya) to merge into the model, PATH[:STRENGTH][,PATH[:STRENGTH]...]
         seed: seed of the first row, 0 to 2^32 - 1; row k draws with seed + k unless it names its own
         batch_size: images denoised together (more is faster, and takes more memory); no image depends on it
         dtype: number format of the weights and the arithmetic; auto is the one that they are stored in
@@ -88,6 +94,11 @@ class Config:
     image: str | None = None
     mask: str | None = None
     strength: float = 0.8
+    vmix: str | None = None
+    vmix_scale: float | None = None
+    labels: str | None = None
+    vmix_lora: Literal["on", "off"] = "on"
+    lora: str | None = None
     seed: int = 0
     batch_size: int = 8
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -115,6 +126,7 @@ class Config:
             ("--image", self.image, check_file),
             ("--mask", self.mask, check_file),
             ("--tile", self.tile, check_pixels),
+            ("--vmix-scale", self.vmix_scale, check_number),
         ):
             if value is not None:
                 check(flag, value)
@@ -130,7 +142,12 @@ def main(config: Config) -> int:
     mesh = choose_mesh(config.devices, len(rows))
     import jaxmix
 
-    return draw(config, rows, bad, lambda: jaxmix.load(config.model, dtype=config.dtype), mesh)
+    adapters = open_adapters(config.vmix, config.vmix_lora == "on", config.lora)
+
+    def load() -> Any:
+        return adapters.apply(jaxmix.load(config.model, dtype=config.dtype))
+
+    return draw(config, rows, bad, load, mesh, adapters)
 
 
 def collect_rows(config: Config) -> tuple[list[Row], list[BadRow]]:
@@ -157,7 +174,14 @@ def choose_mesh(devices: int | None, images: int) -> Any:
     return data_mesh(count)
 
 
-def draw(config: Config, rows: Sequence[Row], bad: Sequence[BadRow], load: Callable[[], Any], mesh: Any = None) -> int:
+def draw(
+    config: Config,
+    rows: Sequence[Row],
+    bad: Sequence[BadRow],
+    load: Callable[[], Any],
+    mesh: Any = None,
+    adapters: Adapters = Adapters(),  # noqa: B008 - frozen
+) -> int:
     """Draw all good rows with the pipeline that `load` returns, and write everything into config.out.
 
     Returns 2 if there were bad rows, else 0. Raises InputError if nothing can be drawn.
@@ -168,7 +192,7 @@ def draw(config: Config, rows: Sequence[Row], bad: Sequence[BadRow], load: Calla
     clock = CompileClock()
     with clock:
         pipe = load()
-        rows, too_long = complete(rows, pipe)
+        rows, too_long = complete(rows, pipe, adapters)
         bad = sorted([*bad, *too_long], key=lambda row: row.number)
         refuse(config, rows, bad)
         report(bad)
@@ -176,7 +200,7 @@ def draw(config: Config, rows: Sequence[Row], bad: Sequence[BadRow], load: Calla
 
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
-        common = {"model": config.model, "dtype": config.dtype}
+        common = {"model": config.model, "dtype": config.dtype, **adapters.settings(config.vmix)}
         manifest = Manifest(out, resume=config.resume)
         todo = [row for row in rows if not manifest.holds(row.file_name, {**row.settings(), **common})]
         print_plan(config, rows, todo, mesh)
@@ -191,7 +215,7 @@ def draw(config: Config, rows: Sequence[Row], bad: Sequence[BadRow], load: Calla
                 size = batch_size(config, bucket, mesh)
                 for start in range(0, len(bucket), size):
                     part = bucket[start : start + size]
-                    images, shapes = render(pipe, part, size, mesh, config.tile, times, clock)
+                    images, shapes = render(pipe, adapters, part, size, mesh, config.tile, times, clock)
                     begun = time.monotonic()
                     for row, image, shape in zip(part, images, shapes, strict=True):
                         settings = {**row.settings(), **common}
@@ -212,7 +236,7 @@ def draw(config: Config, rows: Sequence[Row], bad: Sequence[BadRow], load: Calla
     return 2 if bad else 0
 
 
-def complete(rows: Sequence[Row], pipe: Any) -> tuple[list[Row], list[BadRow]]:
+def complete(rows: Sequence[Row], pipe: Any, adapters: Adapters) -> tuple[list[Row], list[BadRow]]:
     """Fill in what the model and the rows' pictures settle, and sort out rows that this model cannot draw."""
     good, bad = [], []
     most, factor = pipe.schedule.num_train_timesteps, pipe.vae.config.factor
@@ -231,6 +255,7 @@ def complete(rows: Sequence[Row], pipe: Any) -> tuple[list[Row], list[BadRow]]:
                 image_to_image_start(whole.steps, row.strength)
             open_pictures([whole])
             make_solver(whole.sampler, pipe.schedule, whole.steps)
+            whole = adapters.complete(whole)
         except InputError as error:
             bad.append(BadRow(row.number, row.where, str(error)))
             continue
@@ -257,7 +282,14 @@ def batch_size(config: Config, bucket: Sequence[Row], mesh: Any) -> int:
 
 
 def render(
-    pipe: Any, rows: Sequence[Row], size: int, mesh: Any, tile: int | None, times: Times, clock: CompileClock
+    pipe: Any,
+    adapters: Adapters,
+    rows: Sequence[Row],
+    size: int,
+    mesh: Any,
+    tile: int | None,
+    times: Times,
+    clock: CompileClock,
 ) -> tuple[np.ndarray, list[list[int]]]:
     """Draw rows that share their program; return images (b, H, W, 3) uint8 and the shape of each row's latents."""
     # A short last batch is filled up with its last row, so that every program of a bucket is compiled once.
@@ -275,6 +307,7 @@ def render(
         negative_prompts=[row.negative_prompt or None for row in filled],
         mesh=mesh,
         output="latent",
+        controls=adapters.bind(pipe, filled),
         **open_pictures(filled),
     )
     begun, compiled_before = time.monotonic(), clock.seconds

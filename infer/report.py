@@ -52,6 +52,8 @@ def write_overview(
             shown["id"] = row.id
         if row.image is not None:
             shown["from"] = f"{Path(row.image).name}, strength {row.strength:g}"
+        if row.labels is not None:
+            shown["VMix"] = f"{row.labels} x {row.vmix_scale:g}"
         picture = Picture(row.file_name, record["width"], record["height"])
         items.append(Item(row.prompt, [picture], shown))
     items += [Item("", error=str(failed)) for failed in bad]

@@ -20,7 +20,7 @@ MAX_SEED = 2**32 - 1
 class Defaults:
     """What a row gets where it says nothing itself: the flags of the command line; row k draws with `seed` + k.
 
-    None: the model's own. `image` and `mask` are paths of pictures.
+    None: the model's own. `image` and `mask` are paths of pictures; `labels` and `vmix_scale` belong to a VMix adapter.
     """
 
     negative_prompt: str = ""
@@ -34,6 +34,8 @@ class Defaults:
     image: str | None = None
     mask: str | None = None
     strength: float = 0.8
+    labels: str | None = None
+    vmix_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,10 @@ class Row(Defaults):
         del held["where"]
         if self.image is None:
             del held["strength"]
-        for key in ("guidance_rescale", "image", "mask"):  # only where they are used
-            if not held[key]:
+        if not held["guidance_rescale"]:
+            del held["guidance_rescale"]
+        for key in ("image", "mask", "labels", "vmix_scale"):  # only where they are used
+            if held[key] is None:
                 del held[key]
         return {"row": held.pop("number"), "prompt": held.pop("prompt"), **held}
 
@@ -234,6 +238,13 @@ def check_file(key: str, value: Any) -> str:
     return value
 
 
+def check_labels(key: str, value: Any) -> str:
+    """Return labels as "all", "none" or comma-separated names, from such text or a list of names."""
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        value = ",".join(value) or "none"
+    return check_text(key, value)
+
+
 def check_id(key: str, value: Any) -> str:
     """Return `value` as text if it is a name (text or a whole number)."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -257,6 +268,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "image": check_file,
     "mask": check_file,
     "strength": check_share,
+    "labels": check_labels,
+    "vmix_scale": check_number,
 }
 
 

@@ -12,33 +12,45 @@ import jax
 import jax.numpy as jnp
 
 from jaxmix.controls import vmix
+from jaxmix.loras import LoRA, apply_loras
+from jaxmix.models.clip import at_end_of_text
 from jaxmix.models.unet import sites, subtree
-from jaxmix.types import InputError, Params
+from jaxmix.tuning.lora import without_alpha
+from jaxmix.types import Array, InputError, Params
 from jaxmix.weights import load_tree, read_header, save_tree
 
 if TYPE_CHECKING:
     from jaxmix.pipeline import Pipeline
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = {"mini-vmix": ASSETS / "mini-vmix" / "adapter.safetensors"}
+"""Adapters that ship with the package, by name."""
 
 _KEY = "jaxmix"  # of the safetensors metadata, under which the config is stored
 
 
 @dataclasses.dataclass(frozen=True)
 class VMix:
-    """A VMix adapter (arXiv 2412.20800): ``config`` says what it was made for, ``params`` what it has learnt."""
+    """A VMix adapter (arXiv 2412.20800): ``config`` says what it was made for, ``params`` what it has learnt.
+
+    ``lora`` is the LoRA of the UNet that was trained along with it, or None. It is a part of its own: `bind` does
+    without it, `apply_lora` merges it into a pipeline, and its own ``save`` writes it for other programs.
+    """
 
     config: vmix.VMixConfig
     params: Params
+    lora: LoRA | None = None
 
     @classmethod
     def init(cls, key: jax.Array, pipe: Pipeline, labels: Mapping[str, tuple[str, str]] | None = None) -> VMix:
         """Make an untrained adapter for a pipeline; until it is trained it changes nothing, bit for bit.
 
         ``labels`` maps each aesthetic dimension to (label, rare token); the paper's six dimensions if None. Each text
-        goes alone through the pipeline's text encoder, and its state at the end-of-text token is kept.
+        goes alone through the pipeline's text encoders, and what the UNet would attend to at the end-of-text token is
+        kept (SDXL: both encoders' layer before the last, joined).
         """
         triples = vmix.label_pairs(labels)
-        texts = [text for _, label, rare in triples for text in (rare, label)]
-        emb = pipe.encode_text(texts).pooled.astype(jnp.float32)
+        emb = embed_labels(pipe, [text for _, label, rare in triples for text in (rare, label)])
         base = {
             site.name: subtree(pipe.params["unet"], site.name)["to_v"]["kernel"]
             for site in sites(pipe.unet.config, pipe.latent_shape[:2])
@@ -61,6 +73,13 @@ class VMix:
         ``scale`` likewise a number or one an image (0: the base model; the paper shows 0 to 2). Raises `InputError`
         where the adapter does not fit the pipeline.
         """
+        self.check(pipe)
+        present = jnp.asarray(vmix.parse_labels(labels, self.config.dimensions))
+        strength = jnp.atleast_1d(jnp.asarray(scale, jnp.float32))
+        return vmix.bind(self.params, present, strength)
+
+    def check(self, pipe: Pipeline) -> None:
+        """Raise `InputError` where the adapter does not fit the pipeline's UNet or text length."""
         found = {
             site.name: subtree(pipe.params["unet"], site.name)["to_v"]["kernel"].shape
             for site in sites(pipe.unet.config, pipe.latent_shape[:2])
@@ -76,27 +95,79 @@ class VMix:
             raise InputError(
                 f"VMix: the adapter was made for {self.config.tokens} text tokens, the pipeline has {pipe.text_length}"
             )
-        present = jnp.asarray(vmix.parse_labels(labels, self.config.dimensions))
-        strength = jnp.atleast_1d(jnp.asarray(scale, jnp.float32))
-        return vmix.bind(self.params, present, strength)
+
+    def apply_lora(self, pipe: Pipeline, strength: float = 1.0) -> Pipeline:
+        """Return the pipeline with the adapter's LoRA merged into its UNet; the same pipeline if there is none."""
+        self.check(pipe)
+        return pipe if self.lora is None else apply_loras(pipe, [(self.lora, strength)])
 
     def save(self, path: str | Path, dtype: Any = None) -> None:
-        """Write the adapter as one safetensors file with its config in the metadata; it appears whole or not at all."""
+        """Write the adapter as one safetensors file with its config in the metadata; it appears whole or not at all.
+
+        The factors of the LoRA are the tensors ``lora.MODULE.down`` and ``.up``; their alphas are in the metadata.
+        """
         config = {"class": "VMix", "version": 1, **dataclasses.asdict(self.config)}
-        save_tree(self.params, path, dtype=dtype, metadata={_KEY: json.dumps(config)})
+        tree = dict(self.params)
+        if self.lora is not None:
+            factors = self.lora.parts["unet"]
+            tree["lora"] = without_alpha(factors)
+            config["lora_alpha"] = {name: float(f["alpha"]) for name, f in factors.items()}
+        save_tree(tree, path, dtype=dtype, metadata={_KEY: json.dumps(config)})
 
     @classmethod
     def load(cls, path: str | Path) -> VMix:
-        """Read an adapter that `save` wrote. Raises `InputError` for a file that is something else."""
-        found = read_header(Path(path)).metadata.get(_KEY)
-        config = json.loads(found) if found else {}
-        if config.get("class") != "VMix":
-            kind = config.get("class", "a file without a jaxmix config")
+        """Read an adapter that `save` wrote, or the embedded "mini-vmix".
+
+        Raises `InputError` for a file that is something else.
+        """
+        path = EMBEDDED.get(str(path), Path(path))
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, expected a VMix adapter or one of {', '.join(EMBEDDED)}")
+        header = read_header(path)
+        made, alphas = _read_config(path, header.metadata)
+        target = dict(vmix.abstract_params(made))
+        if alphas is not None:
+            target["lora"] = {}
+            for name in alphas:
+                keys = {factor: f"lora.{name}.{factor}" for factor in ("down", "up")}
+                if missing := [key for key in keys.values() if key not in header.entries]:
+                    raise InputError(f"{path}: found no tensor {missing[0]}, expected it: the metadata gives its alpha")
+                shapes = {factor: header.entries[key].shape for factor, key in keys.items()}
+                target["lora"][name] = {f: jax.ShapeDtypeStruct(shape, jnp.float32) for f, shape in shapes.items()}
+        tree = dict(load_tree(path, target))
+        factors = tree.pop("lora", None)
+        lora = None
+        if factors is not None and alphas is not None:
+            alpha = {name: jnp.asarray(value, jnp.float32) for name, value in alphas.items()}
+            lora = LoRA({"unet": {name: {**f, "alpha": alpha[name]} for name, f in factors.items()}})
+        return cls(made, tree, lora)
+
+
+def embed_labels(pipe: Pipeline, texts: Sequence[str]) -> Array:
+    """Return (n, d) float32: what the UNet attends to at the end-of-text token of each text, alone in its prompt."""
+    encoded = pipe.encode_prompt(texts)
+    states = encoded if pipe.text_encoder_2 is None else encoded[0]
+    ids, _ = pipe.tokenize(texts)
+    return at_end_of_text(pipe.text_encoder.config, ids, states).astype(jnp.float32)
+
+
+def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[vmix.VMixConfig, dict[str, float] | None]:
+    """Return what an adapter was made for, and the alphas of its LoRA (None without one), from a file's metadata."""
+    try:
+        config = json.loads(metadata.get(_KEY, "{}"))
+        kind = config.get("class", "a file without a jaxmix config")
+        if kind != "VMix":
             raise InputError(f"{path}: found {kind}, expected a VMix adapter written by jaxmix")
         made = vmix.VMixConfig(
-            labels=tuple(tuple(x) for x in config["labels"]),
-            tokens=config["tokens"],
-            context_dim=config["context_dim"],
-            sites=tuple((name, inner) for name, inner in config["sites"]),
+            labels=tuple((str(name), str(label), str(rare)) for name, label, rare in config["labels"]),
+            tokens=int(config["tokens"]),
+            context_dim=int(config["context_dim"]),
+            sites=tuple((str(name), int(inner)) for name, inner in config["sites"]),
         )
-        return cls(made, load_tree(path, vmix.abstract_params(made)))
+        alphas = config.get("lora_alpha")
+        return made, None if alphas is None else {name: float(value) for name, value in alphas.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path}: the metadata {_KEY!r} is broken ({why}), expected what VMix.save writes") from None

@@ -50,6 +50,9 @@ def parse(main: Callable[[Any], int | None], argv: Sequence[str]) -> Any:
     import jsonargparse
 
     config_type = _config_type(main)
+    # An inherited field's type means what it means in its own module; jsonargparse would look names up in this one's,
+    # and take what it cannot find for untyped (a text "no" would then be false).
+    vars(config_type)["__init__"].__annotations__.update(typing.get_type_hints(config_type))
     # Field help may stand in the class docstring (Attributes:) or as a string under each field.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
@@ -170,6 +173,28 @@ def enable_compilation_cache() -> Path | None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up, too
     print(f"compile cache: on, {folder} ({held} compiled programs held)", file=sys.stderr)
     return folder
+
+
+def start(distributed: bool = False) -> None:
+    """Prepare JAX for a long command: join the other processes if there are any, and keep compiled programs.
+
+    Where JAX cannot see by itself who the others are (it can on Cloud TPU and under Slurm) the environment must say:
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises `InputError` if it does not.
+    """
+    if distributed:
+        import jax
+
+        given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+        try:
+            counts = [None if text is None else int(text) for text in given]
+            jax.distributed.initialize(num_processes=counts[0], process_id=counts[1])
+        except ValueError as error:
+            raise InputError(
+                f"distributed: {_one_line(str(error))} (JAX_COORDINATOR_ADDRESS="
+                f"{os.environ.get('JAX_COORDINATOR_ADDRESS', 'not set')}, JAX_NUM_PROCESSES={given[0] or 'not set'}, "
+                f"JAX_PROCESS_ID={given[1] or 'not set'})"
+            ) from None
+    enable_compilation_cache()
 
 
 def _config_type(main: Callable[[Any], int | None]) -> type:

@@ -1,23 +1,40 @@
-"""A contact sheet of equal images as one PNG."""
+"""A contact sheet of equal images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 
-def save_grid(path: str | Path, images: np.ndarray, columns: int, enlarge: int = 1) -> Path:
-    """Write images (n, H, W, 3) uint8, row by row, `columns` wide, each pixel `enlarge` times, and return the path."""
-    from PIL import Image
+def make_grid(images: np.ndarray, columns: int, enlarge: int = 1, titles: Sequence[str] = ()) -> np.ndarray:
+    """Put images (n, H, W, 3) uint8 side by side, row by row, `columns` wide, each pixel `enlarge` times.
 
+    `titles` stand above the columns. Returns (H', W', 3) uint8.
+    """
     count, height, width, channels = images.shape
     rows = -(-count // columns)
     padded = np.full((rows * columns, height, width, channels), 255, np.uint8)
     padded[:count] = images
     sheet = padded.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * height, columns * width, channels)
+    sheet = sheet.reshape(rows * height, columns * width, channels).repeat(enlarge, 0).repeat(enlarge, 1)
+    if not titles:
+        return sheet
+    from PIL import Image, ImageDraw, ImageFont
+
+    strip = Image.new("RGB", (sheet.shape[1], 16), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(11)
+    for i, title in enumerate(titles):
+        draw.text(((i + 0.5) * width * enlarge, 8), title, "black", font, anchor="mm")
+    return np.concatenate([np.asarray(strip), sheet])
+
+
+def save_grid(path: str | Path, images: np.ndarray, columns: int, enlarge: int = 1, titles: Sequence[str] = ()) -> Path:
+    """Write `make_grid` of the same arguments as a PNG and return the path."""
+    from PIL import Image
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.repeat(enlarge, 0).repeat(enlarge, 1)).save(path)
+    Image.fromarray(make_grid(images, columns, enlarge, titles)).save(path)
     return path

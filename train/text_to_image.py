@@ -1,4 +1,4 @@
-"""Train a latent diffusion model, UNet and CLIP text encoder, from nothing on captioned scenes.
+"""Train a latent diffusion model on captioned scenes: UNet and CLIP text encoder from nothing, or a pipeline on.
 
 Latent diffusion (arXiv 2112.10752) with classifier-free guidance by dropped captions (arXiv 2207.12598), v or epsilon
 targets (arXiv 2202.00512) and min-SNR weights on request (arXiv 2303.09556). The autoencoder is read from a folder
@@ -10,33 +10,44 @@ and stays as it is; images are encoded inside the step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxmix
 from jaxmix import command
-from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
+from jaxmix.models import (
+    AddedCond,
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    UNet2DConditionModel,
+    UNetConfig,
+    VAEConfig,
+)
 from jaxmix.pipeline import Pipeline
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning.data import iterate, make_dataset
-from jaxmix.tuning.fit import FitConfig, Hook, fit
-from jaxmix.tuning.loss import diffusion_loss
+from jaxmix.tuning.fit import Hook, fit
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
 from jaxmix.weights.load import find_weights, load_tree, read_config
-from train.grid import save_grid
+from train.diffusion import DiffusionConfig, make_loss, make_tokenize
+from train.grid import make_grid
 from train.scenes import Scenes
 
 
 @dataclasses.dataclass
-class Config(FitConfig):
-    """The text-to-image trainer's keys, after those of every trainer.
+class Config(DiffusionConfig):
+    """The text-to-image trainer's keys, after those of every trainer of a denoiser.
 
     Attributes:
+        pretrained_model_name_or_path: the pipeline to train on ("mini", a folder, a file, a hub id); empty: the models
+            below start from nothing.
         pretrained_vae_model_name_or_path: folder of the autoencoder (config.json and safetensors).
         tokenizer: folder of the CLIP tokenizer.
         unet: the model, as in a diffusers unet/config.json.
@@ -44,20 +55,13 @@ class Config(FitConfig):
         scheduler: the noise schedule, as in a diffusers scheduler_config.json.
         scenes: arguments of train.scenes.Scenes.
         train_text_encoder: false leaves the text encoder as it was made.
-        caption_dropout_rate: share of the rows that get the empty caption.
-        sample_posterior: encode to a draw from the posterior (true) or to its mean.
-        snr_gamma: min-SNR weights with this gamma; null for none.
-        weighting_scheme: how timesteps are drawn: none (uniform) or logit_normal.
-        logit_mean: of the normal under weighting_scheme logit_normal; above 0 favours noisy timesteps.
-        logit_std: its standard deviation.
-        noise_offset: noise per row and channel that is added to the noise.
-        gradient_checkpointing: recompute the UNet's activations in the backward pass.
         validation_prompts: drawn at fixed seeds from the averaged weights.
         validation_steps: draw them every so many steps; 0: never.
         validation_guidance_scale: guidance of those pictures.
         export_steps: write the diffusers folder OUT/pipeline every so many steps; 0: only at the end.
     """
 
+    pretrained_model_name_or_path: str = ""
     pretrained_vae_model_name_or_path: str = ""
     tokenizer: str = ""
     unet: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -65,67 +69,23 @@ class Config(FitConfig):
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     scenes: dict[str, Any] = dataclasses.field(default_factory=dict)
     train_text_encoder: bool = True
-    caption_dropout_rate: float = 0.1
-    sample_posterior: bool = True
-    snr_gamma: float | None = None
-    weighting_scheme: Literal["none", "logit_normal"] = "none"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    noise_offset: float = 0.0
-    gradient_checkpointing: bool = False
     validation_prompts: list[str] = dataclasses.field(default_factory=list)
     validation_steps: int = 0
     validation_guidance_scale: float = 3.0
     export_steps: int = 0
 
 
-def make_rows(tokenize: Callable[[str], np.ndarray], dropout: float) -> Callable[..., dict[str, np.ndarray]]:
+def make_rows(
+    tokenize: Callable[[str], Mapping[str, np.ndarray]], dropout: float
+) -> Callable[..., dict[str, np.ndarray]]:
     """Return the transform from a scene to {"image" (H, W, 3) uint8, "input_ids" (s,) int32}."""
     empty = tokenize("")
 
     def row(scene: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         dropped = rng.random() < dropout
-        return {"image": np.asarray(scene["image"]), "input_ids": empty if dropped else tokenize(scene["text"])}
+        return {"image": np.asarray(scene["image"]), **(empty if dropped else tokenize(scene["text"]))}
 
     return row
-
-
-def make_tokenize(tokenizer: Any, length: int) -> Callable[[str], np.ndarray]:
-    """Return text -> (length,) int32 ids, padded and cut as Stable Diffusion pads and cuts."""
-
-    def tokenize(text: str) -> np.ndarray:
-        ids = tokenizer(text, padding="max_length", max_length=length, truncation=True)["input_ids"]
-        return np.asarray(ids, np.int32)
-
-    return tokenize
-
-
-def make_loss(
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    vae: AutoencoderKL,
-    schedule: NoiseSchedule,
-    cfg: Config,
-) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """Return loss_fn(params, frozen, batch, key) for batches {"image" uint8 (b, H, W, 3), "input_ids" (b, s)}."""
-    logit_normal = (cfg.logit_mean, cfg.logit_std) if cfg.weighting_scheme == "logit_normal" else None
-
-    def loss_fn(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        key_posterior, key_noise = jax.random.split(key)
-        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        z, logvar = vae.apply({"params": frozen["vae"]}, images, method="encode")
-        if cfg.sample_posterior:
-            z += jnp.exp(0.5 * logvar) * jax.random.normal(key_posterior, z.shape)
-        weights = {**frozen, **params}
-        context = text_encoder.apply({"params": weights["text_encoder"]}, batch["input_ids"]).last_hidden_state
-
-        def predict(noisy: jax.Array, t: jax.Array) -> jax.Array:
-            return unet.apply({"params": weights["unet"]}, noisy.astype(cfg.dtype), t, context.astype(cfg.dtype))
-
-        latents = z * vae.config.scaling_factor
-        return diffusion_loss(predict, schedule, latents, key_noise, cfg.snr_gamma, cfg.noise_offset, logit_normal)
-
-    return loss_fn
 
 
 def load_autoencoder(folder: str, dtype: Any) -> tuple[AutoencoderKL, Any]:
@@ -156,64 +116,92 @@ def make_models(cfg: Config) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     return unet, CLIPTextModel(CLIPTextConfig.from_dict(text_config), cfg.dtype)
 
 
-def split_params(models: tuple[Any, Any], cfg: Config, key: jax.Array, vae_params: Any) -> tuple[Any, Any]:
-    """Return fresh (params that learn, params that do not)."""
-    key_unet, key_text = jax.random.split(key)
-    params = {"unet": models[0].init_params(key_unet), "text_encoder": models[1].init_params(key_text)}
-    frozen = {"vae": vae_params}
-    if not cfg.train_text_encoder:
-        frozen["text_encoder"] = params.pop("text_encoder")
-    return params, frozen
+def make_pipeline(cfg: Config) -> Pipeline:
+    """Return the pipeline before training: one that is there, or fresh models around an autoencoder that is there.
+
+    What learns is float32 whatever the model computes in.
+    """
+    guidance: dict[str, Any] = {"default_guidance_scale": cfg.validation_guidance_scale}
+    if cfg.pretrained_model_name_or_path:
+        pipe = jaxmix.load(cfg.pretrained_model_name_or_path)
+        if pipe.text_encoder_2 is not None:
+            raise InputError("pretrained_model_name_or_path: found SDXL, expected a model with one text encoder")
+        unet = pipe.unet.clone(dtype=cfg.dtype, remat=cfg.gradient_checkpointing)
+        models: dict[str, Any] = {name: getattr(pipe, name).clone(dtype=cfg.dtype) for name in ("vae", "text_encoder")}
+        return dataclasses.replace(pipe, unet=unet, **models, **guidance)
+    vae, vae_params = load_autoencoder(cfg.pretrained_vae_model_name_or_path, cfg.dtype)
+    unet, text_encoder = make_models(cfg)
+    key_unet, key_text = jax.random.split(jax.random.key(cfg.seed))
+    return Pipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        params={
+            "unet": unet.init_params(key_unet),
+            "text_encoder": text_encoder.init_params(key_text),
+            "vae": vae_params,
+        },
+        schedule=NoiseSchedule.from_config(cfg.scheduler),
+        tokenizer=Path(cfg.tokenizer),
+        **guidance,
+    )
+
+
+def split_params(params: Any, train_text_encoder: bool) -> tuple[Any, Any]:
+    """Return (params that learn, params that do not)."""
+    learns = ("unet", "text_encoder") if train_text_encoder else ("unet",)
+    # Copies of what learns: the step gives its state's buffers away, and the pipeline must not go with them.
+    return (
+        {name: jax.tree.map(jnp.array, params[name]) for name in learns},
+        {name: tree for name, tree in params.items() if name not in learns},
+    )
 
 
 def main(cfg: Config) -> int:
     """Train, draw on the way, export."""
-    command.enable_compilation_cache()
+    command.start(cfg.distributed)
     out = Path(cfg.output_dir)
-    vae, vae_params = load_autoencoder(cfg.pretrained_vae_model_name_or_path, cfg.dtype)
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    schedule = NoiseSchedule.from_config(cfg.scheduler)
-    unet, text_encoder = make_models(cfg)
-    params, frozen = split_params((unet, text_encoder), cfg, jax.random.key(cfg.seed), vae_params)
+    pipe = make_pipeline(cfg)
+    params, frozen = split_params(pipe.params, cfg.train_text_encoder)
+    pipe = dataclasses.replace(pipe, params=frozen)  # what learns is in the state alone
     optimizer = make_optimizer(cfg)
     state = TrainState.create(params, optimizer, ema=cfg.ema_decay > 0)
-
-    tokenize = make_tokenize(tokenizer, text_encoder.config.max_position_embeddings)
-    rows = make_rows(tokenize, cfg.caption_dropout_rate)
-    dataset = make_dataset(Scenes(**cfg.scenes), cfg.train_batch_size, cfg.seed, rows)
+    rows = make_rows(make_tokenize(pipe), cfg.caption_dropout_rate)
+    shard = (jax.process_index(), jax.process_count())
+    dataset = make_dataset(Scenes(**cfg.scenes), cfg.train_batch_size, cfg.seed, rows, shard=shard)
 
     def batches(step: int) -> Iterator[Any]:
         return iterate(dataset, step, cfg.dataloader_num_workers)
 
-    def pipeline(state: TrainState) -> Pipeline:
-        return Pipeline(
-            unet=unet,
-            vae=vae,
-            text_encoder=text_encoder,
-            params={**frozen, **state.averaged},
-            schedule=schedule,
-            tokenizer=Path(cfg.tokenizer),
-            default_guidance_scale=cfg.validation_guidance_scale,
-        )
+    def predict(
+        params: Any,
+        frozen: Any,
+        batch: Any,
+        noisy: jax.Array,
+        t: jax.Array,
+        context: jax.Array,
+        added: AddedCond | None,
+    ) -> jax.Array:
+        return pipe.unet.apply({"params": params["unet"]}, noisy, t, context, (), added)
 
-    def picture(step: int, state: TrainState) -> None:
-        prompts = cfg.validation_prompts
-        images = pipeline(state).generate(
-            prompts, list(range(len(prompts))), steps=25, guidance_scale=cfg.validation_guidance_scale
-        )
-        save_grid(out / "pictures" / f"{step:07d}.png", images, 4, 2)
+    def trained(state: TrainState) -> Pipeline:
+        return dataclasses.replace(pipe, params={**frozen, **state.averaged})
+
+    def picture(step: int, state: TrainState) -> dict[str, np.ndarray]:
+        prompts, scale = cfg.validation_prompts, cfg.validation_guidance_scale
+        images = trained(state).generate(prompts, range(len(prompts)), steps=25, guidance_scale=scale)
+        return {"validation": make_grid(images, 4, 2)}
 
     def export(step: int, state: TrainState) -> None:
-        pipeline(state).save(out / "pipeline")
+        trained(state).save(out / "pipeline")
 
     hooks = [Hook(cfg.export_steps, export)]
     if cfg.validation_prompts and cfg.validation_steps:
         hooks.append(Hook(cfg.validation_steps, picture))
-    update = make_update(
-        make_loss(unet, text_encoder, vae, schedule, cfg), optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps
-    )
+    update = make_update(make_loss(pipe, cfg, predict), optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)
     fit(cfg, state, update, frozen, batches, hooks, command.progress)
-    print(f"wrote {out / 'pipeline'}")
+    if jax.process_index() == 0:
+        print(f"wrote {out / 'pipeline'}")
     return 0
 
 

@@ -109,7 +109,8 @@ def init(key: Array, config: VMixConfig, aes_emb: Float[Array, "n 2 d"], base_va
         },
         "norm": {"scale": jnp.ones((d,)), "bias": jnp.zeros((d,))},
         "zero_proj": {"kernel": jnp.zeros((d, d)), "bias": jnp.zeros((d,))},
-        "to_v": {name: {"kernel": jnp.asarray(base_values[name], jnp.float32)} for name, _ in config.sites},
+        # Copies: a training step gives its state's buffers away, and the base must not go with them.
+        "to_v": {name: {"kernel": jnp.array(base_values[name], jnp.float32)} for name, _ in config.sites},
     }
 
 

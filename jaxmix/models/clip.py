@@ -117,6 +117,16 @@ class TextTransformer(nn.Module):
         return LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x), penultimate
 
 
+def at_end_of_text(cfg: CLIPTextConfig, ids: Int[AnyArray, "b s"], x: Float[Array, "b s d"]) -> Float[Array, "b d"]:
+    """Return the state at each row's end-of-text token, the first one that has the configured id.
+
+    Old configs say ``eos_token_id: 2``, which is no token that prompts hold; the first of the largest id is taken then,
+    as transformers does.
+    """
+    end = jnp.asarray(ids).argmax(-1) if cfg.eos_token_id == 2 else (jnp.asarray(ids) == cfg.eos_token_id).argmax(-1)
+    return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+
+
 class CLIPTextModel(nn.Module):
     """CLIP's text encoder: causal transformer over token ids, at most ``max_position_embeddings`` of them.
 
@@ -128,15 +138,10 @@ class CLIPTextModel(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[AnyArray, "b s"]) -> TextStates:
-        """Encode token ids (b, s). The end-of-text token is the first one that has the configured id.
-
-        Old configs say ``eos_token_id: 2``, which is no token that prompts hold; the first of the largest id is taken
-        then, as transformers does.
-        """
+        """Encode token ids (b, s)."""
         cfg = self.config
         x, penultimate = TextTransformer(cfg, self.dtype, name="text_model")(ids)
-        end = ids.argmax(-1) if cfg.eos_token_id == 2 else (ids == cfg.eos_token_id).argmax(-1)
-        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        pooled = at_end_of_text(cfg, ids, x)
         projected = None
         if cfg.projection:
             projected = Linear(cfg.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)

@@ -40,7 +40,6 @@ class FitConfig(OptimizerConfig):
         log_steps: write the means of so many steps to the logs, and show them.
         mixed_precision: "no" for float32, bf16 for bfloat16 compute on float32 weights.
         dataloader_num_workers: threads that prepare batches ahead.
-        distributed: this is one of several processes, as on a TPU pod: find the others first.
     """
 
     output_dir: str = ""
@@ -55,7 +54,6 @@ class FitConfig(OptimizerConfig):
     log_steps: int = 20
     mixed_precision: str = "no"
     dataloader_num_workers: int = 2
-    distributed: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that could only fail later."""

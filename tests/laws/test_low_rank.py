@@ -119,6 +119,7 @@ def count_products(fn, *args):
     return counts
 
 
+@pytest.mark.slow
 def test_every_module_that_can_be_a_target_is_heard_beside_its_kernel(tiny_pipeline):
     """attach equals merge through the whole UNet, with each module's part of the difference alive."""
     unet, params = tiny_pipeline.unet, tiny_pipeline.params["unet"]

@@ -1,16 +1,22 @@
 """VMix as methods state it: identity at the start, one attention map, values mixed once per prompt."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxmix import InputError, Site, VMix
+from jaxmix import InputError, LoRA, Site, VMix
 from jaxmix.control import KV, QKV, attend
 from jaxmix.controls import vmix as maths
 from jaxmix.models.unet import sites
 from jaxmix.programs import denoise
+from jaxmix.tuning import lora
+from jaxmix.weights import read_header
+from tests.families import sdxl
 
 LABELS = {"color": ("vibrant color", "[V]"), "light": ("bright light", "[S]"), "focus": ("sharp focus", "[T]")}
 
@@ -28,6 +34,16 @@ def trained(fresh):
     moved = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     params = {**jax.tree.unflatten(tree, moved), "aes_emb": fresh.params["aes_emb"]}
     return VMix(fresh.config, params)
+
+
+@pytest.fixture(scope="module")
+def with_lora(tiny_pipeline, trained):
+    """The trained adapter with a LoRA: two patterns, each with its own rank and alpha."""
+    params, factors = tiny_pipeline.params["unet"], {}
+    for i, (pattern, rank, alpha) in enumerate([(r"attn2\.to_(q|k|v)$", 3, 2.0), (r"resnets\.0\.conv1$", 2, 5.0)]):
+        made = lora.init(jax.random.key(i), params, pattern, rank, alpha)
+        factors |= {k: {**f, "up": 0.2 * jax.random.normal(jax.random.key(9), f["up"].shape)} for k, f in made.items()}
+    return dataclasses.replace(trained, lora=LoRA({"unet": factors}))
 
 
 def draw(pipe, *controls, output="latent"):
@@ -191,3 +207,127 @@ def test_an_unknown_label_lists_the_known_ones(tiny_pipeline, fresh):
 def test_rows_that_do_not_fit_the_prompts_are_an_error(tiny_pipeline, fresh):
     with pytest.raises(InputError, match="found 3 rows, expected 1 or 2"):
         draw(tiny_pipeline, fresh.bind(tiny_pipeline, ["all", "none", "all"]))
+
+
+# Stable Diffusion XL --------------------------------------------------------------------------------------------------
+
+
+def test_labels_of_sdxl_are_both_encoders_states_before_the_last_layer_at_the_end_of_the_text(tiny_pipeline):
+    pipe = sdxl(tiny_pipeline)
+    adapter = VMix.init(jax.random.key(0), pipe, LABELS)
+    assert adapter.config.context_dim == 16 + 24 and {c for _, c in adapter.config.sites} == {32}
+    for i, pair in enumerate(LABELS.values()):
+        for j, text in enumerate(reversed(pair)):  # the rare token first
+            ids = np.asarray(pipe.tokenizer(text, padding="max_length", max_length=32)["input_ids"])
+            end = int(np.flatnonzero(ids == pipe.tokenizer.eos_token_id)[0])
+            assert 1 < end < 31
+            parts = [
+                encoder.apply({"params": pipe.params[name]}, ids[None]).penultimate[0, end]
+                for name, encoder in (("text_encoder", pipe.text_encoder), ("text_encoder_2", pipe.text_encoder_2))
+            ]
+            np.testing.assert_allclose(adapter.params["aes_emb"][i, j], np.concatenate(parts), atol=1e-5)
+
+
+def test_an_adapter_of_one_family_on_another_is_one_clear_line(tiny_pipeline, fresh):
+    message = "made for a UNet with 4 attn2 of 16 text channels, found one with 8 of 40"
+    for use in (fresh.bind, fresh.apply_lora):
+        with pytest.raises(InputError, match=message):
+            use(sdxl(tiny_pipeline))
+
+
+# The LoRA that is trained along ---------------------------------------------------------------------------------------
+
+
+def test_the_lora_is_a_part_of_its_own(tiny_pipeline, trained, with_lora):
+    """Off, it leaves the base and the values alone; at strength 0 and before training it is the base, bit for bit."""
+    pipe, base = tiny_pipeline, tiny_pipeline.params["unet"]
+    assert trained.apply_lora(pipe) is pipe  # there is none
+    jax.tree.map(np.testing.assert_array_equal, with_lora.bind(pipe).values, trained.bind(pipe).values)
+    jax.tree.map(np.testing.assert_array_equal, with_lora.apply_lora(pipe, 0.0).params["unet"], base)
+    factors = with_lora.lora.parts["unet"]
+    untrained = {name: {**f, "up": 0 * f["up"]} for name, f in factors.items()}
+    start = dataclasses.replace(with_lora, lora=LoRA({"unet": untrained}))
+    jax.tree.map(np.testing.assert_array_equal, start.apply_lora(pipe).params["unet"], base)
+
+    merged = with_lora.apply_lora(pipe, 0.5)
+    assert merged.params["vae"] is pipe.params["vae"] and merged.params["text_encoder"] is pipe.params["text_encoder"]
+    expected = lora.merge(base, [factors], [0.5])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged.params["unet"], expected)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), merged.params["unet"], base)
+    assert {".".join(path) for path in flat_names(changed)} == set(factors)
+
+
+def flat_names(tree, path=()):
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            yield from flat_names(node, (*path, name))
+        elif node:
+            yield path
+
+
+def test_the_file_holds_the_lora_with_its_alphas_bit_for_bit(tmp_path, with_lora):
+    with_lora.save(tmp_path / "adapter.safetensors")
+    again = VMix.load(tmp_path / "adapter.safetensors")
+    assert again.config == with_lora.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, with_lora.params)
+    found, expected = again.lora.parts["unet"], with_lora.lora.parts["unet"]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert {(f["down"].shape[-1], float(f["alpha"])) for f in found.values()} == {(3, 2.0), (2, 5.0)}
+
+
+def test_a_file_without_a_lora_has_none(tmp_path, trained):
+    trained.save(tmp_path / "adapter.safetensors")
+    assert VMix.load(tmp_path / "adapter.safetensors").lora is None
+
+
+def test_a_smaller_file_holds_half_the_bytes_of_each_number(tmp_path, with_lora):
+    with_lora.save(tmp_path / "whole.safetensors")
+    with_lora.save(tmp_path / "half.safetensors", dtype=jnp.float16)
+    again = VMix.load(tmp_path / "half.safetensors")
+    assert again.params["zero_proj"]["kernel"].dtype == jnp.float32
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), again.params, with_lora.params)
+    entries = (read_header(tmp_path / name).entries for name in ("whole.safetensors", "half.safetensors"))
+    whole, half = (sum(entry.nbytes for entry in of.values()) for of in entries)
+    assert 2 * half == whole
+
+
+def rewritten(source, path, change):
+    """Write a copy of an adapter's file whose config has been changed by ``change``, or is the text that it is."""
+    config = json.loads(read_header(source).metadata["jaxmix"])
+    raw = source.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    head = json.loads(raw[8 : 8 + size])
+    head["__metadata__"]["jaxmix"] = change if isinstance(change, str) else json.dumps(change(config))
+    text = json.dumps(head).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    return path
+
+
+def without(key):
+    return lambda config: {k: v for k, v in config.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{oh", "the metadata 'jaxmix' is broken (Expecting property name"),
+        ("[1]", "the metadata 'jaxmix' is broken"),
+        (without("tokens"), "the metadata 'jaxmix' is broken (no 'tokens')"),
+        (lambda c: {**c, "labels": ["color"]}, "the metadata 'jaxmix' is broken"),
+        (lambda c: {**c, "lora_alpha": {"attn2": "much"}}, "the metadata 'jaxmix' is broken"),
+        (lambda c: {**c, "class": "IPAdapter"}, "found IPAdapter, expected a VMix adapter"),
+        (lambda c: {**c, "lora_alpha": {"nowhere": 1.0}}, "found no tensor lora.nowhere.down, expected it"),
+        (lambda c: {**c, "context_dim": 24}, "does not fit the model"),
+    ],
+)
+def test_a_broken_file_is_one_line_that_names_it(tmp_path, with_lora, change, message):
+    with_lora.save(tmp_path / "adapter.safetensors")
+    path = rewritten(tmp_path / "adapter.safetensors", tmp_path / "broken.safetensors", change)
+    with pytest.raises(InputError) as e:
+        VMix.load(path)
+    assert message in str(e.value) and str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_missing_file_is_one_line_that_names_it(tmp_path):
+    with pytest.raises(InputError, match=r"absent\.safetensors: no such file, expected a VMix adapter or one of mini-"):
+        VMix.load(tmp_path / "absent.safetensors")

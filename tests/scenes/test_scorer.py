@@ -60,6 +60,7 @@ def test_two_steps_train_a_scorer_that_loads(tmp_path, monkeypatch, capsys):
         str(tmp_path / "s.safetensors"),
     ]
     short = ["--max_train_steps", "2", "--lr_warmup_steps", "0", "--lr_cooldown_steps", "1", "--train_batch_size", "4"]
+    short += ["--devices", "1"]
     with pytest.raises(SystemExit) as stop:
         command.run(scorer_module.main, [*flags, *short, "--objects", "6", "--eval_scenes", "8"])
     assert stop.value.code == 0

@@ -74,6 +74,7 @@ def test_two_steps_train_a_segmenter_that_loads(tmp_path, monkeypatch):
     weights = tmp_path / "s.safetensors"
     flags = ["--config", str(CONFIG), "--output_dir", str(tmp_path), "--weights", str(weights), "--objects", "6"]
     short = ["--max_train_steps", "2", "--lr_warmup_steps", "0", "--lr_cooldown_steps", "1", "--train_batch_size", "4"]
+    short += ["--devices", "1"]
     with pytest.raises(SystemExit) as stop:
         command.run(segmenter_module.main, [*flags, *short])
     assert stop.value.code == 0

@@ -79,6 +79,7 @@ def test_eight_devices_have_the_losses_of_one(runs, name):
     np.testing.assert_allclose([eight[k] for k in one], list(one.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_device(runs, processes):
     one, two = losses(runs / "one"), losses(processes[0] / "whole")
     np.testing.assert_allclose([two[k] for k in one], list(one.values()), rtol=1e-5)
@@ -90,6 +91,7 @@ def test_two_processes_go_on_from_the_state_of_eight_devices(runs, processes):
     assert "resumed from step 10" in processes[1][0]
 
 
+@pytest.mark.slow
 def test_processes_agree_on_the_step_at_which_one_was_told_to_stop(processes):
     root, (first, second) = processes  # both ended with status 0
     assert [path.name for path in (root / "stopped" / "checkpoints").iterdir() if path.name.isdigit()] == ["10"]

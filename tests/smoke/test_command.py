@@ -1,6 +1,7 @@
 """What every command line promises: flags from a dataclass, flags over files, one line for a mistake."""
 
 import dataclasses
+import importlib
 
 import pytest
 
@@ -140,3 +141,13 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, cap
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert enable_compilation_cache() is None
     assert capsys.readouterr().err.startswith("compile cache: off")
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "text_to_image", "vmix", "scorer", "segmenter"])
+def test_a_default_that_a_trainer_inherits_is_what_its_own_module_says(name):
+    module = importlib.import_module(f"train.{name}")
+    given = {"output_dir": "runs/x"}
+    if name == "vmix":
+        given |= {"pretrained_model_name_or_path": "mini", "train_data_dir": "pictures"}
+    parsed = parse(module.main, [f"--{key}={value}" for key, value in given.items()])
+    assert parsed == module.Config(**given)

@@ -24,6 +24,7 @@ def shrunk(folder, **changes):
         scenes={**cfg.scenes, "size": 16, "objects": 4},
         crop_size=8,
         train_batch_size=2,
+        devices=1,
         max_train_steps=2,
         lr_warmup_steps=0,
         lr_cooldown_steps=0,

@@ -28,6 +28,7 @@ def rows(folder):
     return [{k: v for k, v in json.loads(x).items() if k not in ("samples_per_second", "mfu")} for x in lines]
 
 
+@pytest.mark.slow
 def test_five_kills_at_random_steps_leave_the_weights_and_the_loss_curve_as_they_were(tmp_path):
     command = [sys.executable, "-m", "tests.tuning.killed_trainer", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

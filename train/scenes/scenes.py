@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -57,7 +57,9 @@ class Scenes:
         split: one of `SPLITS`; "train" leaves out the held-out combinations, the other names show only those.
         two_objects: share of scenes with two objects.
         three_objects: share of scenes with three objects in a row.
-        labelled: share of scenes with aesthetic labels; in these each dimension is +1 (35 %), -1 (35 %) or neutral.
+        labelled: share of scenes with aesthetic labels; in these each dimension is +1, -1 or neutral.
+        positive: chance of +1 in a labelled scene, one for all dimensions or one by name (0 for those not named).
+        negative: chance of -1, likewise.
         label_words: share of the labelled scenes whose `text` says the labels.
         length: number that `len` reports; any index works.
     """
@@ -70,6 +72,8 @@ class Scenes:
     two_objects: float = 0.25
     three_objects: float = 0.05
     labelled: float = 0.4
+    positive: float | Mapping[str, float] = 0.35
+    negative: float | Mapping[str, float] = 0.35
     label_words: float = 0.2
     length: int = 10_000_000
 
@@ -82,6 +86,13 @@ class Scenes:
             raise InputError(f"objects: found {self.objects}, expected 4 to {limit}")
         if self.size < 16:
             raise InputError(f"size: found {self.size}, expected 16 pixels or more")
+        for name, share in (("positive", self.positive), ("negative", self.negative)):
+            if isinstance(share, Mapping) and not set(share) <= set(DIMENSIONS):
+                raise InputError(f"{name}: found {sorted(share)}, expected some of {', '.join(DIMENSIONS)}")
+        if any(min(up, down) < 0 or up + down > 1 for up, down in self._shares):
+            raise InputError(
+                f"positive, negative: found {self.positive} and {self.negative}, expected shares that sum to 1 at most"
+            )
         unknown = [style for style in self.styles if style not in self.atlas.styles]
         if unknown or not self.styles:
             raise InputError(f"styles: found {unknown}, expected some of {', '.join(self.atlas.styles)}")
@@ -115,6 +126,15 @@ class Scenes:
         return tuple((s, o) for s in self.styles for o in pool if self._held_out(s, o) in keep)
 
     @cached_property
+    def _shares(self) -> tuple[tuple[float, float], ...]:
+        """Chances of (+1, -1) of each dimension in a labelled scene."""
+
+        def of(share: float | Mapping[str, float], name: str) -> float:
+            return share.get(name, 0.0) if isinstance(share, Mapping) else share
+
+        return tuple((of(self.positive, d), of(self.negative, d)) for d in DIMENSIONS)
+
+    @cached_property
     def _by_style(self) -> dict[str, tuple[int, ...]]:
         return {style: tuple(o for s, o in self.pairs if s == style) for style in self.styles}
 
@@ -146,8 +166,10 @@ class Scenes:
             relation = "in a row"
         labels = dict.fromkeys(DIMENSIONS, 0)
         if rng.random() < self.labelled:
-            signs = np.searchsorted((0.35, 0.65), rng.random(4)) - 1
-            labels = {d: int(sign) for d, sign in zip(DIMENSIONS, signs, strict=True)}
+            labels = {
+                d: int(np.searchsorted((down, 1 - up), x)) - 1
+                for d, x, (up, down) in zip(DIMENSIONS, rng.random(4), self._shares, strict=True)
+            }
             if count > 1:
                 labels["composition"] = 0
             if labels["composition"] < 0:

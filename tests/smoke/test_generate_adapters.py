@@ -1,0 +1,142 @@
+"""infer.generate with a VMix adapter and LoRAs, on a small random pipeline: flags, rows, settings and mistakes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxmix
+from infer.adapters import parse_loras
+from infer.generate import Config, main
+from infer.png import read_settings
+from jaxmix.command import run
+from jaxmix.loading import ASSETS
+from jaxmix.programs import denoise
+from jaxmix.tuning import lora
+from jaxmix.types import InputError
+
+LABELS = {"color": ("vivid colors", "[V]"), "light": ("bright", "[S]")}
+NAME = "0000_seed0.png"
+
+
+def moved(tree, key, by):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure, [x + by * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tiny_pipeline, tmp_path_factory):
+    """A folder with the pipeline ("model"), an adapter as if trained ("vmix.safetensors") and a LoRA of its own."""
+    path = tmp_path_factory.mktemp("adapters")
+    dataclasses.replace(tiny_pipeline, tokenizer=ASSETS / "mini" / "tokenizer").save(path / "model")
+    fresh = jaxmix.VMix.init(jax.random.key(0), tiny_pipeline, LABELS)
+    factors = lora.init(jax.random.key(1), tiny_pipeline.params["unet"], r"attn1\.to_q$|conv1$", 2, 2.0)
+    changed = lora.with_alpha(moved(lora.without_alpha(factors), jax.random.key(2), 0.5), 2.0)
+    params = {**moved(fresh.params, jax.random.key(3), 1.0), "aes_emb": fresh.params["aes_emb"]}
+    jaxmix.VMix(fresh.config, params, jaxmix.LoRA({"unet": changed})).save(path / "vmix.safetensors")
+    jaxmix.LoRA({"unet": changed}).save(path / "style.safetensors")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def drawn(files, out, rows=None, **flags):
+    """Draw one picture, or that of each row, and return them as (n, H, W, 3) int."""
+    what = {"prompt": "a cat"}
+    if rows is not None:
+        path = out.with_suffix(".jsonl")
+        path.write_text("".join(json.dumps({"prompt": "a cat", "seed": 0, **row}) + "\n" for row in rows))
+        what = {"prompts": str(path)}
+    config = Config(**what, model=str(files / "model"), out=str(out), steps=2, devices=1, guidance_scale=9.0, **flags)
+    assert main(config) == 0
+    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(out.glob("0*.png"))])
+
+
+def test_strength_zero_without_its_lora_is_the_model_itself(files, tmp_path):
+    base = drawn(files, tmp_path / "base")
+    off = drawn(files, tmp_path / "off", vmix=str(files / "vmix.safetensors"), vmix_scale=0.0, vmix_lora="off")
+    np.testing.assert_array_equal(off, base)
+
+
+def test_labels_scale_and_lora_each_change_the_picture(files, tmp_path):
+    vmix = str(files / "vmix.safetensors")
+    rows = [{}, {"labels": "none"}, {"labels": ["color"]}, {"vmix_scale": 0.4}, {"vmix_scale": 0}]
+    on, off = (drawn(files, tmp_path / state, rows, vmix=vmix, vmix_lora=state) for state in ("on", "off"))
+    style = drawn(files, tmp_path / "style", rows, vmix=vmix, vmix_lora="off", lora=f"{files / 'style.safetensors'}:1")
+    pictures = [*on, *off]
+    assert all(np.abs(a - b).max() > 0 for i, a in enumerate(pictures) for b in pictures[:i])
+    np.testing.assert_array_equal(style, on)  # the same factors, from a file of their own
+
+
+def test_other_labels_scales_and_lora_strengths_compile_nothing(files, tmp_path):
+    flags = {"vmix": str(files / "vmix.safetensors"), "lora": str(files / "style.safetensors")}
+    drawn(files, tmp_path / "first", **flags)
+    before = denoise._cache_size()
+    flags["lora"] += ":0.3"
+    drawn(files, tmp_path / "second", labels="color", vmix_scale=1.7, **flags)
+    assert denoise._cache_size() == before
+
+
+def test_the_settings_in_a_picture_say_what_made_it(files, tmp_path):
+    path = str(files / "vmix.safetensors")
+    drawn(files, tmp_path / "out", vmix=path, labels="light", lora=f"{files / 'style.safetensors'}:0.5")
+    found = read_settings(tmp_path / "out" / NAME)
+    assert (found["vmix"], found["vmix_lora"], found["labels"], found["vmix_scale"]) == (path, "on", "light", 1.0)
+    assert found["lora"] == [f"{files / 'style.safetensors'}:0.5"]
+    drawn(files, tmp_path / "plain")
+    assert not {"vmix", "labels", "vmix_scale", "lora"} & set(read_settings(tmp_path / "plain" / NAME))
+
+
+def test_a_scale_is_filled_in_for_rows_that_resume(files, tmp_path, capsys):
+    vmix = str(files / "vmix.safetensors")
+    drawn(files, tmp_path / "out", vmix=vmix)
+    capsys.readouterr()
+    drawn(files, tmp_path / "out", vmix=vmix, labels="all", vmix_scale=1.0, resume=True)
+    assert "1 kept from before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--labels", "color"], "without an adapter"),
+        (["--vmix", "VMIX", "--labels", "colour"], "'colour' is not known, expected all, none or some of color, light"),
+        (["--vmix", "no.safetensors"], "no such file"),
+        (["--vmix", "STYLE"], "expected a VMix adapter written by jaxmix"),
+        (["--lora", "VMIX"], "LoRA"),
+        (["--lora", "STYLE:nan"], "finite strength"),
+        (["--vmix", "VMIX", "--vmix-lora", "maybe"], "on"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_two(files, tmp_path, capsys, flags, words):
+    paths = {"VMIX": files / "vmix.safetensors", "STYLE": files / "style.safetensors"}
+    given = []
+    for flag in flags:
+        name, colon, strength = flag.partition(":")
+        given.append(f"{paths.get(name, name)}{colon}{strength}")
+    shared = ["--prompt", "a cat", "--model", str(files / "model"), "--out", str(tmp_path / "out"), "--steps", "1"]
+    with pytest.raises(SystemExit) as stop:
+        run(main, [*shared, *given])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_lora_flags_are_read_as_path_and_strength():
+    assert parse_loras("a.safetensors:0.5, b.safetensors") == (("a.safetensors", 0.5), ("b.safetensors", 1.0))
+    assert parse_loras("gs://bucket/a.safetensors") == (("gs://bucket/a.safetensors", 1.0),)
+    assert parse_loras(None) == ()
+    with pytest.raises(InputError, match="finite"):
+        parse_loras("a.safetensors:inf")

@@ -1,0 +1,283 @@
+"""Train a VMix adapter (arXiv 2412.20800) for a Stable Diffusion 1.x, 2.x or XL base that stays as it is.
+
+What learns: the token projection F with its norm, the zero layer Z, one value matrix W_V^a per attn2, and a LoRA on the
+modules of the UNet that `lora_targets` finds. The base is an argument of the step and is held once.
+
+    python -m train.vmix --config configs/vmix_mini.yaml --output_dir runs/vmix
+    python -m train.vmix --config configs/vmix_sd15.yaml --output_dir runs/vmix --train_data_dir pictures
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxmix
+from jaxmix import command
+from jaxmix.controls import vmix
+from jaxmix.models import AddedCond
+from jaxmix.pipeline import Pipeline
+from jaxmix.tuning import lora
+from jaxmix.tuning.data import iterate, make_dataset
+from jaxmix.tuning.fit import Hook, fit
+from jaxmix.tuning.update import TrainState, make_optimizer, make_update
+from jaxmix.types import InputError
+from train.data import LatentCache, PictureConfig, open_batches
+from train.diffusion import DiffusionConfig, make_loss, make_tokenize
+from train.grid import make_grid
+from train.scenes import DIMENSIONS as SCENE_DIMENSIONS
+from train.scenes import Scenes
+
+
+@dataclasses.dataclass
+class Config(PictureConfig, DiffusionConfig):
+    """The VMix trainer's keys, after those of every trainer of a denoiser and those of pictures.
+
+    Attributes:
+        pretrained_model_name_or_path: the base: "mini", a diffusers folder, a single .safetensors file, or a hub id.
+        labels: each aesthetic dimension with its label and the rare token that stands for its absence.
+        label_dropout_rate: chance of each positive label of a row to be taken for absent.
+        value_mixing: false trains the LoRA alone (an ablation).
+        rank: of the LoRA; 0 trains none.
+        lora_alpha: the LoRA is scaled by lora_alpha / rank; null for rank.
+        lora_targets: regular expression, searched in the names of the UNet's modules.
+        train_data_dir: pictures with a metadata.jsonl, WebDataset tars, or a cache by scripts.cache_latents.
+        text_column: of the metadata, the caption.
+        image_column: of the metadata, the picture's file.
+        scenes: arguments of train.scenes.Scenes, instead of train_data_dir.
+        validation_prompts: drawn at fixed seeds from the averaged weights, a row of pictures each.
+        validation_steps: draw them every so many steps; 0: never.
+        validation_guidance_scale: guidance of those pictures; null for the base's own.
+        validation_scales: strengths at which they are drawn with all labels.
+        validation_batch_size: pictures drawn together.
+    """
+
+    pretrained_model_name_or_path: str = ""
+    labels: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    label_dropout_rate: float = 0.0
+    value_mixing: bool = True
+    rank: int = 16
+    lora_alpha: float | None = None
+    lora_targets: str = r"attn[12]\.to_(q|k|v|out\.0)$"
+    train_data_dir: str = ""
+    text_column: str = "text"
+    image_column: str = "file_name"
+    scenes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    validation_prompts: list[str] = dataclasses.field(default_factory=list)
+    validation_steps: int = 0
+    validation_guidance_scale: float | None = None
+    validation_scales: list[float] = dataclasses.field(default_factory=lambda: [0.5, 1.0, 1.5])
+    validation_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse values that could only fail later."""
+        PictureConfig.__post_init__(self)
+        DiffusionConfig.__post_init__(self)
+        if not self.pretrained_model_name_or_path:
+            raise InputError("pretrained_model_name_or_path: not given, expected the base model")
+        if bool(self.train_data_dir) == bool(self.scenes):
+            found = "both" if self.scenes else "neither"
+            raise InputError(f"train_data_dir, scenes: found {found}, expected one of them")
+        if not self.value_mixing and self.rank < 1:
+            raise InputError("value_mixing is off and rank is 0: nothing would learn")
+        for name in ("label_dropout_rate", "caption_dropout_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected 0 to 1")
+
+
+def make_rows(
+    tokenize: Callable[[str], dict[str, np.ndarray]], dimensions: tuple[str, ...], cfg: Config
+) -> Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]:
+    """Return the transform from a source's row, of pictures or of cached latents and text states, to arrays.
+
+    "present" (N,) float32 are the labels; "dropped" () float32 is 1 where the caption is left out, which makes the row
+    one of the unconditional branch.
+    """
+    empty = tokenize("")
+
+    def row(source: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        dropped = rng.random() < cfg.caption_dropout_rate
+        kept = rng.random(len(dimensions)) >= cfg.label_dropout_rate
+        present = np.asarray([name in source["labels"] for name in dimensions]) & kept
+        if "context" in source:
+            made = {name: source[name] for name in CACHED if name in source}
+        else:
+            made = {"image": source["image"], **(empty if dropped else tokenize(source["text"]))}
+        if "time_ids" in source:
+            made["time_ids"] = source["time_ids"]
+        return {
+            **made,
+            "present": present.astype(np.float32),
+            "dropped": np.float32(dropped),
+            "id": source["id"],
+        }
+
+    return row
+
+
+CACHED = ("latents_mean", "latents_std", "context", "pooled")
+"""What a row of a cache has instead of a picture and a caption."""
+
+
+class LabelledScenes:
+    """Scenes as rows of captioned pictures with their positive labels."""
+
+    def __init__(self, scenes: Scenes):
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scene = self.scenes[index]
+        labels = tuple(name for name, sign in scene["labels"].items() if sign > 0)
+        return {"image": scene["image"], "text": scene["text"], "labels": labels, "id": f"scene {index}"}
+
+
+def open_rows(cfg: Config, pipe: Pipeline, dimensions: Sequence[str]) -> Any:
+    """Return the source of rows that the config names."""
+    if cfg.scenes:
+        if pipe.text_encoder_2 is not None:
+            raise InputError("scenes: found an SDXL base, which wants sizes that scenes lack, expected train_data_dir")
+        if unknown := [name for name in dimensions if name not in SCENE_DIMENSIONS]:
+            raise InputError(f"labels: scenes have no {unknown[0]!r}, expected some of {', '.join(SCENE_DIMENSIONS)}")
+        return LabelledScenes(Scenes(**cfg.scenes))
+    rows = open_batches(cfg.train_data_dir, cfg, pipe, dimensions, cfg.text_column, cfg.image_column)
+    print(rows.describe(), flush=True)
+    return rows
+
+
+def freeze(pipe: Pipeline, rows: Any) -> dict[str, Any]:
+    """Return the parts of the base that a step needs; a cache stands for the autoencoder and the text encoders."""
+    if isinstance(rows, LatentCache):
+        return {"unet": pipe.params["unet"], "empty": dict(rows.empty)}
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    return {name: pipe.params[name] for name in parts if name in pipe.params}
+
+
+def split_adapter(adapter: jaxmix.VMix, cfg: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (what learns, what is frozen) of an adapter; the embeddings of the labels do not learn."""
+    learns: dict[str, Any] = {}
+    if cfg.value_mixing:
+        learns["vmix"] = {name: p for name, p in adapter.params.items() if name != "aes_emb"}
+    if adapter.lora is not None:
+        learns["lora"] = lora.without_alpha(adapter.lora.parts["unet"])
+    return learns, {"aes_emb": adapter.params["aes_emb"]}
+
+
+def make_adapter(pipe: Pipeline, cfg: Config) -> jaxmix.VMix:
+    """Return the adapter before training: it changes nothing."""
+    key_vmix, key_lora = jax.random.split(jax.random.key(cfg.seed))
+    made = jaxmix.VMix.init(key_vmix, pipe, cfg.labels or None)
+    if not cfg.rank:
+        return made
+    factors = lora.init(key_lora, pipe.params["unet"], cfg.lora_targets, cfg.rank, cfg.lora_alpha)
+    return dataclasses.replace(made, lora=jaxmix.LoRA({"unet": factors}))
+
+
+def join_adapter(fresh: jaxmix.VMix, learnt: Mapping[str, Any], cfg: Config) -> jaxmix.VMix:
+    """Return the adapter that `learnt` has become: the inverse of `split_adapter`."""
+    params = {**fresh.params, **learnt.get("vmix", {})}
+    if "lora" not in learnt:
+        return jaxmix.VMix(fresh.config, params)
+    factors = lora.with_alpha(learnt["lora"], cfg.lora_alpha)
+    return jaxmix.VMix(fresh.config, params, jaxmix.LoRA({"unet": factors}))
+
+
+def make_predict(pipe: Pipeline, cfg: Config) -> Callable[..., jax.Array]:
+    """Return the prediction under an adapter: the base with factors beside its kernels, and values mixed in.
+
+    Rows without a caption are the unconditional branch, which the adapter's values leave alone, as when sampling.
+    """
+    unet = pipe.unet.clone(dtype=cfg.dtype, remat=cfg.gradient_checkpointing)
+
+    def predict(
+        params: Any,
+        frozen: Any,
+        batch: Any,
+        noisy: jax.Array,
+        t: jax.Array,
+        context: jax.Array,
+        added: AddedCond | None,
+    ) -> jax.Array:
+        weights = frozen["unet"]
+        if "lora" in params:
+            weights = lora.attach(weights, lora.with_alpha(params["lora"], cfg.lora_alpha))
+        controls = ()
+        if "vmix" in params:
+            adapter = {**params["vmix"], "aes_emb": frozen["aes_emb"]}
+            controls = (vmix.bind(adapter, batch["present"], 1.0 - batch["dropped"]),)
+        return unet.apply({"params": weights}, noisy, t, context, controls, added)
+
+    return predict
+
+
+def draw_grid(pipe: Pipeline, adapter: jaxmix.VMix, cfg: Config) -> np.ndarray:
+    """Return a sheet, a row a prompt: base, each strength with all labels, each label alone at strength 1."""
+    columns = [("all", scale) for scale in cfg.validation_scales] + [(name, 1.0) for name in adapter.config.dimensions]
+    prompts, width = cfg.validation_prompts, len(columns) + 1
+    guidance, batch = cfg.validation_guidance_scale, cfg.validation_batch_size
+    base = pipe.generate(prompts, range(len(prompts)), None, guidance, batch_size=batch)
+    control = adapter.bind(pipe, [c[0] for _ in prompts for c in columns], [c[1] for _ in prompts for c in columns])
+    mixed = adapter.apply_lora(pipe).generate(
+        [prompt for prompt in prompts for _ in columns],
+        [seed for seed in range(len(prompts)) for _ in columns],
+        None,
+        guidance,
+        (control,),
+        batch_size=batch,
+    )
+    whole = np.concatenate([base[:, None], mixed.reshape(len(prompts), width - 1, *base.shape[1:])], 1)
+    titles = ["base"] + [f"all x{scale:g}" for scale in cfg.validation_scales] + list(adapter.config.dimensions)
+    enlarge = max(1, 128 // base.shape[1])
+    return make_grid(whole.reshape(-1, *base.shape[1:]), width, enlarge, titles)
+
+
+def main(cfg: Config) -> int:
+    """Train, draw on the way, export."""
+    command.start(cfg.distributed)
+    out = Path(cfg.output_dir)
+    pipe = jaxmix.load(cfg.pretrained_model_name_or_path, dtype=cfg.dtype)
+    fresh = make_adapter(pipe, cfg)
+    if jax.device_count() > 1:
+        # The devices hold the base as the mesh says; a second copy on the first of them could be one too many.
+        pipe = dataclasses.replace(pipe, params=jax.device_get(pipe.params))
+    learns, constants = split_adapter(fresh, cfg)
+    count = sum(leaf.size for leaf in jax.tree.leaves(learns))
+    held = sum(leaf.size for leaf in jax.tree.leaves(pipe.params))
+    print(f"learns {count:,} parameters; the base holds {held:,}", flush=True)
+    rows = open_rows(cfg, pipe, fresh.config.dimensions)
+    frozen = {**freeze(pipe, rows), **constants}
+    optimizer = make_optimizer(cfg)
+    state = TrainState.create(learns, optimizer, ema=cfg.ema_decay > 0)
+    transform = make_rows(make_tokenize(pipe), fresh.config.dimensions, cfg)
+    shard = (jax.process_index(), jax.process_count())
+    dataset = make_dataset(rows, cfg.train_batch_size, cfg.seed, transform, shard=shard)
+
+    def batches(step: int) -> Iterator[Any]:
+        return iterate(dataset, step, cfg.dataloader_num_workers)
+
+    def export(step: int, state: TrainState) -> None:
+        join_adapter(fresh, state.averaged, cfg).save(out / "adapter.safetensors")
+
+    def picture(step: int, state: TrainState) -> dict[str, np.ndarray]:
+        return {"validation": draw_grid(pipe, join_adapter(fresh, state.averaged, cfg), cfg)}
+
+    hooks = [Hook(cfg.checkpointing_steps, export)]
+    if cfg.validation_prompts and cfg.validation_steps:
+        hooks.append(Hook(cfg.validation_steps, picture))
+    loss_fn = make_loss(pipe, cfg, make_predict(pipe, cfg))
+    update = make_update(loss_fn, optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)
+    fit(cfg, state, update, frozen, batches, hooks, command.progress)
+    if jax.process_index() == 0:
+        print(f"wrote {out / 'adapter.safetensors'}")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
