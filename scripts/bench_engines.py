@@ -33,7 +33,7 @@ class Absent(Exception):
 
 
 class JaxEngine:
-    """ours, or diffusers' Flax models, compiled ahead of time and called as one program."""
+    """ours, with VMix or without, or diffusers' Flax models, compiled ahead of time and called as one program."""
 
     def __init__(self, name: str, device: str) -> None:
         import jax
@@ -296,7 +296,7 @@ def main(name: str, device: str) -> None:
         answers.flush()
 
     try:
-        engine = (JaxEngine if name in ("ours", "flax") else TorchEngine)(name, device)
+        engine = (JaxEngine if name in ("ours", "ours-vmix", "flax") else TorchEngine)(name, device)
     except Absent as absent:
         reply({"reason": str(absent)})
         return

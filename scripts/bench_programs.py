@@ -19,14 +19,14 @@ from jax.extend.core import jaxprs_in_params
 from scripts.bench_rows import Row, added_width, configs
 
 GUIDANCE = 7.5
-_CONSTANTS = {"t": 500, "time_ids": 512.0, "scale": GUIDANCE}  # inputs that are not noise
+_CONSTANTS = {"t": 500, "time_ids": 512.0, "scale": GUIDANCE, "present": 1.0}  # inputs that are not noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A function and the shapes of its arguments."""
 
-    fn: Callable[[Any, dict[str, Any]], jax.Array]
+    fn: Callable[..., jax.Array]
     params: Any  # tree of ShapeDtypeStruct
     inputs: dict[str, jax.ShapeDtypeStruct]
 
@@ -40,8 +40,11 @@ class Program:
 
 
 def program(engine: str, row: Row) -> Program:
-    """Return the program of "ours" or "flax" for a row; ImportError if diffusers has no Flax models."""
-    return {"ours": _ours, "flax": _flax}[engine](row)
+    """Return the program of "ours", "ours-vmix" or "flax" for a row.
+
+    Raises ImportError if diffusers has no Flax models, and `InputError` for a row that VMix has no part in.
+    """
+    return {"ours": _ours, "ours-vmix": _ours_with_vmix, "flax": _flax}[engine](row)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
@@ -101,12 +104,47 @@ def _ours(row: Row) -> Program:
 
         return Program(step, params, inputs)
 
-    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
+    def sample(params: Any, x: dict[str, Any], controls: Any = ()) -> jax.Array:
         context = x["context"].reshape(row.batch, 2, *x["context"].shape[1:])
         job = Job(x["latents"], context, x["scale"], added=added(x, row.batch, 2))
-        return denoise(unet, 0, None, params, make_solver("ddim", schedule, row.steps), job, ())
+        return denoise(unet, 0, None, params, make_solver("ddim", schedule, row.steps), job, controls)
 
     return Program(sample, params, inputs)
+
+
+def vmix_config(unet: Any, params: Any, tokens: int, labels: Any = None) -> Any:
+    """Return the configuration of a VMix adapter for a UNet's shapes; the paper's labels if None are given."""
+    from jaxmix.controls.vmix import VMixConfig, label_pairs
+    from jaxmix.models.unet import sites, subtree
+
+    names = [site.name for site in sites(unet.config, (8, 8)) if site.name.endswith(".attn2")]
+    return VMixConfig(
+        labels=label_pairs(labels),
+        tokens=tokens,
+        context_dim=unet.config.cross_attention_dim,
+        sites=tuple((name, subtree(params, name)["to_v"]["kernel"].shape[-1]) for name in names),
+    )
+
+
+def _ours_with_vmix(row: Row) -> Program:
+    """Our sampler under an adapter: binding it to the prompts' labels is part of the call, as nothing is left out."""
+    from jaxmix.controls import vmix
+    from jaxmix.models import UNet2DConditionModel, UNetConfig
+    from jaxmix.types import InputError
+
+    if row.task != "sample":
+        raise InputError(f"{row.name}: VMix has a part in the sampler alone, expected --tasks sample")
+    plain, found = _ours(row), configs(row.model, row.tiny)
+    unet = UNet2DConditionModel(UNetConfig.from_dict(found["unet"]))
+    config = vmix_config(unet, plain.params, found["text_length"])
+
+    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
+        control = vmix.bind(params["adapter"], x["present"], jnp.ones((row.batch,)))
+        return plain.fn(params["unet"], x, (control,))
+
+    params = {"unet": plain.params, "adapter": vmix.abstract_params(config)}
+    present = jax.ShapeDtypeStruct((row.batch, len(config.labels)), jnp.float32)
+    return Program(sample, params, {**plain.inputs, "present": present})
 
 
 def _flax(row: Row) -> Program:

@@ -14,7 +14,8 @@ from jaxmix.types import InputError
 ASSETS = Path(__file__).resolve().parents[1] / "jaxmix" / "assets" / "mini"
 MODELS = ("mini", "sd15", "sdxl")
 TASKS = ("unet", "sample", "decode")
-ENGINES = ("ours", "flax", "torch", "torch-compile")
+PEERS = ("ours", "flax", "torch", "torch-compile")
+ENGINES = (*PEERS, "ours-vmix")  # the last: our sampler with a VMix adapter, for its ratio to the one without
 DTYPES = ("float32", "bfloat16")
 PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent
 
@@ -147,7 +148,7 @@ class Preset:
     steps: int
     max_seconds: float  # 0: no limit
     row_seconds: float
-    engines: str = ",".join(ENGINES)
+    engines: str = ",".join(PEERS)
     tasks: str = ",".join(TASKS)
 
 

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxmix import command
 from jaxmix.types import InputError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -127,7 +126,7 @@ def read_labels(row: Mapping[str, Any], known: Sequence[str] | None, where: str)
         raise InputError(f'{where}: labels: found {listed!r}, expected a list of names such as ["{known[0]}"]')
     for label in listed:
         if label not in known:
-            raise InputError(f"{where}: unknown label {label!r}{command.near_misses(label, known)}")
+            raise InputError(f"{where}: unknown label {label!r}, expected some of {', '.join(known)}")
     found = set(listed)
     for name in known:
         value = row.get(name)
