@@ -20,6 +20,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Float
 
 from jaxmix.types import Array
@@ -105,8 +106,21 @@ def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     )  # fmt: skip
     attend = kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
     q = q * jnp.asarray(d**-0.5, q.dtype)
-    o = jax.vmap(attend)(*(x.transpose(0, 2, 1, 3) for x in (q, k, v)))
+    o = _on_own_rows(jax.vmap(attend))(*(x.transpose(0, 2, 1, 3) for x in (q, k, v)))
     return o.transpose(0, 2, 1, 3).astype(v.dtype)
+
+
+def _on_own_rows(kernel: Kernel) -> Kernel:
+    """Run a kernel on each device's rows where a mesh is in scope (training): Pallas kernels cannot be partitioned.
+
+    Within a shard_map (sampling) the rows are the device's own already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+    if mesh.size == 1 or not axes:
+        return kernel
+    rows = PartitionSpec(axes)
+    return jax.shard_map(kernel, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)
 
 
 def choose(n: int, s: int, d: int, dtype: jnp.dtype) -> Kernel:

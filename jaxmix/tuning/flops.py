@@ -84,9 +84,10 @@ def model_flops(jaxpr: Any) -> float:
 
     2 for a multiplication with its addition. Counted before compilation, so that loops count as often as they run
     (XLA's cost analysis counts a scan once), and that a product with the same operands counts once however often it
-    is done: the recomputation of `gradient_checkpointing` is no work of the model. Of the branches of a cond the
-    costliest counts; a while loop of unknown length counts once; kernels that are opaque to JAX (Pallas, cuDNN) count
-    nothing, but their plain alternative for other platforms does. Sums, norms and activations are left out.
+    is done: recomputation is no work of the model. Not all that `gradient_checkpointing` does again is recognised, so
+    the figure is too large there. Of the branches of a cond the costliest counts; a while loop of unknown length counts
+    once; kernels that are opaque to JAX (Pallas, cuDNN) count nothing, but their plain alternative for other platforms
+    does. Sums, norms and activations are left out.
     """
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return _Count().run(inner, [object() for _ in inner.invars])[0]

@@ -10,6 +10,7 @@ import pytest
 
 from jaxmix import kernels
 from jaxmix.control import QKV, Control, Site, attend
+from jaxmix.sharding import rows_over, train_mesh
 
 
 def qkv(n, s, h, d, b=2, dtype=jnp.float32):
@@ -68,6 +69,18 @@ def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
 def test_splash_is_the_definition_when_interpreted():
     args = qkv(256, 128, 2, 64)
     np.testing.assert_allclose(kernels.splash(*args, interpret=True), reference(*args), atol=2e-5)
+
+
+def test_splash_runs_on_the_rows_of_each_device_under_a_training_mesh():
+    args = qkv(128, 128, 2, 64, b=4)
+    mesh = train_mesh(2, jax.devices()[:4])
+    rows = [jax.device_put(x, rows_over(mesh)) for x in args]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(functools.partial(kernels.splash, interpret=True)).lower(*rows).compile()
+        out = compiled(*rows)
+    assert out.sharding.is_equivalent_to(rows[0].sharding, out.ndim)
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_allclose(out, reference(*args), atol=2e-5)
 
 
 def test_long_sequences_take_blocks_on_the_cpu_and_short_ones_do_not():
