@@ -25,13 +25,15 @@ class Findings:
 
     `measures` holds conditions of the same prompts and noise, "base" among them; `matrix` the effects of one label
     alone against no label; `scenes` those of real scenes ("" for as they are, "autoencoder" for after a round trip);
-    both in sd of real scenes without labels; `attention` the distances of attn2 maps; `finetuned` the measures of
-    a fine-tuned model without ("base") and with ("all 1") the adapter.
+    both in sd of real scenes without labels; `judged` what each label of the scenes costs the judge of objects and
+    styles after the autoencoder; `attention` the distances of attn2 maps; `finetuned` the measures of a fine-tuned
+    model without ("base") and with ("all 1") the adapter.
     """
 
     measures: dict[str, Measures]
     matrix: Matrix
     scenes: dict[str, Matrix]
+    judged: Matrix
     attention: dict[str, dict[str, float]]
     finetuned: dict[str, Measures]
 
@@ -82,6 +84,9 @@ def verdicts(found: Findings) -> list[Verdict]:
         moved = found.effect("all 1", d)
         text = f"all labels at scale 1 move {d} {cell(moved)} sd (p={moved.p:.0e}, asked < {LIMIT})"
         result.append(Verdict(text, moved.mean > 0 and moved.p < LIMIT))
+        alone = found.effect(f"{d} alone", d)
+        text = f"{d} alone at scale 1 moves {d} {cell(alone)} sd (p={alone.p:.0e}, asked < {LIMIT})"
+        result.append(Verdict(text, alone.mean > 0 and alone.p < LIMIT))
         more = found.effect("all 1", d, than="words")
         text = f"{d} moves by {cell(more)} sd more than by the same words in the prompt (p={more.p:.0e})"
         result.append(Verdict(f"{text}, asked: the interval above zero", more.mean - more.half > 0))
@@ -95,6 +100,12 @@ def verdicts(found: Findings) -> list[Verdict]:
             f"{name} accuracy at scale 1 {100 * fall.mean:+.1f} ±{100 * fall.half:.1f} points, asked {-100 * FALL:+g}"
         )
         result.append(Verdict(text, fall.mean >= -FALL))
+        own = found.judged["all"][name]
+        text = (
+            f"{name} accuracy at scale 1 against {after}, {100 * own.mean:+.1f} ±{100 * own.half:.1f} points, "
+            f"asked at most {100 * FALL:g} below"
+        )
+        result.append(Verdict(text, fall.mean >= own.mean - FALL))
     if found.finetuned:
         share, half = found.share_kept()
         text = f"a fine-tuned model keeps {share:.0%} ±{100 * half:.0f} of the effect, all dimensions together"
@@ -143,6 +154,9 @@ def report(found: Findings) -> str:
     ):
         lines.append(f"\n{title}")
         lines.append(table(["", *DIMENSIONS], [[k, *(cell(row[d]) for d in DIMENSIONS)] for k, row in matrix.items()]))
+    lines.append("\nAccuracy on real scenes after the autoencoder, with the label less without, points")
+    rows = [[k, *(f"{100 * e.mean:+.1f} ±{100 * e.half:.1f}" for e in row.values())] for k, row in found.judged.items()]
+    lines.append(table(["", *SCORES], rows))
     for name, sites in found.attention.items():
         lines.append(f"\nattn2 maps, {name}: mean total variation distance from the base {mean_distance(sites):.4f}")
         lines.append("  " + ", ".join(f"{site} {value:.4f}" for site, value in sites.items()))
@@ -195,6 +209,7 @@ def as_json(found: Findings) -> dict[str, Any]:
         "more_than_words": {d: found.effect("all 1", d, than="words").as_dict() for d in DIMENSIONS},
         "matrix": numbers(found.matrix),
         "scenes": {name or "as they are": numbers(matrix) for name, matrix in found.scenes.items()},
+        "scenes_accuracy": numbers(found.judged),
         "attention_distance": found.attention,
         "verdicts": [{"text": v.text, "passed": v.passed} for v in verdicts(found)],
     }

@@ -30,8 +30,8 @@ from scripts.effects_measures import (
     round_trip,
 )
 from scripts.effects_pictures import labelled_grid
-from scripts.effects_report import Findings, as_json, markdown, report
-from scripts.effects_stats import Matrix
+from scripts.effects_report import SCORES, Findings, as_json, markdown, report
+from scripts.effects_stats import Matrix, paired
 from train.scenes import DIMENSIONS
 from train.scorer import SIZE, load_scorer
 from train.segmenter import load_segmenter
@@ -138,21 +138,24 @@ def conditions(cfg: Config, adapters: Mapping[str, jaxmix.VMix]) -> dict[str, Co
 
 def reference(
     cfg: Config, pipe: jaxmix.Pipeline, rows: Sequence[Mapping[str, Any]], judges: Any
-) -> tuple[dict[str, Matrix], Measures]:
+) -> tuple[dict[str, Matrix], Matrix, Measures]:
     """Return the effects of labels on real scenes of the prompts, as they are and after the autoencoder.
 
-    Both are in standard deviations of the scenes without labels as they are, whose measures are returned, too.
+    Both are in standard deviations of the scenes without labels as they are, whose measures come last. In between are
+    the effects on the judge's accuracy after the autoencoder: what it can no longer read there, no adapter can draw.
     """
     scenes = real_scenes(rows, cfg.scenes, cfg.seed, DIMENSIONS, cfg.off_centre)
     answers = [rows[i % len(rows)] for i in range(cfg.scenes)]
     found = {}
     unit: Measures = {}
+    judged: Matrix = {}
     for name in ("", "autoencoder"):
         pictures = {k: round_trip(pipe, x, cfg.batch_size) if name else x for k, x in scenes.items()}
         measures = {k: measure_pictures(x, answers, *judges) for k, x in pictures.items()}
         unit = unit or measures[""]
         found[name] = effects({k: m for k, m in measures.items() if k}, measures[""], unit)
-    return found, unit
+        judged = {k: {s: paired(m[s], measures[""][s]) for s in SCORES} for k, m in measures.items() if k}
+    return found, judged, unit
 
 
 def attention(
@@ -205,11 +208,12 @@ def main(cfg: Config) -> int:
         for name in ("base", "all 1"):
             condition = dataclasses.replace(wanted[name], model="finetuned")
             finetuned[name] = measure_pictures(studio.draw(f"fine-tuned, {name}", condition, styled), styled, *judges)
-    scenes, unit = reference(cfg, models["base"], rows, judges)
+    scenes, judged, unit = reference(cfg, models["base"], rows, judges)
     found = Findings(
         measures,
         effects(alone, measures["none"], unit),
         scenes,
+        judged,
         attention(cfg, studio, wanted, rows),
         finetuned,
     )

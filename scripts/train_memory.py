@@ -230,15 +230,9 @@ def compile_step(step: Step, devices: Sequence[Any] | None, fsdp: int) -> tuple[
     found["state_values"] = count(step.state)
     found["averaged"] = step.state.ema is not None
     found["rows"] = int(step.batch["present"].shape[0])
+    found["flops"] = model_flops(traced.jaxpr)  # what is computed again is no work
     found["compile_s"] = seconds
     return step, compiled, found
-
-
-def count_flops(config: Config, cfg: vmix.Config, devices: int) -> float:
-    """Return the FLOPs of a step's products and convolutions on all devices; what is computed again is no work."""
-    step = make_step(config, dataclasses.replace(cfg, gradient_checkpointing=False), devices)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return model_flops(step.update.trace(step.state, step.frozen, step.batch, key).jaxpr)
 
 
 def checks(found: dict[str, Any]) -> dict[str, bool]:
@@ -347,7 +341,6 @@ def main(config: Config) -> int:
     devices = tpu_devices(config) if config.platform == "tpu" else None
     made = make_step(config, cfg, len(devices or [0]))
     step, compiled, found = compile_step(made, devices, config.fsdp)
-    found["flops"] = count_flops(config, cfg, len(devices or [0]))
     found |= {"devices": len(devices or [0]), "checks": checks(found), "config": dataclasses.asdict(config)}
     if config.steps:
         found |= run(step, compiled, config.steps)

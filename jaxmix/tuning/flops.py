@@ -84,10 +84,10 @@ def model_flops(jaxpr: Any) -> float:
 
     2 for a multiplication with its addition. Counted before compilation, so that loops count as often as they run
     (XLA's cost analysis counts a scan once), and that a product with the same operands counts once however often it
-    is done: recomputation is no work of the model. Not all that `gradient_checkpointing` does again is recognised, so
-    the figure is too large there. Of the branches of a cond the costliest counts; a while loop of unknown length counts
-    once; kernels that are opaque to JAX (Pallas, cuDNN) count nothing, but their plain alternative for other platforms
-    does. Sums, norms and activations are left out.
+    is done: the recomputation of `gradient_checkpointing` is no work of the model, but for loops that carry something.
+    Of the branches of a cond the costliest counts, of kernels by platform the plain one, since those that are opaque to
+    JAX (Pallas, cuDNN) show no products; a while loop of unknown length counts once. Sums, norms and activations are
+    left out.
     """
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return _Count().run(inner, [object() for _ in inner.invars])[0]
@@ -123,7 +123,11 @@ class _Count:
         name, params = eqn.primitive.name, eqn.params
         body = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
         inner: Any = getattr(body, "jaxpr", body)  # some are closed, some open
-        inline = inner is not None and name not in ("scan", "while", "cond")
+        inline = inner is not None and name not in ("scan", "while")
+        if name == "cond":
+            return self.run(_branch(params).jaxpr, inputs[1:])
+        if name == "scan" and not params["num_carry"]:
+            return self._each(inner, params, inputs)
         if inline and len(getattr(inner, "invars", ())) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
             return self.run(inner, inputs)
         key = (name, _static(params), *inputs)
@@ -131,6 +135,13 @@ class _Count:
         number = self._numbers.setdefault(key, len(self._numbers))
         outputs = [(number, i) for i in range(len(eqn.outvars))]
         return (0.0 if seen else self._flops(eqn, name, params)), outputs
+
+    def _each(self, body: Any, params: dict[str, Any], inputs: list[Any]) -> tuple[float, list[Any]]:
+        """Count a loop without a carry: its values are those of the body, one for each slice."""
+        shared = params["num_consts"]
+        slices = [("slice", params["reverse"], number) for number in inputs[shared:]]
+        flops, outputs = self.run(body, [*inputs[:shared], *slices])
+        return params["length"] * flops, [("stack", params["reverse"], number) for number in outputs]
 
     def _flops(self, eqn: Any, name: str, params: dict[str, Any]) -> float:
         if name == "dot_general":
@@ -146,11 +157,18 @@ class _Count:
             return params["length"] * model_flops(params["jaxpr"])
         if name == "while":
             return model_flops(params["body_jaxpr"])
-        if name == "cond":
-            return max(model_flops(branch) for branch in params["branches"])
         return 0.0
+
+
+def _branch(params: dict[str, Any]) -> Any:
+    """Return the branch of a cond that counts; chosen by itself, so that its recomputation takes the same one."""
+    branches = params["branches"]
+    platforms = params.get("branches_platforms")
+    if platforms is not None and None in platforms:
+        return branches[platforms.index(None)]
+    return max(branches, key=model_flops)
 
 
 def _static(params: dict[str, Any]) -> Any:
     """Return something hashable that tells parameters of one primitive apart; inner programs by identity."""
-    return tuple((key, id(v) if "jaxpr" in key or key == "branches" else str(v)) for key, v in sorted(params.items()))
+    return tuple((key, id(v) if "jaxpr" in key else str(v)) for key, v in sorted(params.items()))

@@ -158,7 +158,8 @@ def test_an_untrained_adapter_has_no_effect_at_all_and_the_report_says_so(run, c
         assert all(found["effects"][name][d]["mean"] == 0 for d in DIMENSIONS), name
     assert all(found["effects"]["words"][d]["mean"] != 0 for d in ("color", "light", "focus"))
     assert set(found["attention_distance"]["all 1"].values()) == {0.0}
-    assert not any(v["passed"] for v in found["verdicts"] if " alone moves " in v["text"])
+    assert not any(v["passed"] for v in found["verdicts"] if " alone " in v["text"])
+    assert all(set(row) == {"object", "style"} for row in found["scenes_accuracy"].values())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxmix import kernels
 from jaxmix.tuning.flops import memory_line, model_flops, peak
 
 
@@ -57,6 +58,29 @@ def test_recomputation_is_no_work_of_the_model():
     forward = 2 * 2 * (4 * 16 * 32 * 2)
     assert plain == 3 * forward - 4 * 16 * 32 * 2  # the input needs no gradient
     assert gradient(nn.remat(Block)()) == plain
+
+
+@pytest.mark.parametrize("tokens", [256, 2048])
+def test_recomputation_of_attention_is_no_work_of_the_model_either(tokens):
+    """Its kernels are branches by platform; those of long sequences on the CPU are loops."""
+    x = jnp.ones((1, tokens, 1, 8))
+    attention = kernels.choose(tokens, tokens, 8, x.dtype)
+
+    def gradient(fn):
+        return flops(jax.grad(lambda w: (fn(x * w, x, x) ** 2).sum()), jnp.ones(8))
+
+    forward = 2 * 2 * tokens**2 * 8
+    assert flops(attention, x, x, x) == forward
+    assert gradient(attention) == pytest.approx(2 * forward)  # the gradient is of the queries alone
+    assert gradient(jax.checkpoint(attention)) == gradient(attention)
+
+
+def test_loops_without_a_carry_are_recognised_when_they_run_again():
+    x, w = jnp.ones((5, 4, 8)), jnp.ones((8, 8))
+    loop = lambda x, w: jax.lax.map(lambda row: jnp.sin(row @ w), x)  # noqa: E731
+    gradient = lambda fn: flops(jax.grad(lambda w: fn(x, w).sum()), w)  # noqa: E731
+    assert gradient(loop) == 2 * 5 * 2 * 4 * 8 * 8
+    assert gradient(jax.checkpoint(loop)) == gradient(loop)
 
 
 def test_the_count_is_near_the_compiler_s():
