@@ -70,23 +70,26 @@ def measure_pictures(
 
 
 def real_scenes(
-    rows: Sequence[Mapping[str, Any]], n: int, seed: int, labels: Sequence[str], off_centre: float = 0.0
+    rows: Sequence[Mapping[str, Any]],
+    n: int,
+    seed: int,
+    labels: Sequence[str],
+    negative: Mapping[str, float] | None = None,
 ) -> dict[str, np.ndarray]:
     """Paint n scenes of the prompts without labels (""), with each label alone, and with all: uint8 (n, 64, 64, 3).
 
-    Picture i differs between the sets in its labels alone. A share `off_centre` of the pictures stands off-centre in
-    the sets without the composition label, as pictures without that label do in training.
+    Picture i differs between the sets in its labels alone. A share `negative` of the pictures has the opposite of a
+    label (blurred, off-centre) in the sets without it, as pictures without that label do in training.
     """
     scenes = Scenes(seed=seed, split=rows[0]["split"], two_objects=0.0, three_objects=0.0)
     sets: dict[str, tuple[str, ...]] = {"": (), **{label: (label,) for label in labels}, "all": tuple(labels)}
-    aside = np.random.Generator(np.random.Philox(key=[seed, 0xA51DE])).random(n) < off_centre
+    draws = np.random.Generator(np.random.Philox(key=[seed, 0xA51DE])).random((n, len(DIMENSIONS)))
+    opposite = draws < np.array([(negative or {}).get(d, 0.0) for d in DIMENSIONS])
     found = {}
     for name, present in sets.items():
         images = []
         for i in range(n):
-            signs = {d: int(d in present) for d in DIMENSIONS}
-            if "composition" not in present and aside[i]:
-                signs["composition"] = -1
+            signs = {d: 1 if d in present else -int(opposite[i, k]) for k, d in enumerate(DIMENSIONS)}
             plan: Plan = rows[i % len(rows)]["plan"]
             labelled = Plan(plan.style, plan.objects, plan.background, plan.relation, plan.size_word, signs)
             images.append(scenes.render(labelled, np.random.Generator(np.random.Philox(key=[seed, i])))[0])

@@ -26,14 +26,15 @@ class Findings:
     `measures` holds conditions of the same prompts and noise, "base" among them; `matrix` the effects of one label
     alone against no label; `scenes` those of real scenes ("" for as they are, "autoencoder" for after a round trip);
     both in sd of real scenes without labels; `judged` what each label of the scenes costs the judge of objects and
-    styles after the autoencoder; `attention` the distances of attn2 maps; `finetuned` the measures of a fine-tuned
-    model without ("base") and with ("all 1") the adapter.
+    styles after the autoencoder; `styles` the share judged right of each style; `attention` the distances of attn2
+    maps; `finetuned` the measures of a fine-tuned model without ("base") and with ("all 1") the adapter.
     """
 
     measures: dict[str, Measures]
     matrix: Matrix
     scenes: dict[str, Matrix]
     judged: Matrix
+    styles: dict[str, dict[str, float]]
     attention: dict[str, dict[str, float]]
     finetuned: dict[str, Measures]
 
@@ -157,6 +158,9 @@ def report(found: Findings) -> str:
     lines.append("\nAccuracy on real scenes after the autoencoder, with the label less without, points")
     rows = [[k, *(f"{100 * e.mean:+.1f} ±{100 * e.half:.1f}" for e in row.values())] for k, row in found.judged.items()]
     lines.append(table(["", *SCORES], rows))
+    lines.append("\nStyle accuracy by style, %")
+    rows = [[name, *(f"{100 * share:.0f}" for share in shares.values())] for name, shares in found.styles.items()]
+    lines.append(table(["", *found.styles["base"]], rows))
     for name, sites in found.attention.items():
         lines.append(f"\nattn2 maps, {name}: mean total variation distance from the base {mean_distance(sites):.4f}")
         lines.append("  " + ", ".join(f"{site} {value:.4f}" for site, value in sites.items()))
@@ -210,6 +214,7 @@ def as_json(found: Findings) -> dict[str, Any]:
         "matrix": numbers(found.matrix),
         "scenes": {name or "as they are": numbers(matrix) for name, matrix in found.scenes.items()},
         "scenes_accuracy": numbers(found.judged),
+        "styles": found.styles,
         "attention_distance": found.attention,
         "verdicts": [{"text": v.text, "passed": v.passed} for v in verdicts(found)],
     }

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import jaxmix
 from jaxmix import command
 from jaxmix.types import InputError
@@ -54,7 +56,7 @@ class Config:
         finetuned: diffusers folder of the model after a fine-tune on the held-out style; left out if empty.
         prompts: held-out prompts, each drawn once a condition.
         scenes: real scenes of the same prompts for the reference.
-        off_centre: share of the real scenes without the composition label that stand off-centre, as in training.
+        negative: share of the real scenes without a label that have its opposite, by dimension, as in training.
         map_prompts: prompts for the distance of the attention maps.
         grid_rows: prompts on the pictures, the first ones.
         steps: sampling steps; the model's own default if null.
@@ -75,7 +77,7 @@ class Config:
     finetuned: str = ""
     prompts: int = 240
     scenes: int = 480
-    off_centre: float = 0.5
+    negative: dict[str, float] = dataclasses.field(default_factory=lambda: {"focus": 0.5, "composition": 0.5})
     map_prompts: int = 16
     grid_rows: int = 6
     steps: int | None = None
@@ -90,6 +92,8 @@ class Config:
         for name, least in (("prompts", 2), ("scenes", 2), ("map_prompts", 1), ("grid_rows", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected {least} or more")
+        if unknown := [name for name in self.negative if name not in DIMENSIONS]:
+            raise InputError(f"negative: found {unknown[0]!r}, expected some of {', '.join(DIMENSIONS)}")
         if any(scale <= 0 for scale in self.scales):
             raise InputError(f"scales: found {self.scales}, expected numbers above 0 (the base is drawn anyhow)")
 
@@ -138,24 +142,29 @@ def conditions(cfg: Config, adapters: Mapping[str, jaxmix.VMix]) -> dict[str, Co
 
 def reference(
     cfg: Config, pipe: jaxmix.Pipeline, rows: Sequence[Mapping[str, Any]], judges: Any
-) -> tuple[dict[str, Matrix], Matrix, Measures]:
+) -> tuple[dict[str, Matrix], Measures, dict[str, Measures]]:
     """Return the effects of labels on real scenes of the prompts, as they are and after the autoencoder.
 
-    Both are in standard deviations of the scenes without labels as they are, whose measures come last. In between are
-    the effects on the judge's accuracy after the autoencoder: what it can no longer read there, no adapter can draw.
+    Both are in standard deviations of the scenes without labels as they are, whose measures come next. Last are the
+    measures of all sets after the autoencoder: what the judge can no longer read there, no adapter can draw.
     """
-    scenes = real_scenes(rows, cfg.scenes, cfg.seed, DIMENSIONS, cfg.off_centre)
+    scenes = real_scenes(rows, cfg.scenes, cfg.seed, DIMENSIONS, cfg.negative)
     answers = [rows[i % len(rows)] for i in range(cfg.scenes)]
     found = {}
     unit: Measures = {}
-    judged: Matrix = {}
+    measures: dict[str, Measures] = {}
     for name in ("", "autoencoder"):
         pictures = {k: round_trip(pipe, x, cfg.batch_size) if name else x for k, x in scenes.items()}
         measures = {k: measure_pictures(x, answers, *judges) for k, x in pictures.items()}
         unit = unit or measures[""]
         found[name] = effects({k: m for k, m in measures.items() if k}, measures[""], unit)
-        judged = {k: {s: paired(m[s], measures[""][s]) for s in SCORES} for k, m in measures.items() if k}
-    return found, judged, unit
+    return found, unit, measures
+
+
+def by_style(rows: Sequence[Mapping[str, Any]], right: np.ndarray) -> dict[str, float]:
+    """Return the share judged right of each style, over pictures of the prompts in turn."""
+    names = [rows[i % len(rows)]["style_name"] for i in range(len(right))]
+    return {style: float(right[[name == style for name in names]].mean()) for style in sorted(set(names))}
 
 
 def attention(
@@ -178,7 +187,7 @@ def pictures(cfg: Config, drawn: Mapping[str, Any], rows: Sequence[Mapping[str, 
     captions = [row["caption"] for row in rows[: cfg.grid_rows]]
     scales = [(name.removeprefix("all "), name) for name in drawn if name.startswith("all ") and "," not in name]
     over = [("0 (base)", "base"), *scales]
-    labels = [("base", "base"), *((d, f"{d} alone") for d in DIMENSIONS), ("all", "all 1")]
+    labels = [("base", "base"), ("no label", "none"), *((d, f"{d} alone") for d in DIMENSIONS), ("all", "all 1")]
     for file, columns in (("scales.png", over), ("labels.png", labels)):
         path = labelled_grid(Path(cfg.out) / file, [(head, drawn[name]) for head, name in columns], captions)
         print(f"wrote {path}, {path.stat().st_size / 1e3:.0f} kB", flush=True)
@@ -208,12 +217,17 @@ def main(cfg: Config) -> int:
         for name in ("base", "all 1"):
             condition = dataclasses.replace(wanted[name], model="finetuned")
             finetuned[name] = measure_pictures(studio.draw(f"fine-tuned, {name}", condition, styled), styled, *judges)
-    scenes, judged, unit = reference(cfg, models["base"], rows, judges)
+    scenes, unit, after = reference(cfg, models["base"], rows, judges)
+    judged = {k: {s: paired(m[s], after[""][s]) for s in SCORES} for k, m in after.items() if k}
+    style = {name: measures[name]["style"] for name in ("base", "all 1")}
+    style["real scenes after the autoencoder"] = after[""]["style"]
+    style["the same with all labels"] = after["all"]["style"]
     found = Findings(
         measures,
         effects(alone, measures["none"], unit),
         scenes,
         judged,
+        {name: by_style(rows, right) for name, right in style.items()},
         attention(cfg, studio, wanted, rows),
         finetuned,
     )

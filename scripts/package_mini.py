@@ -1,6 +1,7 @@
-"""Put a trained pipeline into the package as the embedded model.
+"""Put a trained pipeline into the package as the embedded model, or a trained VMix adapter as the embedded adapter.
 
 python -m scripts.package_mini --pipeline runs/t2i/pipeline --vae runs/decoder/vae
+python -m scripts.package_mini --vmix runs/vmix/adapter.safetensors
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 import jaxmix
 from jaxmix import command
+from jaxmix.adapters import EMBEDDED
 from jaxmix.loading import ASSETS
 from jaxmix.models import AutoencoderKL, VAEConfig
 from jaxmix.types import InputError
@@ -26,20 +28,41 @@ class Config:
     Attributes:
         pipeline: diffusers folder that train.text_to_image wrote.
         vae: folder of the autoencoder to take instead of the pipeline's own; the pipeline's own if empty.
-        out: folder to write.
+        vmix: adapter.safetensors that train.vmix wrote for the embedded model, instead of a pipeline.
+        out: folder that a pipeline is written to.
         default_steps: sampling steps where a user names none.
         default_guidance_scale: guidance where a user names none.
     """
 
     pipeline: str = ""
     vae: str = ""
+    vmix: str = ""
     out: str = str(ASSETS / "mini")
     default_steps: int = 25
     default_guidance_scale: float = 3.0
 
+    def __post_init__(self) -> None:
+        """Refuse values that could only fail later."""
+        if bool(self.pipeline) == bool(self.vmix):
+            raise InputError(f"pipeline, vmix: found {'both' if self.vmix else 'neither'}, expected one of them")
+
+
+def package_vmix(path: str) -> None:
+    """Cast an adapter for the embedded model to float16 and write it."""
+    adapter = jaxmix.VMix.load(path)
+    adapter.check(jaxmix.load("mini"))
+    out = EMBEDDED["mini-vmix"]
+    out.parent.mkdir(exist_ok=True)
+    adapter.save(out, jnp.float16)
+    count = sum(x.size for x in jax.tree.leaves(jaxmix.VMix.load(out).params))
+    print(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB, {count:,} parameters beside its LoRA")
+
 
 def main(cfg: Config) -> int:
-    """Load, cast to float16, write; the pipeline is loaded again to see that it opens."""
+    """Load, cast to float16, write; what was written is loaded again to see that it opens."""
+    if cfg.vmix:
+        package_vmix(cfg.vmix)
+        return 0
     pipe = jaxmix.load(cfg.pipeline)
     changes = {"default_steps": cfg.default_steps, "default_guidance_scale": cfg.default_guidance_scale}
     if cfg.vae:

@@ -24,7 +24,7 @@ from scripts.effects_measures import (
     with_words,
 )
 from scripts.effects_stats import Effect, matrix_verdicts, paired, pooled, ratio
-from train.scenes import DIMENSIONS
+from train.scenes import DIMENSIONS, measure
 from train.scorer import load_scorer
 from train.segmenter import load_segmenter
 
@@ -103,6 +103,20 @@ def test_each_label_of_real_scenes_moves_its_own_measure_up():
         assert found[d][d].in_sd > 0.3 and found[d][d].p < 0.01, d
         assert found["all"][d].p < 0.01, d
     assert found["composition"]["color"].in_sd == pytest.approx(0, abs=0.2)
+
+
+def test_a_share_of_the_real_scenes_has_the_opposite_of_a_label_that_they_lack():
+    rows = make_prompts("held_out_pairs", 20, 5)
+    plain = real_scenes(rows, 20, 5, DIMENSIONS)
+    some = real_scenes(rows, 20, 5, DIMENSIONS, {"focus": 0.5})
+    sharp = {
+        k: np.array([measure(image)["focus"] for image in images]) for k, images in {**some, "plain": plain[""]}.items()
+    }
+    blurred = sharp[""] < sharp["plain"]
+    assert 3 < blurred.sum() < 17
+    np.testing.assert_array_equal(some[""][~blurred], plain[""][~blurred])
+    np.testing.assert_array_equal(some["focus"], plain["focus"])
+    np.testing.assert_array_equal(some["all"], plain["all"])
 
 
 # Runs on a tiny model -------------------------------------------------------------------------------------------------
