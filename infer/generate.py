@@ -65,7 +65,7 @@ class Config:
         image: a picture to start from (image-to-image)
         mask: a picture, white where `image` is to be repainted (inpainting)
         strength: how much of `image` is drawn anew, above 0 to 1
-        vmix: a VMix adapter, an adapter.safetensors that train.vmix wrote
+        vmix: a VMix adapter: "mini-vmix" (embedded) or an adapter.safetensors that train.vmix wrote
         vmix_scale: how strongly to apply it, 0 for not at all (no unit; the paper shows 0 to 2); default: 1
         labels: its labels that the images shall have: all, none, or some, such as color,light; default: all
         vmix_lora: whether to use the LoRA that was trained along with it, too

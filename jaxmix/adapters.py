@@ -120,11 +120,9 @@ class VMix:
 
         Raises `InputError` for a file that is something else.
         """
-        if str(path) in EMBEDDED and not EMBEDDED[str(path)].is_file():
-            raise InputError(f"{path}: does not ship with this version, expected a file that train.vmix wrote")
         path = EMBEDDED.get(str(path), Path(path))
         if not path.is_file():
-            raise InputError(f"{path}: no such file, expected a VMix adapter that train.vmix wrote")
+            raise InputError(f"{path}: no such file, expected a VMix adapter or one of {', '.join(EMBEDDED)}")
         header = read_header(path)
         made, alphas = _read_config(path, header.metadata)
         target = dict(vmix.abstract_params(made))

@@ -329,5 +329,5 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, with_lora, change, me
 
 
 def test_a_missing_file_is_one_line_that_names_it(tmp_path):
-    with pytest.raises(InputError, match=r"absent\.safetensors: no such file, expected a VMix adapter that train"):
+    with pytest.raises(InputError, match=r"absent\.safetensors: no such file, expected a VMix adapter or one of mini-"):
         VMix.load(tmp_path / "absent.safetensors")
