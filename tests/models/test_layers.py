@@ -44,6 +44,23 @@ def test_convolutions_and_their_gradients_are_those_of_lax(hw, stride, padding, 
     np.testing.assert_allclose(got[0], expected[0], atol=5e-6)
 
 
+@pytest.mark.parametrize(("of", "convolutions"), [(0, 2), (1, 2), ((0, 1), 3)])
+def test_gradients_do_without_the_extra_column_that_is_slow_there(of, convolutions):
+    """The forward pass alone has it; what is not differentiated costs nothing."""
+    x, kernel = jnp.ones((2, 16, 16, 32)), jnp.ones((3, 3, 32, 32))
+    loss = lambda x, kernel: (layers.convolve(x, kernel, 1, ((1, 1), (1, 1))) ** 2).sum()  # noqa: E731
+    text = jax.jit(jax.grad(loss, of)).lower(x, kernel).as_text()
+    assert text.count("stablehlo.convolution") == convolutions
+    assert text.count("[1, 1], [1, 2]") == (1 if jax.default_backend() == "cpu" else 0)
+
+
+def test_convolutions_have_forward_derivatives_too():
+    x, kernel = (jax.random.normal(jax.random.key(k), shape) for k, shape in ((0, (1, 4, 4, 9)), (1, (3, 3, 9, 16))))
+    convolve = lambda x: layers.convolve(x, kernel, 1, ((1, 1), (1, 1)))  # noqa: E731
+    y, dy = jax.jvp(convolve, (x,), (x,))
+    np.testing.assert_allclose(dy, y, rtol=1e-5, atol=1e-5)  # linear
+
+
 def test_products_over_any_number_of_axes_agree():
     linear = Linear(7)
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
