@@ -126,8 +126,8 @@ class _Count:
         inline = inner is not None and name not in ("scan", "while")
         if name == "cond":
             return self.run(_branch(params).jaxpr, inputs[1:])
-        if name == "scan" and not params["num_carry"]:
-            return self._each(inner, params, inputs)
+        if name == "scan" and all(_stacked(inner.outvars, eqn.outvars)):
+            return self._each(inner, params, inputs, _stacked(inner.invars, eqn.invars))
         if inline and len(getattr(inner, "invars", ())) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
             return self.run(inner, inputs)
         key = (name, _static(params), *inputs)
@@ -136,11 +136,15 @@ class _Count:
         outputs = [(number, i) for i in range(len(eqn.outvars))]
         return (0.0 if seen else self._flops(eqn, name, params)), outputs
 
-    def _each(self, body: Any, params: dict[str, Any], inputs: list[Any]) -> tuple[float, list[Any]]:
+    def _each(
+        self, body: Any, params: dict[str, Any], inputs: list[Any], stacked: list[bool]
+    ) -> tuple[float, list[Any]]:
         """Count a loop without a carry: its values are those of the body, one for each slice."""
-        shared = params["num_consts"]
-        slices = [("slice", params["reverse"], number) for number in inputs[shared:]]
-        flops, outputs = self.run(body, [*inputs[:shared], *slices])
+        slices = [
+            ("slice", params["reverse"], number) if sliced else number
+            for number, sliced in zip(inputs, stacked, strict=True)
+        ]
+        flops, outputs = self.run(body, slices)
         return params["length"] * flops, [("stack", params["reverse"], number) for number in outputs]
 
     def _flops(self, eqn: Any, name: str, params: dict[str, Any]) -> float:
@@ -158,6 +162,14 @@ class _Count:
         if name == "while":
             return model_flops(params["body_jaxpr"])
         return 0.0
+
+
+def _stacked(inside: Sequence[Any], outside: Sequence[Any]) -> list[bool]:
+    """Return which values of a loop are slices inside of what is stacked outside; the others are shared or carried.
+
+    By their ranks, since the parameters that count them are JAX's own and change their names between releases.
+    """
+    return [len(y.aval.shape) > len(x.aval.shape) for x, y in zip(inside, outside, strict=True)]
 
 
 def _branch(params: dict[str, Any]) -> Any:
