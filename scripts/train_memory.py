@@ -240,10 +240,12 @@ def checks(found: dict[str, Any]) -> dict[str, bool]:
     parts = sum(found[f"{name}_bytes"] for name in ("frozen", "state", "batch"))
     adapter = sum(found["parameters"].values())
     copies = 4 if found["averaged"] else 3  # weights, two moments, and their average if there is one
+    # A TPU pads the last two axes to whole tiles, which the narrow pieces of split weights feel.
+    slack = 0.1 if found["fsdp"] > 1 else 0.01
     return {
-        "arguments are frozen + state + batch, to 1 %": abs(found["argument_bytes"] - parts) <= 0.01 * parts,
-        "the state is written in place, to 1 %": abs(found["alias_bytes"] - found["state_bytes"])
-        <= 0.01 * found["state_bytes"],
+        f"arguments are frozen + state + batch, to {slack:.0%}": abs(found["argument_bytes"] - parts) <= slack * parts,
+        f"the state is written in place, to {slack:.0%}": abs(found["alias_bytes"] - found["state_bytes"])
+        <= slack * found["state_bytes"],
         f"the state is {copies} times the adapter": 0 <= found["state_values"] - copies * adapter < 16,
     }
 
@@ -341,7 +343,8 @@ def main(config: Config) -> int:
     devices = tpu_devices(config) if config.platform == "tpu" else None
     made = make_step(config, cfg, len(devices or [0]))
     step, compiled, found = compile_step(made, devices, config.fsdp)
-    found |= {"devices": len(devices or [0]), "checks": checks(found), "config": dataclasses.asdict(config)}
+    found |= {"devices": len(devices or [0]), "fsdp": config.fsdp}
+    found |= {"checks": checks(found), "config": dataclasses.asdict(config)}
     if config.steps:
         found |= run(step, compiled, config.steps)
     print(report(config, cfg, found))

@@ -61,8 +61,10 @@ def test_a_cached_step_takes_no_encoder():
 
 def test_a_check_fails_where_something_is_held_twice():
     found = {f"{name}_bytes": 100 for name in ("frozen", "state", "batch", "alias")}
-    found |= {"argument_bytes": 301, "parameters": {"Z": 10}, "state_values": 42, "averaged": True}
+    found |= {"argument_bytes": 301, "parameters": {"Z": 10}, "state_values": 42, "averaged": True, "fsdp": 1}
     assert all(checks(found).values())
+    assert all(checks(found | {"fsdp": 4, "argument_bytes": 320}).values())  # padding of split weights
+    assert not all(checks(found | {"fsdp": 4, "argument_bytes": 401}).values())
     assert not all(checks(found | {"argument_bytes": 401}).values())
     assert not all(checks(found | {"alias_bytes": 0}).values())
     assert not all(checks(found | {"state_values": 142}).values())
