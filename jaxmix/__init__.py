@@ -2,8 +2,10 @@
 
 from jaxmix.adapters import VMix
 from jaxmix.control import KV, QKV, Control, Moments, Site, gate, per_row, static
+from jaxmix.fusing import MagicFusion
 from jaxmix.loading import from_flax, load
 from jaxmix.loras import LoRA, apply_loras
+from jaxmix.methods import Inverted, Segment, dense_diffusion, hold, style_aligned, style_id
 from jaxmix.pipeline import Pipeline
 from jaxmix.sharding import data_mesh
 from jaxmix.types import InputError
@@ -15,16 +17,23 @@ __all__ = [
     "QKV",
     "Control",
     "InputError",
+    "Inverted",
     "LoRA",
+    "MagicFusion",
     "Moments",
     "Pipeline",
+    "Segment",
     "Site",
     "VMix",
     "apply_loras",
     "data_mesh",
+    "dense_diffusion",
     "from_flax",
     "gate",
+    "hold",
     "load",
     "per_row",
     "static",
+    "style_aligned",
+    "style_id",
 ]

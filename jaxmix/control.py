@@ -13,7 +13,8 @@ The stages, in the order in which an attention layer meets them::
     moments  mean and variance of a GroupNorm
 
 Rows are (sample, branch) with the branch minor: u0, c0, u1, c1, ... Which row gets how much is data (`gate`), never a
-``chunk(2)``, so sharded rows stay on their device.
+``chunk(2)``, so sharded rows stay on their device. A control whose rows look at other rows says how far before them
+those stand (`rows_back`): a distance is the same on every device, an index is not.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
@@ -81,6 +83,14 @@ def gate(**kwargs: Any) -> Any:
     return struct.field(metadata={"rows": "gate"}, **kwargs)
 
 
+def rows_back(**kwargs: Any) -> Any:
+    """Declare how many samples before its own each row finds another one that it looks at, int32 (b,) or (1,).
+
+    0 is the row itself. Both rows must be in one batch and on one device, which `check_batches` holds.
+    """
+    return struct.field(metadata={"rows": "back"}, **kwargs)
+
+
 def static(**kwargs: Any) -> Any:
     """Declare a static field of a control: hashable, part of the trace, changing it recompiles."""
     return struct.field(pytree_node=False, **kwargs)
@@ -102,9 +112,17 @@ class Control:
     #: What this control takes for itself at each of its sites; two controls with a common claim exclude each other.
     claims: ClassVar[frozenset[str]] = frozenset()
 
-    def at(self, step: Array) -> Control:
-        """Return the control as it is at one sampling step; time enters a control only here."""
+    def at(self, step: Array, t: Array) -> Control:
+        """Return the control as it is at one sampling step and its timestep; time enters a control only here."""
         return self
+
+    def on(self) -> Array | None:
+        """Say (traced, ()) whether the control does anything at all; None: its stages do nothing by themselves then.
+
+        For controls that give attention another shape, whose result at strength 0 is the same only up to rounding:
+        where this is false, `attend` runs as if the control were not there.
+        """
+        return None
 
     def kv(self, site: Site, a: KV) -> KV:
         """Edit the keys and values of an attn2. Runs before the loop, so it must not depend on the step."""
@@ -212,8 +230,29 @@ def attend(
     """Run one attention layer under the live controls; the one place where a kernel is chosen.
 
     Softmax is float32 over keys, scale 1/sqrt(d). `jaxmix.kernels.choose` names the kernel, unless scores are edited or
-    asked for: those take XLA. Returns the output before ``to_out`` and, if asked, the attention probabilities.
+    asked for: those take XLA. Returns the output before ``to_out`` and, if asked, the attention probabilities, for
+    which every control counts as on.
     """
+    live = [c for c in controls if matches(c, site.name)]
+    if return_probs:
+        return _attend(site, a, live, return_probs=True)
+    return _switched(site, a, live, 0), None
+
+
+def _switched(site: Site, a: QKV, controls: list[Control], first: int) -> Float[Array, "b n h d"]:
+    """Attend without those of the controls, from number ``first`` on, that are not on."""
+    i = next((i for i in range(first, len(controls)) if controls[i].on() is not None), None)
+    if i is None:
+        return _attend(site, a, controls)[0]
+    without = [*controls[:i], *controls[i + 1 :]]
+    return jax.lax.cond(
+        controls[i].on(), lambda a: _switched(site, a, controls, i + 1), lambda a: _switched(site, a, without, i), a
+    )
+
+
+def _attend(
+    site: Site, a: QKV, controls: Sequence[Control], *, return_probs: bool = False
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b h n s"] | None]:
     for c in _live(controls, site, "qkv"):
         a = c.qkv(site, a)
     editors = _live(controls, site, "logits")
@@ -268,22 +307,47 @@ def take_rows(control: C, rows: Array) -> C:
 
 
 def to_branches(control: C, live: Sequence[float] = (0.0, 1.0)) -> C:
-    """Repeat each sample's row once a branch (branch minor) and multiply the gates by ``live[branch]``."""
+    """Repeat each sample's row once a branch (branch minor) and multiply the gates by ``live[branch]``.
+
+    Distances between samples become distances between rows of the same branch.
+    """
 
     def expand(x: Array, kind: str, name: str) -> Array:
         y = jnp.repeat(x, len(live), axis=0)
         if kind == "gate":
             on = jnp.tile(jnp.asarray(live, y.dtype), x.shape[0]).reshape(-1, *([1] * (y.ndim - 1)))
             y = y * on
-        return y
+        return y * len(live) if kind == "back" else y
 
     return _map_rows(control, expand)
+
+
+def check_batches(control: Control, n: int, rows: int) -> None:
+    """Raise `InputError` if one of ``n`` tiled rows looks out of its part of ``rows`` rows (a batch, a device)."""
+
+    def look(x: Array, kind: str, name: str) -> Array:
+        for i, backs in enumerate(np.asarray(x).reshape(n, -1)) if kind == "back" else ():
+            first, last = i - i % rows, min(i - i % rows + rows, n) - 1
+            for other in i - backs:
+                if not first <= other <= last:
+                    raise InputError(
+                        f"{type(control).__name__}: row {i} needs row {other}, and rows {first} to {last} are drawn "
+                        "together on one device: expected a batch size, and a share of each device, of whole groups"
+                    )
+        return x
+
+    _map_rows(control, look)
 
 
 def row_specs(control: C, axis: str) -> C:
     """Return the control with each leaf replaced by its PartitionSpec: rows over ``axis``, the rest replicated."""
     replicated = jax.tree.map(lambda _: PartitionSpec(), control)
     return _map_rows(replicated, lambda x, kind, name: PartitionSpec(axis))
+
+
+def other_rows(back: Array, x: Array) -> Array:
+    """Return for each row of ``x`` (b, ...) the one that stands ``back`` (b,) rows before it."""
+    return x[jnp.arange(x.shape[0]) - back]
 
 
 def rows_like(strength: Float[Array, " b"], x: Array) -> Array:
@@ -294,12 +358,21 @@ def rows_like(strength: Float[Array, " b"], x: Array) -> Array:
 def phases(controls: Sequence[Control], steps: int) -> list[tuple[int, int, Controls]]:
     """Cut ``steps`` sampling steps where the set of live controls changes.
 
-    Returns ``(start, stop, live controls)`` in order, covering 0 to ``steps``. A window (a, b) covers the step indices
-    i with round(a * steps) <= i < round(b * steps).
+    Returns ``(start, stop, live controls)`` in order, covering 0 to ``steps``, as `cut` does.
     """
-    spans = [(round(c.window[0] * steps), round(c.window[1] * steps)) for c in controls]
+    live = cut([c.window for c in controls], steps)
+    return [(start, stop, tuple(controls[i] for i in sorted(found))) for start, stop, found in live]
+
+
+def cut(windows: Sequence[tuple[float, float]], steps: int) -> list[tuple[int, int, frozenset[int]]]:
+    """Cut ``steps`` sampling steps at the ends of windows.
+
+    Returns ``(start, stop, indices of the windows that hold these steps)`` in order, covering 0 to ``steps``. A window
+    (a, b) covers the step indices i with round(a * steps) <= i < round(b * steps).
+    """
+    spans = [(round(a * steps), round(b * steps)) for a, b in windows]
     cuts = sorted({0, steps, *(i for span in spans for i in span)})
     return [
-        (start, stop, tuple(c for c, (a, b) in zip(controls, spans, strict=True) if a <= start and stop <= b))
+        (start, stop, frozenset(i for i, (a, b) in enumerate(spans) if a <= start and stop <= b))
         for start, stop in itertools.pairwise(cuts)
     ]

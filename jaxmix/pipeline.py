@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -16,11 +18,13 @@ from jaxtyping import Float
 from jaxmix import control as seam
 from jaxmix import prompts as text
 from jaxmix.control import Control
+from jaxmix.fusing import MagicFusion
+from jaxmix.methods import Inverted
 from jaxmix.models import AddedCond, AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from jaxmix.models.clip import TextStates
 from jaxmix.models.unet import norm_sites, sites
-from jaxmix.programs import Job, decode, denoise, draw_noise, encode_images
-from jaxmix.samplers import image_to_image_start, make_solver, seed_array
+from jaxmix.programs import Job, Pinned, decode, denoise, draw_noise, encode_images, invert_rows
+from jaxmix.samplers import DDIMInversion, image_to_image_start, make_solver, seed_array
 from jaxmix.saving import save_pipeline
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.sharding import DATA
@@ -97,6 +101,10 @@ class Pipeline:
         """Return token ids (b, text_length) int32, and for each prompt the words that did not fit ("" if all did)."""
         return text.tokenize(self._tokenizers[0], self.text_length, prompts)
 
+    def token_ids(self, phrase: str) -> list[int]:
+        """Return the ids of a phrase alone, without start and end."""
+        return list(self._tokenizers[0](phrase, verbose=False)["input_ids"][1:-1])
+
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
         """Return what the (first) text encoder makes of each prompt."""
         return text.encode(self._tokenizers[0], self.text_encoder, self.params["text_encoder"], prompts)
@@ -112,10 +120,14 @@ class Pipeline:
         second = text.encode(self._tokenizers[1], self.text_encoder_2, self.params["text_encoder_2"], prompts)
         return jnp.concatenate([first.penultimate, second.penultimate], -1), second.projected
 
-    def _condition(
+    def condition(
         self, prompts: Sequence[str], negatives: Sequence[str | None], sizes: Sequence[int]
     ) -> tuple[Float[Array, "n 2 s d"], AddedCond | None]:
-        """Encode both branches of all images in one call, so that equal prompts are encoded equally."""
+        """Return what both branches of each image are conditioned on: unconditional, conditional.
+
+        ``sizes`` are the six numbers that SDXL is told. All are encoded in one call, so that equal prompts are encoded
+        equally.
+        """
         n = len(prompts)
         encoded = self.encode_prompt([p for no, yes in zip(negatives, prompts, strict=True) for p in (no or "", yes)])
         context, pooled = (encoded, None) if self.text_encoder_2 is None else encoded
@@ -176,6 +188,11 @@ class Pipeline:
         crop: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
         latents: Float[AnyArray, "n h w c"] | None = None,
+        start: int = 0,
+        context: Float[AnyArray, "n s d"] | None = None,
+        guided: bool = True,
+        pinned: Pinned | None = None,
+        fusion: MagicFusion | None = None,
         mesh: Mesh | None = None,
         output: str = "uint8",
         batch_size: int | None = None,
@@ -194,6 +211,11 @@ class Pipeline:
         ``masks`` (n, H, W), 1 where the image is to be repainted, make it inpainting. SDXL is also told the
         ``original_size`` and ``target_size`` (height, width) and the ``crop`` (top, left) of the image, in pixels; the
         sizes are the image's own if None. ``tile`` (latent cells) decodes in tiles, for large images.
+
+        ``latents`` with ``start`` are the state before that step. ``context`` (n, s, d) replaces the text states of the
+        prompts (as `jaxmix.dense_diffusion` makes them); SDXL's pooled text stays that of the prompts. Without
+        ``guided`` the prompt's branch runs alone, at half the cost, and the guidance scale has no meaning. ``pinned``
+        holds images to a course (`jaxmix.hold`). ``fusion`` blends in a second model or prompt.
 
         Returns (n, H, W, 3) uint8, "float" in [0, 1], or "latent" (n, h, w, c) as the UNet sees them. Raises
         `InputError` for lists of different lengths, steps or sizes out of range, and controls that do not fit.
@@ -214,8 +236,10 @@ class Pipeline:
         )
         rescale = _per_image("guidance_rescale", guidance_rescale, n)
 
-        start, image, mask = 0, None, None
+        image, mask = None, None
         if images is not None:
+            if start:
+                raise InputError("start: found it with images, expected strength, which says where their run starts")
             start = image_to_image_start(solver.steps, strength)
             image = self.encode_images(images)
             height, width = np.shape(images)[1:3]
@@ -223,6 +247,8 @@ class Pipeline:
                 mask = _shrink_masks(masks, np.shape(images)[:3], self.vae.config.factor)
         elif masks is not None:
             raise InputError("masks: found masks without images, expected the images to repaint")
+        if not 0 <= start < solver.steps:
+            raise InputError(f"start: found step {start}, expected 0 to {solver.steps - 1}")
         hw = self._latent_hw(height, width)
         noise = self.initial_latents(seeds, hw) if latents is None else jnp.asarray(latents, jnp.float32)
         if noise.ndim != 4 or noise.shape[0] != n or noise.shape[-1] != self.latent_shape[-1]:
@@ -233,29 +259,99 @@ class Pipeline:
         size = (hw[0] * self.vae.config.factor, hw[1] * self.vae.config.factor)
         cfg = self.unet.config
         seam.validate(controls, sites(cfg, hw), norm_sites(cfg, hw))
-        tiled = tuple(seam.tile_rows(c, n) for c in controls)
-        context, added = self._condition(prompts, negatives, (*(original_size or size), *crop, *(target_size or size)))
+        sizes = (*(original_size or size), *crop, *(target_size or size))
+        states, added = self.condition(prompts, negatives, sizes)
+        if context is not None:
+            states = states.at[:, 1].set(_like("context", context, states[:, 1]))
+        bound = None
+        if fusion is not None:
+            if not guided or rescale.any():
+                raise InputError("fusion: blends guided predictions, expected guided=True and no guidance_rescale")
+            bound = fusion.bind(self, controls, negatives, sizes, solver, hw)
+        if bound is not None and bound.third is not None:
+            states = jnp.concatenate([states, bound.third[0]], 1)
+            if added is not None and bound.third[1] is not None:
+                added = AddedCond(*(jnp.concatenate(pair, 1) for pair in zip(added, bound.third[1], strict=True)))
+        if not guided:
+            states, added = states[:, 1:], None if added is None else AddedCond(*(x[:, 1:] for x in added))
+        if pinned is not None:
+            _like("pinned.states", pinned.states, jax.ShapeDtypeStruct((n, solver.steps + 1, *noise.shape[1:]), float))
         job = Job(
             noise=noise,
-            context=context,
+            context=states,
             guidance_scale=jnp.asarray(scale),
             seeds=jnp.asarray(seed_array(seeds)) if solver.stochastic else None,
             guidance_rescale=jnp.asarray(rescale) if rescale.any() else None,
             added=added,
             image=image,
             mask=mask,
+            pinned=pinned,
+            blend=None if bound is None else bound.blend,
         )
-        devices = 1 if mesh is None else mesh.shape[DATA]
-        together = -(-(batch_size or n) // devices) * devices
+        run = functools.partial(denoise, self.unet, start, mesh, self.params["unet"], solver)
+        plan, expert = (None, None) if bound is None else (bound.fusion, bound.expert)
         parts = []
-        for first in range(0, n, together):
-            rows = jnp.minimum(jnp.arange(first, first + together), n - 1)  # the tail repeats the last image
-            live = tuple(seam.take_rows(c, rows) for c in tiled)
-            x = denoise(self.unet, start, mesh, self.params["unet"], solver, job.take(rows), live)
+        for rows, kept in _batches(n, batch_size, mesh, (*controls, *(() if expert is None else expert.controls))):
+            live = tuple(seam.take_rows(seam.tile_rows(c, n), rows) for c in controls)
+            second = None
+            if expert is not None:
+                second = expert._replace(controls=tuple(seam.take_rows(c, rows) for c in expert.controls))
+            x = run(job.take(rows), live, plan, second)
             if output != "latent":
                 x = decode(self.vae, mesh, tile, self.params["vae"], x)
-            parts.append((_to_uint8(x) if output == "uint8" else np.asarray(x))[: n - first])
+            parts.append((_to_uint8(x) if output == "uint8" else np.asarray(x))[:kept])
         return np.concatenate(parts)
+
+    def invert(
+        self,
+        images: AnyArray | None = None,
+        prompts: Sequence[str] | None = None,
+        steps: int = 50,
+        guidance_scale: float | Sequence[float] | None = None,
+        controls: Sequence[Control] = (),
+        *,
+        label: str = "next",
+        record: str | None = None,
+        latents: Float[AnyArray, "n h w c"] | None = None,
+        mesh: Mesh | None = None,
+        batch_size: int | None = None,
+    ) -> Inverted:
+        """Find the noise that draws given images, by DDIM inversion, and the states on the way.
+
+        ``images`` (n, H, W, 3) as for `generate`, or clean scaled ``latents``. ``prompts`` describe them (empty if
+        None). Without a ``guidance_scale`` the prompt's branch runs alone. ``label`` says which timestep the model is
+        told, see `jaxmix.samplers.DDIMInversion`. ``record`` is a pattern over attention sites whose projected queries,
+        keys and values are kept for every step. Raises `InputError` as `generate` does.
+        """
+        if (images is None) == (latents is None):
+            raise InputError("invert: expected either images or latents")
+        x0 = self.encode_images(images) if images is not None else jnp.asarray(latents, jnp.float32)
+        if x0.ndim != 4 or x0.shape[-1] != self.latent_shape[-1]:
+            raise InputError(f"latents: found shape {x0.shape}, expected (n, h, w, {self.latent_shape[-1]})")
+        n, hw, factor = x0.shape[0], (x0.shape[1], x0.shape[2]), self.vae.config.factor
+        prompts = [""] * n if prompts is None else prompts
+        if isinstance(prompts, str) or len(prompts) != n:
+            raise InputError(f"prompts: found {len(prompts)}, expected one for each of the {n} images")
+        cfg = self.unet.config
+        there = sites(cfg, hw)
+        seam.validate(controls, there, norm_sites(cfg, hw))
+        recorded = frozenset(s.name for s in there if record is not None and re.search(record, s.name))
+        if record is not None and not recorded:
+            raise InputError(f"record={record!r}: matches none of the {len(there)} attention sites")
+        size = (hw[0] * factor, hw[1] * factor)
+        states, added = self.condition(prompts, [None] * n, (*size, 0, 0, *size))
+        if guidance_scale is None:
+            states, added = states[:, 1:], None if added is None else AddedCond(*(x[:, 1:] for x in added))
+        scale = _per_image("guidance_scale", 1.0 if guidance_scale is None else guidance_scale, n)
+        job = Job(noise=x0, context=states, guidance_scale=jnp.asarray(scale), added=added)
+        inversion = DDIMInversion.create(self.schedule, steps, label)
+        parts = []
+        for rows, kept in _batches(n, batch_size, mesh, controls):
+            live = tuple(seam.take_rows(seam.tile_rows(c, n), rows) for c in controls)
+            found = invert_rows(self.unet, mesh, recorded, self.params["unet"], inversion, job.take(rows), live)
+            parts.append(jax.tree.map(lambda y, kept=kept: y[:kept], found))
+        found_states, features = jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *parts)
+        return Inverted(found_states, features, label)
 
     def decode(
         self, latents: Float[AnyArray, "n h w c"], mesh: Mesh | None = None, tile: int | None = None
@@ -281,6 +377,27 @@ def _per_image(name: str, value: float | Sequence[float], n: int) -> np.ndarray:
     if numbers.shape not in ((), (n,)):
         raise InputError(f"{name}: found {len(numbers)} values, expected 1 or one for each of the {n} prompts")
     return np.broadcast_to(numbers, (n,))
+
+
+def _like(name: str, value: AnyArray, like: Any) -> Array:
+    if np.shape(value) != like.shape:
+        raise InputError(f"{name}: found shape {np.shape(value)}, expected {like.shape}")
+    return jnp.asarray(value, jnp.float32)
+
+
+def _batches(
+    n: int, batch_size: int | None, mesh: Mesh | None, controls: Sequence[Control]
+) -> Iterator[tuple[Array, int]]:
+    """Yield (the rows of a batch, how many of them count); the tail repeats the last image.
+
+    Raises `InputError` before the first if a control's rows look at rows of another batch or device.
+    """
+    devices = 1 if mesh is None else mesh.shape[DATA]
+    together = -(-(batch_size or n) // devices) * devices
+    for control in controls:
+        seam.check_batches(seam.tile_rows(control, n), n, together // devices)
+    for first in range(0, n, together):
+        yield jnp.minimum(jnp.arange(first, first + together), n - 1), n - first
 
 
 def _shrink_masks(masks: AnyArray, shape: tuple[int, ...], factor: int) -> Float[Array, "n h w 1"]:

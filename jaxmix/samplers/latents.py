@@ -46,3 +46,15 @@ def inpaint(
         return (1 - mask) * kept + mask * x
 
     return latents_fn
+
+
+def pin(states: jax.Array, gate: jax.Array) -> Callable[[jax.Array, jax.Array | int], jax.Array]:
+    """Returns the `latents_fn` that holds images to the course `states` (n, S + 1, h, w, c) where gate (n,) is not 0.
+
+    After step i the state of such an image is states[:, i + 1].
+    """
+
+    def latents_fn(x: jax.Array, i: jax.Array | int) -> jax.Array:
+        return jnp.where(gate[:, None, None, None] > 0, states[:, i + 1], x)
+
+    return latents_fn

@@ -42,6 +42,11 @@ class Solver(Protocol):
         ...
 
     @property
+    def prediction_type(self) -> str:
+        """What the model predicts: "epsilon", "v_prediction" or "sample"."""
+        ...
+
+    @property
     def steps(self) -> int:
         """The number of steps S."""
         ...

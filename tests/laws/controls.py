@@ -45,7 +45,7 @@ class FadeOut(Control):
     scale: jnp.ndarray = gate()
     strength: jnp.ndarray = struct.field(default_factory=lambda: jnp.ones((), jnp.float32))
 
-    def at(self, step):
+    def at(self, step, t):
         return self.replace(strength=self.strength * (1.0 + step))
 
     def out(self, site, a, o):

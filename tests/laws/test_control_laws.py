@@ -34,7 +34,7 @@ def unet(tiny_pipeline):
 
 @functools.partial(jax.jit, static_argnums=0)
 def predict(module, params, inputs, controls, step):
-    return module.apply({"params": params}, *inputs, tuple(c.at(step) for c in controls))
+    return module.apply({"params": params}, *inputs, tuple(c.at(step, inputs[1]) for c in controls))
 
 
 def run(unet, controls=(), step=0):

@@ -1,0 +1,147 @@
+"""DenseDiffusion: Dense Text-to-Image Generation with Attention Modulation (arXiv 2308.12964).
+
+On the scaled scores A of the conditional rows, with R_ij true where the query pixel i and the key j (a token in attn2,
+a pixel in attn1) belong to one segment::
+
+    A'_ij = A_ij + alpha_i (max_k A_ik - A_ij)  if R_ij  else  A_ij - alpha_i (A_ij - min_k A_ik)
+    alpha_i = w (t / 1000)^5 a_i,      a_i = 1 - kappa (pixels that share a segment with i) / (all pixels)
+
+which draws each score towards an extreme of its row. This is the authors' code and not the paper's equation: the area
+is that of the pixel's own segment in cross-attention, too. Three of its oddities are kept unless ``strict`` is set: a
+pixel in two segments counts what both hold, so that a_i may be negative; a pixel whose segments have no words has all
+its words drawn to the minimum; so has one in no segment. Which tokens are a segment's, and the states of its phrase
+encoded alone, is for the caller to say (`jaxmix.dense_diffusion`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Float, UInt32
+
+from jaxmix.control import Control, Site, gate, per_row, static
+from jaxmix.types import Array, InputError
+
+POWER = 5
+MOST_SEGMENTS = 32
+"""A pixel's segments are the bits of one number, so that no (pixel, pixel) array is kept."""
+
+
+@struct.dataclass
+class DenseDiffusionControl(Control):
+    """Modulates attention by a layout of segments.
+
+    ``pixels`` maps a grid ("64x64") to the segments of each of its pixels, ``tokens`` (rows, s) has those of each
+    token, as bits. ``area`` maps a grid to the share of pixels (rows, h w) that a pixel shares a segment with.
+    ``cross`` and ``self_`` (rows,) are the weights of the two kinds of attention, ``kappa`` (rows,) that of the area.
+    """
+
+    pixels: dict[str, UInt32[Array, "b n"]] = per_row()
+    area: dict[str, Float[Array, "b n"]] = per_row()
+    tokens: UInt32[Array, "b s"] = per_row()
+    cross: Float[Array, " b"] = gate()
+    self_: Float[Array, " b"] = gate()
+    kappa: Float[Array, " b"] = per_row()
+    time: Float[Array, ""] = struct.field(default_factory=lambda: jnp.ones((), jnp.float32))
+    strict: bool = static(default=False)
+
+    claims = frozenset({"places of the keys"})
+
+    def at(self, step: Array, t: Array) -> DenseDiffusionControl:
+        """Weaken the modulation with the noise."""
+        return dataclasses.replace(self, time=(jnp.asarray(t, jnp.float32) / 1000.0) ** POWER)
+
+    def logits(self, site: Site, x: Float[Array, "b h n s"]) -> Float[Array, "b h n s"]:
+        """Draw the scores of what belongs together up, and the others down.
+
+        In attn1 with more keys than pixels (those of a reference after the own ones) only the own keys are modulated.
+        """
+        grid = "x".join(map(str, site.hw))
+        pixels, cross = self.pixels[grid], site.name.endswith(".attn2")
+        keys = self.tokens if cross else pixels
+        count = keys.shape[1]
+        own, rest = x[..., :count], x[..., count:]
+        together = (pixels[:, None, :, None] & keys[:, None, None, :]) != 0
+        alpha = (self.cross if cross else self.self_)[:, None] * self.time * (1 - self.kappa[:, None] * self.area[grid])
+        if self.strict and cross:
+            worded = jnp.bitwise_or.reduce(keys, axis=1)[:, None]
+            alpha = jnp.where((pixels & worded) != 0, alpha, 0.0)
+        extreme = jnp.where(together, own.max(-1, keepdims=True), own.min(-1, keepdims=True))
+        own = own + alpha[:, None, :, None] * (extreme - own)
+        return jnp.concatenate([own, rest], -1) if rest.shape[-1] else own
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Refuse latents of another size than the layout was made for."""
+        for site in sites:
+            if "x".join(map(str, site.hw)) not in self.pixels:
+                raise InputError(
+                    f"DenseDiffusion: {site.name} has a grid of {site.hw[0]} x {site.hw[1]}, the layout was made for "
+                    f"{', '.join(self.pixels)}: expected masks of the size of the image"
+                )
+
+
+def bind(
+    masks: np.ndarray,
+    token_segments: np.ndarray,
+    grids: Sequence[tuple[int, int]],
+    *,
+    cross: float | Sequence[float] = 1.0,
+    self_: float | Sequence[float] = 0.3,
+    kappa: float | Sequence[float] = 1.0,
+    sites: str = r"\.attn[12]$",
+    window: tuple[float, float] = (0.0, 0.3),
+    strict: bool = False,
+) -> DenseDiffusionControl:
+    """Return the control of layouts: ``masks`` (b, m, h, w), true inside, and ``token_segments`` (b, s), -1 for none.
+
+    ``grids`` are the sizes of the UNet's feature maps for latents of (h, w); the masks are shrunk to them by nearest
+    neighbour, the upper left one, from (h, w) each time. The weights are numbers or one a row.
+    """
+    masks = np.asarray(masks, bool)
+    b, m, h, w = masks.shape
+    if m > MOST_SEGMENTS:
+        raise InputError(f"segments: found {m}, expected at most {MOST_SEGMENTS}")
+    bit = np.uint32(1) << np.arange(m, dtype=np.uint32)
+    pixels, area = {}, {}
+    for gh, gw in sorted(set(grids)):
+        small = masks[:, :, np.arange(gh) * h // gh][..., np.arange(gw) * w // gw].reshape(b, m, gh * gw)
+        bits = (small * bit[:, None]).sum(1, dtype=np.uint32)
+        if strict:
+            shared = np.stack([((row[:, None] & row[None]) != 0).sum(1) for row in bits])
+        else:
+            shared = (small * small.sum(-1, keepdims=True)).sum(1)
+        pixels[f"{gh}x{gw}"] = jnp.asarray(bits)
+        area[f"{gh}x{gw}"] = jnp.asarray(shared / (gh * gw), jnp.float32)
+    segments = np.asarray(token_segments)
+    tokens = np.where(segments >= 0, np.uint32(1) << np.maximum(segments, 0).astype(np.uint32), 0).astype(np.uint32)
+
+    def row_numbers(name: str, value: float | Sequence[float]) -> Array:
+        found = np.asarray(value, np.float32)
+        if found.shape not in ((), (b,)) or not np.isfinite(found).all():
+            raise InputError(f"{name}: found {value!r}, expected a number, or one for each of the {b} rows")
+        return jnp.asarray(np.broadcast_to(found, (b,)))
+
+    return DenseDiffusionControl(
+        pixels=pixels,
+        area=area,
+        tokens=jnp.asarray(tokens),
+        cross=row_numbers("cross", cross),
+        self_=row_numbers("self", self_),
+        kappa=row_numbers("kappa", kappa),
+        strict=strict,
+        sites=sites,
+        window=window,
+    )
+
+
+def find_tokens(phrase: Sequence[int], caption: Sequence[int]) -> int | None:
+    """Return where in the caption's token ids those of a phrase stand first, None if nowhere."""
+    n = len(phrase)
+    for start in range(len(caption) - n + 1):
+        if list(caption[start : start + n]) == list(phrase):
+            return start
+    return None
