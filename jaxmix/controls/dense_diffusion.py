@@ -64,15 +64,16 @@ class DenseDiffusionControl(Control):
         pixels, cross = self.pixels[grid], site.name.endswith(".attn2")
         keys = self.tokens if cross else pixels
         count = keys.shape[1]
-        own, rest = x[..., :count], x[..., count:]
+        own = x[..., :count]
+        keys = jnp.pad(keys, ((0, 0), (0, x.shape[-1] - count)))
         together = (pixels[:, None, :, None] & keys[:, None, None, :]) != 0
         alpha = (self.cross if cross else self.self_)[:, None] * self.time * (1 - self.kappa[:, None] * self.area[grid])
         if self.strict and cross:
             worded = jnp.bitwise_or.reduce(keys, axis=1)[:, None]
             alpha = jnp.where((pixels & worded) != 0, alpha, 0.0)
         extreme = jnp.where(together, own.max(-1, keepdims=True), own.min(-1, keepdims=True))
-        own = own + alpha[:, None, :, None] * (extreme - own)
-        return jnp.concatenate([own, rest], -1) if rest.shape[-1] else own
+        change = alpha[:, None, :, None] * (extreme - x)
+        return x + (change if x.shape[-1] == count else jnp.where(jnp.arange(x.shape[-1]) < count, change, 0.0))
 
     def check(self, sites: Sequence[Site]) -> None:
         """Refuse latents of another size than the layout was made for."""

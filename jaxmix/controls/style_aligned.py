@@ -49,7 +49,10 @@ class StyleAlignedControl(Control):
     swap: bool = static(default=False)
     norms: bool = static(default=False)
 
-    claims = frozenset({"keys"})
+    @property
+    def claims(self) -> frozenset[str]:  # type: ignore[override]
+        """The keys; and where they are, unless the own ones still come first."""
+        return frozenset({"keys", "places of the keys"} if self.full or self.swap else {"keys"})
 
     def on(self) -> Array:
         """Anything is shared at all: the doubled keys change the last bits even where they have no weight."""

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix import InputError, Moments, Site, hold, style_aligned
-from jaxmix.control import QKV, attend, check_batches, tile_rows, to_branches
+from jaxmix import InputError, Moments, Segment, Site, dense_diffusion, hold, style_aligned
+from jaxmix.control import QKV, attend, check_batches, tile_rows, to_branches, validate
 from jaxmix.controls import style_aligned as aligned
+from jaxmix.models.unet import sites
 
 from . import by_hand
 
@@ -213,6 +214,15 @@ def test_bad_groups_are_one_clear_line(tiny_pipeline, groups, options, message):
 def test_groups_must_be_those_of_the_batch(tiny_pipeline):
     with pytest.raises(InputError, match=r"peers: found 4 rows, expected 1 or 3"):
         draw(tiny_pipeline, (style_aligned(tiny_pipeline, [4]),))
+
+
+def test_a_layout_needs_the_own_keys_first(tiny_pipeline):
+    made = dense_diffusion(tiny_pipeline, ["a dog"] * 2, [[Segment("a dog", np.eye(16))]] * 2)
+    validate((style_aligned(tiny_pipeline, [2]), made.control), sites(tiny_pipeline.unet.config, (8, 8)))
+    for options in ({"full": True}, {"swap": True}):
+        control = style_aligned(tiny_pipeline, [2], share_group_norm=False, **options)
+        with pytest.raises(InputError, match="exclude each other at .*attn1: both set its places of the keys"):
+            validate((control, made.control), sites(tiny_pipeline.unet.config, (8, 8)))
 
 
 def test_one_trace_for_any_numbers(tiny_pipeline):

@@ -1,0 +1,124 @@
+"""Every pair of methods in one run: which work, which exclude each other, and what strength 0 of either leaves."""
+
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmix
+from jaxmix import InputError, MagicFusion, Segment, dense_diffusion, style_aligned, style_id
+from jaxmix.methods import style_id_sites
+from jaxmix.programs import denoise
+from jaxmix.tuning import lora
+
+README = Path(__file__).parents[2] / "jaxmix" / "README.md"
+PROMPTS, SEEDS, STEPS = ["a red car on the snow", "a dog"], [1, 2], 2
+NAMES = ["VMix", "LoRA", "DenseDiffusion", "StyleAligned", "StyleID", "MagicFusion"]
+EXCLUDED = {
+    ("DenseDiffusion", "StyleID"): "places of the keys",  # masks say where the own pixels are, not the style's
+    ("StyleAligned", "StyleID"): "keys",
+}
+PAIRS = list(itertools.combinations(NAMES, 2))
+
+
+def moved(tree, key, by):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure, [x + by * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+@pytest.fixture(scope="module")
+def pieces(tiny_pipeline):
+    """For each method: strength -> (pipeline -> pipeline, controls, further arguments of generate)."""
+    pipe = tiny_pipeline
+    fresh = jaxmix.VMix.init(jax.random.key(0), pipe, {"color": ("vivid colors", "[V]")})
+    mixer = jaxmix.VMix(
+        fresh.config, {**moved(fresh.params, jax.random.key(1), 0.5), "aes_emb": fresh.params["aes_emb"]}
+    )
+    factors = lora.init(jax.random.key(2), pipe.params["unet"], r"attn1\.to_q$|conv1$", 2, 2.0)
+    factors = lora.with_alpha(moved(lora.without_alpha(factors), jax.random.key(3), 0.3), 2.0)
+    learnt = jaxmix.LoRA({"unet": factors})
+    left = np.pad(np.ones((16, 8), bool), ((0, 0), (0, 8)))
+    layout = [[Segment("a red car", left), Segment("the snow", ~left)], [Segment("a dog", left)]]
+    pictures = np.random.default_rng(4).integers(0, 255, (2, 16, 16, 3), np.uint8)
+    inverted = pipe.invert(pictures, steps=STEPS, label="own", record=style_id_sites(pipe))
+
+    def dense(s):
+        return dense_diffusion(pipe, PROMPTS, layout, cross=s, self_=0.3 * s, window=(0.0, 0.5), splice=False).control
+
+    def same(p):
+        return p
+
+    return {
+        "VMix": lambda s: (same, (mixer.bind(pipe, "all", s),), {}),
+        "LoRA": lambda s: (lambda p: jaxmix.apply_loras(p, [(learnt, s)]), (), {}),
+        "DenseDiffusion": lambda s: (same, (dense(s),), {}),
+        "StyleAligned": lambda s: (same, (style_aligned(pipe, [2], strength=s),), {}),
+        "StyleID": lambda s: (same, (style_id(inverted, inverted, [(0, 1), (1, 0)], strength=s),), {}),
+        "MagicFusion": lambda s: (same, (), {"fusion": MagicFusion(["a fish", "a boat"], strength=s, switch=0)}),
+    }
+
+
+@pytest.fixture(scope="module")
+def draw(tiny_pipeline, pieces):
+    """(name=strength, ...) -> latents; those of a method alone are kept."""
+    kept = {}
+
+    def run(**strengths):
+        key = tuple(sorted(strengths.items()))
+        if key in kept:
+            return kept[key]
+        pipe, controls, extra = tiny_pipeline, (), {}
+        for name in NAMES:
+            if name in strengths:
+                change, more, options = pieces[name](jnp.float32(strengths[name]).item())
+                pipe, controls, extra = change(pipe), (*controls, *more), {**extra, **options}
+        got = pipe.generate(PROMPTS, SEEDS, STEPS, 3.0, controls=controls, output="latent", **extra)
+        if len(strengths) < 2:
+            kept[key] = got
+        return got
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [p for p in PAIRS if p not in EXCLUDED], ids=lambda p: " + ".join(p))
+def test_a_pair_works_and_strength_zero_of_either_is_the_other_alone_bit_for_bit(draw, pair):
+    first, second = pair
+    alone = draw(**{first: 1.0}), draw(**{second: 1.0})
+    before = denoise._cache_size()
+    both = draw(**{first: 1.0, second: 1.0})
+    np.testing.assert_array_equal(draw(**{first: 0.0, second: 1.0}), alone[1])
+    np.testing.assert_array_equal(draw(**{first: 1.0, second: 0.0}), alone[0])
+    new = 0 if "LoRA" in pair else 1  # merged into the weights, it has no program of its own
+    assert denoise._cache_size() == before + new, "one trace for any strengths"
+    assert np.isfinite(both).all()
+    assert min(np.abs(both - x).max() for x in alone) > 1e-4
+
+
+@pytest.mark.parametrize("pair", EXCLUDED, ids=" + ".join)
+def test_a_pair_that_makes_no_sense_is_refused_before_anything_compiles(draw, pair):
+    before = denoise._cache_size()
+    with pytest.raises(InputError, match=f"exclude each other at .*attn1: both set its {EXCLUDED[pair]}"):
+        draw(**dict.fromkeys(pair, 1.0))
+    assert denoise._cache_size() == before
+
+
+def table():
+    """Return the table of pairs as the README has it."""
+    lines = ["| | " + " | ".join(NAMES[1:]) + " |", "|---" * len(NAMES) + "|"]
+    for i, row in enumerate(NAMES[:-1]):
+        cells = []
+        for j, column in enumerate(NAMES[1:], 1):
+            cells.append("" if j <= i else "excluded" if (row, column) in EXCLUDED else "works")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_readme_has_the_table():
+    assert table() in README.read_text(encoding="utf-8")
