@@ -221,7 +221,7 @@ def test_a_layout_needs_the_own_keys_first(tiny_pipeline):
     validate((style_aligned(tiny_pipeline, [2]), made.control), sites(tiny_pipeline.unet.config, (8, 8)))
     for options in ({"full": True}, {"swap": True}):
         control = style_aligned(tiny_pipeline, [2], share_group_norm=False, **options)
-        with pytest.raises(InputError, match="exclude each other at .*attn1: both set its places of the keys"):
+        with pytest.raises(InputError, match=r"exclude each other at .*attn1: both set its places of the keys"):
             validate((control, made.control), sites(tiny_pipeline.unet.config, (8, 8)))
 
 
