@@ -18,6 +18,7 @@ import numpy as np
 from infer.adapters import Adapters, open_adapters
 from infer.manifest import Manifest
 from infer.measure import CompileClock
+from infer.method import Batch, Method
 from infer.pictures import open_picture, picture_size
 from infer.png import setting_chunks, write_png
 from infer.report import Times, summary, write_overview
@@ -35,6 +36,7 @@ from infer.rows import (
     check_steps,
     check_text,
     read_rows,
+    rows_of_objects,
     rows_of_prompts,
 )
 from jaxmix.command import enable_compilation_cache, progress, run
@@ -137,8 +139,14 @@ class Config:
 
 def main(config: Config) -> int:
     """Load the model and draw; return 0, or 2 if any row was bad."""
+    return job(config, Method())
+
+
+def job(config: Config, method: Method) -> int:
+    """Do a whole job with a method: read the rows, load the model, draw. Returns the exit status."""
     # The rows come first: loading a model takes seconds, and a misspelt file name should not have to wait for it.
-    rows, bad = collect_rows(config)
+    rows, bad = collect_rows(config, method)
+    rows = method.arrange(rows)
     mesh = choose_mesh(config.devices, len(rows))
     import jaxmix
 
@@ -147,16 +155,21 @@ def main(config: Config) -> int:
     def load() -> Any:
         return adapters.apply(jaxmix.load(config.model, dtype=config.dtype))
 
-    return draw(config, rows, bad, load, mesh, adapters)
+    return draw(config, rows, bad, load, mesh, adapters, method)
 
 
-def collect_rows(config: Config) -> tuple[list[Row], list[BadRow]]:
+def collect_rows(config: Config, method: Method) -> tuple[list[Row], list[BadRow]]:
     """Return the job's good and bad rows; raises InputError if the job as a whole cannot be read."""
     defaults = Defaults(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Defaults)})
+    named = method.objects()
+    if named is not None and config.prompts is None:
+        return rows_of_objects(named, defaults, method.fields)
     if config.prompt is not None:
-        return rows_of_prompts([config.prompt], defaults)
+        return rows_of_prompts([config.prompt], defaults, method.fields)
+    if config.prompts is None and method.needs_rows:
+        raise InputError(f"{method.needs_rows}")
     chosen = BUILTIN_PROMPTS if config.prompts in (None, "builtin") else Path(config.prompts)
-    return read_rows(chosen, defaults)
+    return read_rows(chosen, defaults, method.fields)
 
 
 def choose_mesh(devices: int | None, images: int) -> Any:
@@ -181,18 +194,21 @@ def draw(
     load: Callable[[], Any],
     mesh: Any = None,
     adapters: Adapters = Adapters(),  # noqa: B008 - frozen
+    method: Method | None = None,
 ) -> int:
     """Draw all good rows with the pipeline that `load` returns, and write everything into config.out.
 
     Returns 2 if there were bad rows, else 0. Raises InputError if nothing can be drawn.
     """
     started = time.monotonic()
+    method = method or Method()
     refuse(config, rows, bad)
     cache = enable_compilation_cache()
     clock = CompileClock()
     with clock:
         pipe = load()
-        rows, too_long = complete(rows, pipe, adapters)
+        method.open(pipe)
+        rows, too_long = complete(rows, pipe, adapters, method)
         bad = sorted([*bad, *too_long], key=lambda row: row.number)
         refuse(config, rows, bad)
         report(bad)
@@ -200,10 +216,11 @@ def draw(
 
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
-        common = {"model": config.model, "dtype": config.dtype, **adapters.settings(config.vmix)}
+        common = {"model": config.model, "dtype": config.dtype, **adapters.settings(config.vmix), **method.settings()}
         manifest = Manifest(out, resume=config.resume)
-        todo = [row for row in rows if not manifest.holds(row.file_name, {**row.settings(), **common})]
-        print_plan(config, rows, todo, mesh)
+        done = [manifest.holds(row.file_name, {**row.settings(), **common}) for row in rows]
+        todo = method.undone(rows, done)
+        batches = plan(config, rows, todo, mesh, method, pipe)
         if config.dry_run:
             return 2 if bad else 0
         for failed in bad:
@@ -211,32 +228,30 @@ def draw(
         times = Times()
         drawing_from, compiled_before = time.monotonic(), clock.seconds
         with progress(len(todo), "draw", "images") as bar:
-            for bucket in buckets(todo):
-                size = batch_size(config, bucket, mesh)
-                for start in range(0, len(bucket), size):
-                    part = bucket[start : start + size]
-                    images, shapes = render(pipe, adapters, part, size, mesh, config.tile, times, clock)
-                    begun = time.monotonic()
-                    for row, image, shape in zip(part, images, shapes, strict=True):
-                        settings = {**row.settings(), **common}
-                        height, width = image.shape[:2]
-                        chunks = setting_chunks(settings, (width, height))
-                        size_bytes = write_png(out / row.file_name, image, chunks)
-                        extra = {"width": width, "height": height, "latents": shape, "bytes": size_bytes}
-                        manifest.add_image(row.file_name, settings, extra | ({"cut": cuts[row]} if row in cuts else {}))
-                    times.png += time.monotonic() - begun
-                    times.images += len(part)
-                    bar.update(len(part))
+            for part in batches:
+                images, shape = render(pipe, adapters, method, part, mesh, config.tile, times, clock)
+                begun = time.monotonic()
+                for row, image in zip(part.rows, images, strict=True):
+                    settings = {**row.settings(), **common}
+                    height, width = image.shape[:2]
+                    chunks = setting_chunks(settings, (width, height))
+                    size_bytes = write_png(out / row.file_name, image, chunks)
+                    method.write_inputs(row, out)
+                    extra = {"width": width, "height": height, "latents": shape, "bytes": size_bytes}
+                    manifest.add_image(row.file_name, settings, extra | ({"cut": cuts[row]} if row in cuts else {}))
+                times.png += time.monotonic() - begun
+                times.images += len(part.rows)
+                bar.update(len(part.rows))
     times.drawing = time.monotonic() - drawing_from - (clock.seconds - compiled_before)
     times.compile = clock.seconds
     times.whole = time.monotonic() - started
-    write_overview(out, config.model, rows, bad, manifest, times, cuts)
+    write_overview(out, config.model, rows, bad, manifest, times, cuts, method)
     print(f"wrote {out / 'gallery.html'}, contact_sheet.png, manifest.jsonl and {times.images} PNGs")
     print(summary(times, clock, cached=cache is not None))
     return 2 if bad else 0
 
 
-def complete(rows: Sequence[Row], pipe: Any, adapters: Adapters) -> tuple[list[Row], list[BadRow]]:
+def complete(rows: Sequence[Row], pipe: Any, adapters: Adapters, method: Method) -> tuple[list[Row], list[BadRow]]:
     """Fill in what the model and the rows' pictures settle, and sort out rows that this model cannot draw."""
     good, bad = [], []
     most, factor = pipe.schedule.num_train_timesteps, pipe.vae.config.factor
@@ -255,12 +270,14 @@ def complete(rows: Sequence[Row], pipe: Any, adapters: Adapters) -> tuple[list[R
                 image_to_image_start(whole.steps, row.strength)
             open_pictures([whole])
             make_solver(whole.sampler, pipe.schedule, whole.steps)
-            whole = adapters.complete(whole)
+            whole = method.complete(adapters.complete(whole), pipe)
         except InputError as error:
             bad.append(BadRow(row.number, row.where, str(error)))
             continue
         good.append(whole)
-    return good, bad
+    together = method.check_all(good)
+    bad += [BadRow(row.number, row.where, reason) for row, reason in together]
+    return [row for row in good if all(row is not other for other, _ in together)], bad
 
 
 def warn_of_cuts(pipe: Any, rows: Sequence[Row]) -> dict[Row, str]:
@@ -284,37 +301,35 @@ def batch_size(config: Config, bucket: Sequence[Row], mesh: Any) -> int:
 def render(
     pipe: Any,
     adapters: Adapters,
-    rows: Sequence[Row],
-    size: int,
+    method: Method,
+    batch: Batch,
     mesh: Any,
     tile: int | None,
     times: Times,
     clock: CompileClock,
-) -> tuple[np.ndarray, list[list[int]]]:
-    """Draw rows that share their program; return images (b, H, W, 3) uint8 and the shape of each row's latents."""
-    # A short last batch is filled up with its last row, so that every program of a bucket is compiled once.
-    filled = [*rows, *[rows[-1]] * (size - len(rows))]
-    first = rows[0]
-    latents = pipe.generate(
-        [row.prompt for row in filled],
-        seeds=[row.seed for row in filled],
-        steps=first.steps,
-        sampler=first.sampler,
-        height=first.height,
-        width=first.width,
-        guidance_rescale=[row.guidance_rescale for row in filled],
-        guidance_scale=[row.guidance_scale for row in filled],
-        negative_prompts=[row.negative_prompt or None for row in filled],
-        mesh=mesh,
-        output="latent",
-        controls=adapters.bind(pipe, filled),
+) -> tuple[np.ndarray, list[int]]:
+    """Draw rows that share their program; return images (b, H, W, 3) uint8 and the shape of the latents of one."""
+    filled, first = batch.filled, batch.rows[0]
+    arguments = {
+        "seeds": [row.seed for row in filled],
+        "steps": first.steps,
+        "sampler": first.sampler,
+        "height": first.height,
+        "width": first.width,
+        "guidance_rescale": [row.guidance_rescale for row in filled],
+        "guidance_scale": [row.guidance_scale for row in filled],
+        "negative_prompts": [row.negative_prompt or None for row in filled],
+        "mesh": mesh,
+        "output": "latent",
+        "controls": adapters.bind(pipe, filled),
         **open_pictures(filled),
-    )
+    }
+    latents = method.draw(pipe, filled, arguments)
     begun, compiled_before = time.monotonic(), clock.seconds
     cells = None if tile is None else max(1, tile // pipe.vae.config.factor)
     images = np.asarray(pipe.decode(latents, mesh=mesh, tile=cells))
     times.decode += time.monotonic() - begun - (clock.seconds - compiled_before)
-    return images[: len(rows)], [list(latents.shape[1:])] * len(rows)
+    return images[[filled.index(row) for row in batch.rows]], list(latents.shape[1:])
 
 
 def open_pictures(rows: Sequence[Any]) -> dict[str, Any]:
@@ -343,8 +358,9 @@ def report(bad: Sequence[BadRow]) -> None:
         print(f"bad row: {row}", file=sys.stderr)
 
 
-def print_plan(config: Config, rows: Sequence[Row], todo: Sequence[Row], mesh: Any) -> None:
-    """Say what will be drawn, in which batches, before the first compile."""
+def plan(config: Config, rows: Sequence[Row], todo: Sequence[Row], mesh: Any, method: Method, pipe: Any) -> list[Batch]:
+    """Return the batches, and say what will be drawn in which before the first compile."""
+    held = []
     kept = len(rows) - len(todo)
     devices = 1 if mesh is None else mesh.size
     print(
@@ -352,15 +368,18 @@ def print_plan(config: Config, rows: Sequence[Row], todo: Sequence[Row], mesh: A
         + (f", {kept} kept from before" if kept else "")
         + f", {devices} device{'s' * (devices > 1)}"
     )
-    for bucket in buckets(todo):
-        size, first = batch_size(config, bucket, mesh), bucket[0]
-        batches = -(-len(bucket) // size)
+    for bucket in buckets(todo, method.program):
+        first = bucket[0]
+        parts = method.batches(bucket, batch_size(config, bucket, mesh), 1 if mesh is None else mesh.size)
+        held += parts
+        size, batches = len(parts[0].filled), len(parts)
         start = "" if first.image is None else f", strength {first.strength:g}" + ", masked" * (first.mask is not None)
         print(
             f"  {first.steps} steps of {first.sampler}, {first.width}x{first.height}{start}: {len(bucket)} images in "
-            f"{batches} batch{'es' * (batches > 1)} of {size}",
+            f"{batches} batch{'es' * (batches > 1)} of {size}{method.note(pipe, bucket, size)}",
             flush=True,
         )
+    return held
 
 
 if __name__ == "__main__":

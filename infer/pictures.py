@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxmix.types import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def picture_size(path: str, factor: int) -> tuple[int, int]:
@@ -35,3 +39,44 @@ def _open(path: str) -> Image.Image:
         raise InputError(f"{path}: no such file") from None
     except OSError:
         raise InputError(f"{path}: not a picture that can be opened") from None
+
+
+def open_cropped(path: str, height: int, width: int) -> np.ndarray:
+    """Return the middle of a picture as uint8 (height, width, 3): the largest part of that shape, resized."""
+    with _open(path) as image:
+        try:
+            image = image.convert("RGB")
+        except OSError as error:
+            raise InputError(f"{path}: the picture is damaged: {error}") from None
+    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
+def write_picture(image: np.ndarray, out: Path) -> None:
+    """Write an input beside the result, for the gallery."""
+    Image.fromarray(image).save(out)
+
+
+def mask_of(path: str, height: int, width: int) -> np.ndarray:
+    """Return a mask (height, width), true where the picture is lighter than grey; one of another size is refused."""
+    with _open(path) as image:
+        if image.size != (width, height):
+            raise InputError(
+                f"{path}: found a mask of {image.width}x{image.height} pixels, expected the image's {width}x{height}"
+            )
+    mask = open_picture(path, height, width, "L") > 127
+    if not mask.any():
+        raise InputError(f"{path}: the mask is empty, expected white where the phrase goes")
+    return mask
+
+
+def pictures_in(path: str) -> list[str]:
+    """Return the pictures of a folder by name, or the one file."""
+    place = Path(path)
+    if place.is_dir():
+        found = sorted(str(p) for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not found:
+            raise InputError(f"{path}: found no picture here, expected files that end in {', '.join(SUFFIXES)}")
+        return found
+    if not place.is_file():
+        raise InputError(f"{path}: no such file or folder")
+    return [path]

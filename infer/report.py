@@ -10,6 +10,7 @@ from pathlib import Path
 from infer.gallery import Item, Picture, write_contact_sheet, write_gallery
 from infer.manifest import Manifest
 from infer.measure import CompileClock
+from infer.method import Method
 from infer.rows import BadRow, Row
 
 
@@ -38,6 +39,7 @@ def write_overview(
     manifest: Manifest,
     times: Times,
     cuts: dict[Row, str],
+    method: Method,
 ) -> None:
     """Write gallery.html and contact_sheet.png over all rows of the job, drawn now or before."""
     items = []
@@ -54,8 +56,10 @@ def write_overview(
             shown["from"] = f"{Path(row.image).name}, strength {row.strength:g}"
         if row.labels is not None:
             shown["VMix"] = f"{row.labels} x {row.vmix_scale:g}"
-        picture = Picture(row.file_name, record["width"], record["height"])
-        items.append(Item(row.prompt, [picture], shown))
+        inputs = method.inputs(row, out)
+        label = "result" if inputs else ""
+        picture = Picture(row.file_name, record["width"], record["height"], label)
+        items.append(Item(method.caption(row), [*inputs, picture], shown | method.shown(row)))
     items += [Item("", error=str(failed)) for failed in bad]
     facts = {"model": model, "images": str(len(rows))}
     if bad:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,39 @@ class Defaults:
     vmix_scale: float | None = None
 
 
+@dataclass(frozen=True)
+class Field:
+    """A field that a method adds to the rows: how it is checked, and what a row gets that does not name it.
+
+    Values are hashable; `stored` turns one into what JSON holds.
+    """
+
+    check: Callable[[str, Any], Any]
+    default: Any = None
+    stored: Callable[[Any], Any] = lambda value: value
+
+
+Fields = Mapping[str, Field]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row(Defaults):
     """One image to draw.
 
     `number` is the row's place in its file, from 0; `where` names it in messages. What is None is filled in by
-    `complete`.
+    `complete`. `extra` holds the fields that a method added, and what of them goes into the settings.
     """
 
     number: int
     where: str
     prompt: str
     id: str | None = None
+    extra: tuple[tuple[str, Any], ...] = ()
+    stored: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a field that a method added."""
+        return dict(self.extra)[key]
 
     def complete(self, **defaults: Any) -> Row:
         """Return the row with the defaults of the model where neither the row nor the command line said anything."""
@@ -69,7 +90,8 @@ class Row(Defaults):
     def settings(self) -> dict[str, Any]:
         """Return what the image depends on, as it is written into the PNG and the manifest."""
         held = asdict(self)
-        del held["where"]
+        for key in ("where", "extra", "stored"):
+            del held[key]
         if self.image is None:
             del held["strength"]
         if not held["guidance_rescale"]:
@@ -77,7 +99,7 @@ class Row(Defaults):
         for key in ("image", "mask", "labels", "vmix_scale"):  # only where they are used
             if held[key] is None:
                 del held[key]
-        return {"row": held.pop("number"), "prompt": held.pop("prompt"), **held}
+        return {"row": held.pop("number"), "prompt": held.pop("prompt"), **held, **self.stored}
 
 
 @dataclass(frozen=True)
@@ -95,8 +117,10 @@ class BadRow:
 FIELDS = ("prompt", "id", *(field.name for field in fields(Defaults)))
 
 
-def read_rows(path: str | Path, defaults: Defaults) -> tuple[list[Row], list[BadRow]]:
-    """Read a .txt (one prompt a line) or .jsonl file (one object a line, see FIELDS) into good and bad rows.
+def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None) -> tuple[list[Row], list[BadRow]]:
+    """Read a .txt (one prompt a line) or .jsonl file (one object a line) into good and bad rows.
+
+    An object's keys are FIELDS and those that a method `added`.
 
     Raises InputError where the file as a whole is no use: missing, empty, not text, or of another kind.
     """
@@ -116,21 +140,32 @@ def read_rows(path: str | Path, defaults: Defaults) -> tuple[list[Row], list[Bad
     if not lines:
         raise InputError(f"{path}: the prompt file is empty")
     contents = ((f"{path.name}:{number + 1}", line.removesuffix("\r")) for number, line in enumerate(lines))
-    return _collect(contents, kinds[path.suffix], defaults)
+    return _collect(contents, kinds[path.suffix], defaults, added or {})
 
 
-def rows_of_prompts(prompts: Iterable[str], defaults: Defaults) -> tuple[list[Row], list[BadRow]]:
+def rows_of_prompts(
+    prompts: Iterable[str], defaults: Defaults, added: Fields | None = None
+) -> tuple[list[Row], list[BadRow]]:
     """Return rows for prompts given on the command line, under the same rules as the lines of a .txt file."""
-    return _collect((("--prompt", prompt) for prompt in prompts), _from_text, defaults)
+    return _collect((("--prompt", prompt) for prompt in prompts), _from_text, defaults, added or {})
 
 
-def _collect(contents: Iterable[tuple[str, str]], parse: Any, defaults: Defaults) -> tuple[list[Row], list[BadRow]]:
+def rows_of_objects(
+    objects: Iterable[tuple[str, Mapping[str, Any]]], defaults: Defaults, added: Fields | None = None
+) -> tuple[list[Row], list[BadRow]]:
+    """Return rows for (where, fields), under the same rules as the lines of a .jsonl file."""
+    return _collect(objects, dict, defaults, added or {})
+
+
+def _collect(
+    contents: Iterable[tuple[str, Any]], parse: Any, defaults: Defaults, added: Fields
+) -> tuple[list[Row], list[BadRow]]:
     good: list[Row] = []
     bad: list[BadRow] = []
     owners: dict[str, str] = {}
     for number, (where, line) in enumerate(contents):
         try:
-            row = _row(number, where, parse(line), defaults)
+            row = _row(number, where, parse(line), defaults, added)
             if row.id is not None and row.id in owners:
                 raise InputError(f"id: '{row.id}' is already the id of {owners[row.id]}")
         except InputError as error:
@@ -162,18 +197,25 @@ def _from_json(line: str) -> dict[str, Any]:
     return content
 
 
-def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults) -> Row:
+def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults, added: Fields) -> Row:
     for key in content:
-        if key not in FIELDS:
-            raise InputError(f"unknown field '{key}'{near_misses(key, FIELDS)}")
-    if "prompt" not in content:
+        if key not in FIELDS and key not in added:
+            raise InputError(f"unknown field '{key}'{near_misses(key, (*FIELDS, *added))}")
+    if "prompt" not in content and "prompt" not in added:
         raise InputError("no field 'prompt'")
     given = {key: value for key, value in content.items() if value is not None}
     flags = {**vars(defaults), "seed": defaults.seed + number}
     values: dict[str, Any] = {key: value for key in FIELDS if (value := given.get(key, flags.get(key))) is not None}
-    values["prompt"] = content["prompt"]  # null is no prompt, elsewhere it is nothing said
+    values["prompt"] = content.get("prompt", "")  # null is no prompt, elsewhere it is nothing said
     checked: dict[str, Any] = {key: _CHECKS[key](key, value) for key, value in values.items()}
-    row = Row(number=number, where=where, **checked)
+    extra = {}
+    for key, one in added.items():
+        if key == "prompt":  # only says that a row may do without one
+            continue
+        value = given.get(key, one.default)
+        extra[key] = None if value is None else one.check(key, value)
+    stored = {key: added[key].stored(value) for key, value in extra.items() if value is not None}
+    row = Row(number=number, where=where, **checked, extra=tuple(extra.items()), stored=stored)
     if row.mask is not None and row.image is None:
         raise InputError("mask: found a mask without an image, expected the image to repaint")
     return row
@@ -273,12 +315,12 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-def buckets(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield the rows that share a compiled program, in order of first appearance."""
+def buckets(rows: Iterable[Row], program: Callable[[Row], Any] = lambda row: None) -> Iterator[list[Row]]:
+    """Yield the rows that share a compiled program (and `program`), in order of first appearance."""
     held: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         assert row.steps is not None, "complete() the rows first"
-        held.setdefault(row.program, []).append(row)
+        held.setdefault((row.program, program(row)), []).append(row)
     yield from held.values()
 
 

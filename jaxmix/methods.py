@@ -13,7 +13,7 @@ import numpy as np
 from jaxmix.control import QKV
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.controls import style_aligned as aligned
-from jaxmix.controls.style_id import GAMMA, TEMPERATURE, StyleIDControl, adain_latents
+from jaxmix.controls.style_id import GAMMA, TEMPERATURE, StyleIDControl, StyleIDRowsControl, adain_latents
 from jaxmix.models.unet import norm_sites, sites
 from jaxmix.programs import Pinned
 from jaxmix.types import AnyArray, Array, InputError
@@ -285,6 +285,78 @@ def style_id(
         strength=row_numbers("strength", strength),
         sites="|".join(f"^{re.escape(site)}$" for site in content.features),
     )
+
+
+def style_id_rows(
+    pipe: Pipeline,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    gamma: float | Sequence[float] = GAMMA,
+    temperature: float | Sequence[float] = TEMPERATURE,
+    strength: float | Sequence[float] = 1.0,
+    pairing: str = "reference",
+) -> StyleIDRowsControl:
+    """Return StyleID's control for rows (content, style, result) of each pair, the first two held to their courses."""
+    n = len(pairs)
+
+    def row_numbers(value: float | Sequence[float], beside: float) -> Array:
+        results = np.broadcast_to(np.asarray(value, np.float32), (n,))
+        return jnp.asarray(
+            np.stack([np.full((n,), beside), np.full((n,), beside), results], 1).reshape(-1), jnp.float32
+        )
+
+    return StyleIDRowsControl(
+        content=jnp.asarray([0, 0, 2] * n, jnp.int32),
+        style=jnp.asarray([0, 0, 1] * n, jnp.int32),
+        gamma=row_numbers(gamma, 0.0),
+        temperature=row_numbers(temperature, 1.0),
+        strength=row_numbers(strength, 0.0),
+        sites=style_id_sites(pipe, pairing),
+    )
+
+
+def draw_pairs(
+    pipe: Pipeline,
+    found: Inverted,
+    pairs: Sequence[tuple[int, int]],
+    arguments: dict[str, Any],
+    *,
+    gamma: float | Sequence[float] = GAMMA,
+    temperature: float | Sequence[float] = TEMPERATURE,
+    strength: float | Sequence[float] = 1.0,
+    adain: bool = True,
+    pairing: str = "reference",
+    stored: bool = True,
+) -> np.ndarray:
+    """Draw pairs (content, style) of inverted images by StyleID, and return what `Pipeline.generate` does.
+
+    ``arguments`` are those of `Pipeline.generate`, one of each list a pair. ``pairing`` "reference" is the authors'
+    code: features by the state at their own timestep, and the noise of the last one of all given to the second step,
+    the first being skipped; "diffusers" is its port, which skips nothing. ``stored`` reads the features that the
+    inversion recorded; else each pair is three rows, which compute them.
+    """
+    n = len(pairs)
+    c, s = (jnp.asarray([pair[i] for pair in pairs]) for i in (0, 1))
+    start = style_id_start(found, found, pairs) if adain else found.noise[c]
+    numbers = {"gamma": gamma, "temperature": temperature, "strength": strength}
+    common = {**arguments, "guided": False, "start": int(pairing == "reference")}
+    more = tuple(common.pop("controls", ()))
+    prompts = common.pop("prompts", None) or [""] * n
+    if stored:
+        control = style_id(found, found, pairs, **numbers)
+        return pipe.generate(prompts, latents=start, controls=(*more, control), **common)
+    if more:
+        raise InputError("controls: found some beside rows of pictures, expected stored features with them")
+    seen = found.seen()
+    rows = jnp.stack([found.noise[c], found.noise[s], start], 1).reshape(3 * n, *start.shape[1:])
+    courses = jnp.stack([seen[c], seen[s]], 1).reshape(2 * n, *seen.shape[1:])
+    pinned = hold(courses, [3 * i + j for i in range(n) for j in (0, 1)], 3 * n)
+    control = style_id_rows(pipe, pairs, pairing=pairing, **numbers)
+    for key, value in common.items():
+        if isinstance(value, (list, tuple)) and len(value) == n:
+            common[key] = [x for x in value for _ in range(3)]
+    prompts = [x for x in prompts for _ in range(3)]
+    return pipe.generate(prompts, latents=rows, controls=(control,), pinned=pinned, **common)[2::3]
 
 
 def style_id_start(content: Inverted, style: Inverted, pairs: Sequence[tuple[int, int]]) -> Array:
