@@ -158,7 +158,10 @@ def job(config: Config, method: Method) -> int:
     return draw(config, rows, bad, load, mesh, adapters, method)
 
 
-def collect_rows(config: Config, method: Method) -> tuple[list[Row], list[BadRow]]:
+def collect_rows(
+    config: Config,
+    method: Method = Method(),  # noqa: B008 - it holds nothing
+) -> tuple[list[Row], list[BadRow]]:
     """Return the job's good and bad rows; raises InputError if the job as a whole cannot be read."""
     defaults = Defaults(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Defaults)})
     named = method.objects()

@@ -3,11 +3,13 @@
 from jaxmix.adapters import VMix
 from jaxmix.control import KV, QKV, Control, Moments, Site, gate, per_row, static
 from jaxmix.fusing import MagicFusion
+from jaxmix.inverted import Inverted, hold
 from jaxmix.loading import from_flax, load
 from jaxmix.loras import LoRA, apply_loras
-from jaxmix.methods import Inverted, Segment, dense_diffusion, hold, style_aligned, style_id
+from jaxmix.methods import Segment, dense_diffusion, style_aligned
 from jaxmix.pipeline import Pipeline
 from jaxmix.sharding import data_mesh
+from jaxmix.style_transfer import style_id
 from jaxmix.types import InputError
 
 __version__ = "0.1.0"

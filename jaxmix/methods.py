@@ -1,8 +1,7 @@
-"""The training-free methods for a pipeline: prompts, masks and pictures in, controls out."""
+"""DenseDiffusion and StyleAligned for a pipeline: prompts, masks and groups in, controls out."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,12 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.control import QKV
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.controls import style_aligned as aligned
-from jaxmix.controls.style_id import GAMMA, TEMPERATURE, StyleIDControl, StyleIDRowsControl, adain_latents
 from jaxmix.models.unet import norm_sites, sites
-from jaxmix.programs import Pinned
 from jaxmix.types import AnyArray, Array, InputError
 
 if TYPE_CHECKING:
@@ -168,7 +164,7 @@ def style_aligned(
     names = [site.name for site in _sites(pipe, hw) if site.name.endswith(".attn1")]
     if sites is None:
         if swap:
-            names = [name for name in names if name.startswith(_up_blocks(names)[-1] + ".")]
+            names = [name for name in names if name.startswith(up_blocks(names)[-1] + ".")]
         else:
             # In the order in which the reference counts them: the middle block comes last.
             names.sort(key=lambda name: name.startswith("mid_block"))
@@ -189,177 +185,6 @@ def _sites(pipe: Pipeline, hw: tuple[int, int]) -> Any:
     return sites(pipe.unet.config, hw)
 
 
-def _up_blocks(names: Sequence[str]) -> list[str]:
+def up_blocks(names: Sequence[str]) -> list[str]:
     """Return the up blocks that hold the named sites, in the order in which they run."""
     return sorted({".".join(name.split(".")[:2]) for name in names if name.startswith("up_blocks.")})
-
-
-# Inversion and StyleID ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Inverted:
-    """The DDIM inversion of n images over S steps, as `Pipeline.invert` found it.
-
-    ``states`` (n, S + 1, h, w, c) go from the image to the noise. ``features`` maps each recorded site to its q, k and
-    v (n, S, tokens, heads, d), before controls. ``label`` is that of the inversion.
-    """
-
-    states: Array
-    features: dict[str, QKV]
-    label: str
-
-    @property
-    def noise(self) -> Array:
-        """The noise (n, h, w, c) that would draw the images."""
-        return self.states[:, -1]
-
-    def course(self, offset: int = 0) -> Array:
-        """Return the states (n, S + 1, h, w, c) before each step of a sampling run, and at its end.
-
-        An ``offset`` starts the course so many steps ahead of the run, which then waits for it: StyleAligned's
-        references are cleaner than their timestep says.
-        """
-        steps = self.states.shape[1] - 1
-        if not 0 <= offset < steps:
-            raise InputError(f"offset: found {offset}, expected 0 to {steps - 1}")
-        ahead = np.maximum(np.arange(steps + 1), offset + 1)
-        ahead[0] = offset
-        return self.states[:, ::-1][:, ahead]
-
-    def seen(self) -> Array:
-        """Return the states on which each step of a sampling run finds the features of its timestep; last the image."""
-        return jnp.concatenate([self.states[:, :-1][:, ::-1], self.states[:, :1]], 1)
-
-
-def hold(courses: Array, rows: Sequence[int], n: int) -> Pinned:
-    """Hold the images ``rows`` of a batch of ``n`` to their courses (len(rows), S + 1, h, w, c)."""
-    states = jnp.zeros((n, *courses.shape[1:]), courses.dtype).at[jnp.asarray(rows)].set(courses)
-    return Pinned(states, jnp.zeros((n,)).at[jnp.asarray(rows)].set(1.0))
-
-
-def style_id_sites(pipe: Pipeline, pairing: str = "reference") -> str:
-    """Return the pattern of the attn1 that StyleID edits: those of the last two up blocks with attention.
-
-    In SD 1 and 2 these are the authors' (up_blocks.2 and 3); the port to diffusers leaves out the first of them.
-    """
-    names = [s.name for s in _sites(pipe, pipe.latent_shape[:2]) if s.name.endswith(".attn1")]
-    blocks = _up_blocks(names)[-2:]
-    names = [name for name in names if any(name.startswith(block + ".") for block in blocks)]
-    if pairing == "diffusers":
-        names = names[1:]
-    return "|".join(f"^{re.escape(name)}$" for name in names)
-
-
-def style_id(
-    content: Inverted,
-    style: Inverted,
-    pairs: Sequence[tuple[int, int]],
-    *,
-    gamma: float | Sequence[float] = GAMMA,
-    temperature: float | Sequence[float] = TEMPERATURE,
-    strength: float | Sequence[float] = 1.0,
-) -> StyleIDControl:
-    """Return StyleID's control for pairs (content image, style image) of two inversions that recorded features."""
-    n = len(pairs)
-    if not content.features or content.features.keys() != style.features.keys():
-        raise InputError("StyleID: found inversions without the same recorded sites, expected record=... in both")
-
-    def row_numbers(name: str, value: float | Sequence[float]) -> Array:
-        found = np.asarray(value, np.float32)
-        if found.shape not in ((), (n,)) or not np.isfinite(found).all():
-            raise InputError(f"{name}: found {value!r}, expected a number, or one for each of the {n} pairs")
-        return jnp.asarray(np.broadcast_to(found, (n,)))
-
-    def by_step(x: Array) -> Array:  # (n, steps, ...), ascending, to the order of sampling
-        return jnp.swapaxes(x, 0, 1)[::-1]
-
-    return StyleIDControl(
-        q={site: by_step(x.q) for site, x in content.features.items()},
-        k={site: by_step(x.k) for site, x in style.features.items()},
-        v={site: by_step(x.v) for site, x in style.features.items()},
-        content=jnp.asarray([c for c, _ in pairs], jnp.int32),
-        style=jnp.asarray([s for _, s in pairs], jnp.int32),
-        gamma=row_numbers("gamma", gamma),
-        temperature=row_numbers("temperature", temperature),
-        strength=row_numbers("strength", strength),
-        sites="|".join(f"^{re.escape(site)}$" for site in content.features),
-    )
-
-
-def style_id_rows(
-    pipe: Pipeline,
-    pairs: Sequence[tuple[int, int]],
-    *,
-    gamma: float | Sequence[float] = GAMMA,
-    temperature: float | Sequence[float] = TEMPERATURE,
-    strength: float | Sequence[float] = 1.0,
-    pairing: str = "reference",
-) -> StyleIDRowsControl:
-    """Return StyleID's control for rows (content, style, result) of each pair, the first two held to their courses."""
-    n = len(pairs)
-
-    def row_numbers(value: float | Sequence[float], beside: float) -> Array:
-        results = np.broadcast_to(np.asarray(value, np.float32), (n,))
-        return jnp.asarray(
-            np.stack([np.full((n,), beside), np.full((n,), beside), results], 1).reshape(-1), jnp.float32
-        )
-
-    return StyleIDRowsControl(
-        content=jnp.asarray([0, 0, 2] * n, jnp.int32),
-        style=jnp.asarray([0, 0, 1] * n, jnp.int32),
-        gamma=row_numbers(gamma, 0.0),
-        temperature=row_numbers(temperature, 1.0),
-        strength=row_numbers(strength, 0.0),
-        sites=style_id_sites(pipe, pairing),
-    )
-
-
-def draw_pairs(
-    pipe: Pipeline,
-    found: Inverted,
-    pairs: Sequence[tuple[int, int]],
-    arguments: dict[str, Any],
-    *,
-    gamma: float | Sequence[float] = GAMMA,
-    temperature: float | Sequence[float] = TEMPERATURE,
-    strength: float | Sequence[float] = 1.0,
-    adain: bool = True,
-    pairing: str = "reference",
-    stored: bool = True,
-) -> np.ndarray:
-    """Draw pairs (content, style) of inverted images by StyleID, and return what `Pipeline.generate` does.
-
-    ``arguments`` are those of `Pipeline.generate`, one of each list a pair. ``pairing`` "reference" is the authors'
-    code: features by the state at their own timestep, and the noise of the last one of all given to the second step,
-    the first being skipped; "diffusers" is its port, which skips nothing. ``stored`` reads the features that the
-    inversion recorded; else each pair is three rows, which compute them.
-    """
-    n = len(pairs)
-    c, s = (jnp.asarray([pair[i] for pair in pairs]) for i in (0, 1))
-    start = style_id_start(found, found, pairs) if adain else found.noise[c]
-    numbers = {"gamma": gamma, "temperature": temperature, "strength": strength}
-    common = {**arguments, "guided": False, "start": int(pairing == "reference")}
-    more = tuple(common.pop("controls", ()))
-    prompts = common.pop("prompts", None) or [""] * n
-    if stored:
-        control = style_id(found, found, pairs, **numbers)
-        return pipe.generate(prompts, latents=start, controls=(*more, control), **common)
-    if more:
-        raise InputError("controls: found some beside rows of pictures, expected stored features with them")
-    seen = found.seen()
-    rows = jnp.stack([found.noise[c], found.noise[s], start], 1).reshape(3 * n, *start.shape[1:])
-    courses = jnp.stack([seen[c], seen[s]], 1).reshape(2 * n, *seen.shape[1:])
-    pinned = hold(courses, [3 * i + j for i in range(n) for j in (0, 1)], 3 * n)
-    control = style_id_rows(pipe, pairs, pairing=pairing, **numbers)
-    for key, value in common.items():
-        if isinstance(value, (list, tuple)) and len(value) == n:
-            common[key] = [x for x in value for _ in range(3)]
-    prompts = [x for x in prompts for _ in range(3)]
-    return pipe.generate(prompts, latents=rows, controls=(control,), pinned=pinned, **common)[2::3]
-
-
-def style_id_start(content: Inverted, style: Inverted, pairs: Sequence[tuple[int, int]]) -> Array:
-    """Return StyleID's start: the noise of each content with the statistics of that of its style."""
-    c, s = (jnp.asarray([pair[i] for pair in pairs]) for i in (0, 1))
-    return adain_latents(content.noise[c], style.noise[s])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from jaxtyping import Float
 
 from jaxmix import control as seam
 from jaxmix import prompts as text
+from jaxmix.batches import batches, of_shape, per_image, shrink_masks, to_uint8
 from jaxmix.control import Control
 from jaxmix.fusing import MagicFusion
-from jaxmix.methods import Inverted
+from jaxmix.inverted import Inverted
 from jaxmix.models import AddedCond, AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from jaxmix.models.clip import TextStates
 from jaxmix.models.unet import norm_sites, sites
@@ -27,7 +28,6 @@ from jaxmix.programs import Job, Pinned, decode, denoise, draw_noise, encode_ima
 from jaxmix.samplers import DDIMInversion, image_to_image_start, make_solver, seed_array
 from jaxmix.saving import save_pipeline
 from jaxmix.schedule import NoiseSchedule
-from jaxmix.sharding import DATA
 from jaxmix.types import AnyArray, Array, InputError, Params
 
 
@@ -231,10 +231,10 @@ class Pipeline:
         for name, found in (("seeds", seeds), ("negative_prompts", negatives)):
             if isinstance(found, str) or len(found) != n:
                 raise InputError(f"{name}: found {len(found)}, expected one for each of the {n} prompts")
-        scale = _per_image(
+        scale = per_image(
             "guidance_scale", self.default_guidance_scale if guidance_scale is None else guidance_scale, n
         )
-        rescale = _per_image("guidance_rescale", guidance_rescale, n)
+        rescale = per_image("guidance_rescale", guidance_rescale, n)
 
         image, mask = None, None
         if images is not None:
@@ -244,7 +244,7 @@ class Pipeline:
             image = self.encode_images(images)
             height, width = np.shape(images)[1:3]
             if masks is not None:
-                mask = _shrink_masks(masks, np.shape(images)[:3], self.vae.config.factor)
+                mask = shrink_masks(masks, np.shape(images)[:3], self.vae.config.factor)
         elif masks is not None:
             raise InputError("masks: found masks without images, expected the images to repaint")
         if not 0 <= start < solver.steps:
@@ -262,7 +262,7 @@ class Pipeline:
         sizes = (*(original_size or size), *crop, *(target_size or size))
         states, added = self.condition(prompts, negatives, sizes)
         if context is not None:
-            states = states.at[:, 1].set(_like("context", context, states[:, 1]))
+            states = states.at[:, 1].set(of_shape("context", context, states[:, 1].shape))
         bound = None
         if fusion is not None:
             if not guided or rescale.any():
@@ -275,7 +275,7 @@ class Pipeline:
         if not guided:
             states, added = states[:, 1:], None if added is None else AddedCond(*(x[:, 1:] for x in added))
         if pinned is not None:
-            _like("pinned.states", pinned.states, jax.ShapeDtypeStruct((n, solver.steps + 1, *noise.shape[1:]), float))
+            of_shape("pinned.states", pinned.states, (n, solver.steps + 1, *noise.shape[1:]))
         job = Job(
             noise=noise,
             context=states,
@@ -291,7 +291,7 @@ class Pipeline:
         run = functools.partial(denoise, self.unet, start, mesh, self.params["unet"], solver)
         plan, expert = (None, None) if bound is None else (bound.fusion, bound.expert)
         parts = []
-        for rows, kept in _batches(n, batch_size, mesh, (*controls, *(() if expert is None else expert.controls))):
+        for rows, kept in batches(n, batch_size, mesh, (*controls, *(() if expert is None else expert.controls))):
             live = tuple(seam.take_rows(seam.tile_rows(c, n), rows) for c in controls)
             second = None
             if expert is not None:
@@ -299,7 +299,7 @@ class Pipeline:
             x = run(job.take(rows), live, plan, second)
             if output != "latent":
                 x = decode(self.vae, mesh, tile, self.params["vae"], x)
-            parts.append((_to_uint8(x) if output == "uint8" else np.asarray(x))[:kept])
+            parts.append((to_uint8(x) if output == "uint8" else np.asarray(x))[:kept])
         return np.concatenate(parts)
 
     def invert(
@@ -342,11 +342,11 @@ class Pipeline:
         states, added = self.condition(prompts, [None] * n, (*size, 0, 0, *size))
         if guidance_scale is None:
             states, added = states[:, 1:], None if added is None else AddedCond(*(x[:, 1:] for x in added))
-        scale = _per_image("guidance_scale", 1.0 if guidance_scale is None else guidance_scale, n)
+        scale = per_image("guidance_scale", 1.0 if guidance_scale is None else guidance_scale, n)
         job = Job(noise=x0, context=states, guidance_scale=jnp.asarray(scale), added=added)
         inversion = DDIMInversion.create(self.schedule, steps, label)
         parts = []
-        for rows, kept in _batches(n, batch_size, mesh, controls):
+        for rows, kept in batches(n, batch_size, mesh, controls):
             live = tuple(seam.take_rows(seam.tile_rows(c, n), rows) for c in controls)
             found = invert_rows(self.unet, mesh, recorded, self.params["unet"], inversion, job.take(rows), live)
             parts.append(jax.tree.map(lambda y, kept=kept: y[:kept], found))
@@ -360,7 +360,7 @@ class Pipeline:
 
         ``tile`` (latent cells) decodes in overlapping tiles of that side, in the memory of one.
         """
-        return _to_uint8(decode(self.vae, mesh, tile, self.params["vae"], jnp.asarray(latents)))
+        return to_uint8(decode(self.vae, mesh, tile, self.params["vae"], jnp.asarray(latents)))
 
     # Files -------------------------------------------------------------------------------------------------------
 
@@ -370,44 +370,3 @@ class Pipeline:
         ``dtype`` (such as ``jnp.float16``) casts the weights on the way.
         """
         save_pipeline(self, path, dtype)
-
-
-def _per_image(name: str, value: float | Sequence[float], n: int) -> np.ndarray:
-    numbers = np.asarray(value, np.float32)
-    if numbers.shape not in ((), (n,)):
-        raise InputError(f"{name}: found {len(numbers)} values, expected 1 or one for each of the {n} prompts")
-    return np.broadcast_to(numbers, (n,))
-
-
-def _like(name: str, value: AnyArray, like: Any) -> Array:
-    if np.shape(value) != like.shape:
-        raise InputError(f"{name}: found shape {np.shape(value)}, expected {like.shape}")
-    return jnp.asarray(value, jnp.float32)
-
-
-def _batches(
-    n: int, batch_size: int | None, mesh: Mesh | None, controls: Sequence[Control]
-) -> Iterator[tuple[Array, int]]:
-    """Yield (the rows of a batch, how many of them count); the tail repeats the last image.
-
-    Raises `InputError` before the first if a control's rows look at rows of another batch or device.
-    """
-    devices = 1 if mesh is None else mesh.shape[DATA]
-    together = -(-(batch_size or n) // devices) * devices
-    for control in controls:
-        seam.check_batches(seam.tile_rows(control, n), n, together // devices)
-    for first in range(0, n, together):
-        yield jnp.minimum(jnp.arange(first, first + together), n - 1), n - first
-
-
-def _shrink_masks(masks: AnyArray, shape: tuple[int, ...], factor: int) -> Float[Array, "n h w 1"]:
-    """Return masks at the latents' size, by nearest neighbour, 0 or 1."""
-    masks = np.asarray(masks)
-    if masks.shape != shape:
-        raise InputError(f"masks: found shape {masks.shape}, expected that of the images, {shape}")
-    whole = 255 if masks.dtype == np.uint8 and masks.max(initial=0) > 1 else 1
-    return jnp.asarray(masks[:, ::factor, ::factor, None] >= whole / 2, jnp.float32)
-
-
-def _to_uint8(images: Array) -> np.ndarray:
-    return np.asarray(jnp.round(images * 255.0).astype(jnp.uint8))

@@ -10,7 +10,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GROUND_FLOOR = {"types", "control", "kernels", "schedule", "sharding", "command"}
 ROOMS = {"models", "weights", "controls", "samplers", "tuning"}
-ROOF = {"pipeline", "programs", "prompts", "loading", "saving", "adapters", "loras", "__init__"}
+ROOF = {
+    "pipeline",
+    "programs",
+    "batches",
+    "fusing",
+    "inverted",
+    "methods",
+    "style_transfer",
+    "prompts",
+    "loading",
+    "saving",
+    "adapters",
+    "loras",
+    "__init__",
+}
 TOP_LEVEL = {"LICENSE", "README.md", "configs", "infer", "jaxmix", "pyproject.toml", "scripts", "tests", "train"}
 HEAVY = ("torch", "diffusers", "transformers", "grain", "orbax", "PIL", "tensorboardX", "jsonargparse", "tqdm")
 

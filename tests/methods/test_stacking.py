@@ -10,8 +10,8 @@ import pytest
 
 import jaxmix
 from jaxmix import InputError, MagicFusion, Segment, dense_diffusion, style_aligned, style_id
-from jaxmix.methods import style_id_sites
 from jaxmix.programs import denoise
+from jaxmix.style_transfer import style_id_sites
 from jaxmix.tuning import lora
 
 README = Path(__file__).parents[2] / "jaxmix" / "README.md"

@@ -8,9 +8,9 @@ import pytest
 from jaxmix import InputError, Site, hold, style_id
 from jaxmix.control import QKV, attend
 from jaxmix.controls.style_id import StyleIDControl, StyleIDRowsControl, adain_latents
-from jaxmix.methods import style_id_sites, style_id_start
 from jaxmix.samplers import DDIM, DDIMInversion, Phase, invert, sample
 from jaxmix.schedule import NoiseSchedule
+from jaxmix.style_transfer import style_id_sites, style_id_start
 
 from . import by_hand
 
