@@ -9,6 +9,8 @@ from jaxmix import InputError, Segment, Site, dense_diffusion
 from jaxmix.control import QKV, attend, phases
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.models.unet import sites
+from jaxmix.programs import Job, denoise
+from jaxmix.samplers import DDIM
 
 from . import by_hand
 
@@ -177,6 +179,24 @@ def test_layouts_of_other_heights_and_widths(tiny_pipeline):
     assert set(made.control.pixels) == {
         f"{h}x{w}" for h, w in {s.hw for s in sites(tiny_pipeline.unet.config, (12, 6))}
     }
+
+
+def test_steps_outside_the_window_run_the_plain_program(tiny_pipeline):
+    """Two loops: in the second every operation is one of the sampler's without a layout, so the fused kernels run."""
+    pipe = tiny_pipeline
+    made = halves(pipe)
+    context = pipe.encode_prompt(["", "a red car on the snow", "", "a dog"]).reshape(2, 2, 32, 16)
+    job = Job(pipe.initial_latents([0, 1]), context, jnp.ones((2,)))
+
+    def loops(*controls):
+        args = (pipe.params["unet"], DDIM.create(pipe.schedule, 10), job, controls)
+        jaxpr = jax.make_jaxpr(lambda *a: denoise.__wrapped__(pipe.unet, 0, None, *a))(*args)
+        bodies = [e.params["jaxpr"].jaxpr.eqns for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
+        return [[(e.primitive.name, tuple(v.aval.shape for v in e.outvars)) for e in body] for body in bodies]
+
+    (plain,), (inside, outside) = loops(), loops(made.control)
+    assert outside == plain
+    assert len(inside) > len(plain)
 
 
 HALF = np.pad(np.ones((16, 8), bool), ((0, 0), (0, 8)))
