@@ -120,7 +120,8 @@ class Dense(Method):
     def inputs(self, row: Row, out: Path) -> list[Picture]:
         """Show the layout."""
         assert row.height is not None and row.width is not None
-        return [Picture(_layout_name(row), row.width, row.height, "layout")]
+        scale = layouts.enlargement(row.width)
+        return [Picture(_layout_name(row), row.width * scale, row.height * scale, "layout")]
 
     def shown(self, row: Row) -> dict[str, str]:
         """Say the weights."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from infer.gallery import CELL
 from infer.pictures import mask_of
 from infer.rows import check_file, check_text
 from jaxmix.types import InputError
@@ -112,9 +113,14 @@ def _numbers(where: str, value: Any, count: int) -> list[float]:
     return [float(x) for x in value]
 
 
+def enlargement(width: int) -> int:
+    """Return how many times larger the picture of a layout is, so that its words can be read."""
+    return max(1, round(CELL / width))
+
+
 def picture(places: Sequence[Place], height: int, width: int) -> Image.Image:
-    """Return the layout as people look at it: each segment in its colour with its phrase, twice the size if small."""
-    scale = max(1, -(-208 // width))
+    """Return the layout as people look at it: each segment in its colour with its phrase, enlarged if small."""
+    scale = enlargement(width)
     canvas = np.full((height, width, 3), 255, np.float32)
     for i, place in enumerate(places):
         color = np.asarray([int(COLORS[i % len(COLORS)][j : j + 2], 16) for j in (1, 3, 5)], np.float32)

@@ -115,8 +115,8 @@ def test_segments_that_cannot_be_read_are_one_line(value, message):
 def test_the_picture_of_a_layout_has_its_places():
     places = check_segments("segments", "a dog @ 0,0,0.5,1; the snow @ 0.5,0,1,0.5")
     shown = np.asarray(picture(places, 64, 64))
-    colors = {tuple(shown[y, x]) for y, x in ((5, 5), (5, 250), (250, 250))}
-    assert shown.shape == (256, 256, 3) and len(colors) == 3 and (255, 255, 255) in colors
+    colors = {tuple(shown[y, x]) for y, x in ((5, 5), (5, 185), (185, 185))}
+    assert shown.shape == (192, 192, 3) and len(colors) == 3 and (255, 255, 255) in colors
 
 
 @pytest.mark.slow
