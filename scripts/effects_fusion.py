@@ -32,7 +32,7 @@ def fused(n: int, seed: int, style: str = "pixel") -> list[Fused]:
     backgrounds, styles = sorted(BACKGROUND_WORDS), list(scenes.styles)
     found = []
     for i in range(n):
-        rng = np.random.Generator(np.random.Philox(key=[seed, 0xF5, i]))
+        rng = np.random.Generator(np.random.Philox(key=[seed, (0xF5 << 32) + i]))
         first, second = (int(x) for x in rng.choice(scenes.objects, 2, replace=False))
         where = BACKGROUND_WORDS[backgrounds[rng.integers(len(backgrounds))]]
         names = [with_article(scenes.atlas.objects[o]) for o in (first, second)]

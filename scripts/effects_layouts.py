@@ -16,7 +16,7 @@ from jaxmix.control import Site, gate, per_row
 from jaxmix.controls.dense_diffusion import DenseDiffusionControl
 from jaxmix.types import Array
 from train.scenes import Scenes
-from train.scenes.captions import with_article
+from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
 from train.scorer import SIZE, Scorer
 from train.segmenter import Segmenter
 
@@ -48,28 +48,32 @@ def box_mask(box: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def cases(n: int, seed: int, count: int) -> list[Case]:
-    """Paint n scenes of `count` objects that training never shows (two: in these relations), and box their objects."""
-    split = "held_out_relations" if count == 2 else "held_out_pairs"
+    """Paint n scenes of `count` objects and box them; the captions name the objects in any order and say no place.
+
+    Training always says how two objects stand, and the model places them by those words alone: here only the layout
+    knows. Every second caption names them in the other order than they stand.
+    """
     scenes = Scenes(
-        split=split, seed=seed, two_objects=float(count == 2), three_objects=float(count == 3), labelled=0.0
+        split="all", seed=seed, two_objects=float(count == 2), three_objects=float(count == 3), labelled=0.0
     )
-    found: list[Case] = []
-    index = 0
-    while len(found) < n:
-        rng = np.random.Generator(np.random.Philox(key=[seed, index]))
-        index += 1
+    found = []
+    for index in range(n):
+        rng = np.random.Generator(np.random.Philox(key=[seed, (count << 32) + index]))
         plan = scenes.plan(rng)
-        if len(plan.objects) != count:
-            continue
         image, masks = scenes.render(plan, rng)
+        names = [scenes.atlas.objects[number] for number in plan.objects]
         objects = []
-        for mask, number in zip(masks[:count], plan.objects, strict=True):
+        for mask, number, name in zip(masks[:count], plan.objects, names, strict=True):
             rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
             box = [columns[0] - MARGIN, rows[0] - MARGIN, columns[-1] + 1 + MARGIN, rows[-1] + 1 + MARGIN]
-            name = scenes.atlas.objects[number]
             left, top, right, bottom = (int(np.clip(x, 0, SIZE)) for x in box)
             objects.append((with_article(name), int(number), (left, top, right, bottom)))
-        found.append(Case(scenes.caption(plan), tuple(objects), image.astype(np.uint8), masks[:count]))
+        nouns = [phrase for phrase, _, _ in objects]
+        if index % 2:
+            nouns = nouns[::-1]
+        listed = f"{', '.join(nouns[:-1])} and {nouns[-1]}"
+        text = f"{with_article(STYLE_WORDS[plan.style])} of {listed} {BACKGROUND_WORDS[plan.background]}"
+        found.append(Case(text, tuple(objects), image.astype(np.uint8), masks[:count]))
     return found
 
 

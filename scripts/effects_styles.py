@@ -52,7 +52,7 @@ def sets(n: int, seed: int) -> list[StyledSet]:
     backgrounds, styles = sorted(BACKGROUND_WORDS), list(scenes.styles)
     found = []
     for i in range(n):
-        rng = np.random.Generator(np.random.Philox(key=[seed, 0x5E7, i]))
+        rng = np.random.Generator(np.random.Philox(key=[seed, (0x5E7 << 32) + i]))
         objects = tuple(int(x) for x in rng.choice(scenes.objects, SET, replace=False))
         where, style = BACKGROUND_WORDS[backgrounds[rng.integers(len(backgrounds))]], styles[i % len(styles)]
         names = [with_article(scenes.atlas.objects[o]) for o in objects]
@@ -127,7 +127,7 @@ def pairs(n: int, seed: int) -> Pairs:
     kinds, backgrounds = list(scenes.styles), sorted(BACKGROUND_WORDS)
     contents, styles, objects, named, masks = [], [], [], [], []
     for i in range(n):
-        rng = np.random.Generator(np.random.Philox(key=[seed, 0x1D, i]))
+        rng = np.random.Generator(np.random.Philox(key=[seed, (0x1D << 32) + i]))
         first, second = (int(x) for x in rng.choice(scenes.objects, 2, replace=False))
         own, other = (kinds[k] for k in rng.choice(len(kinds), 2, replace=False))
         here, there = (backgrounds[k] for k in rng.integers(len(backgrounds), size=2))

@@ -85,7 +85,11 @@ class Studio:
     def draw(
         self, key: Sequence[Any], n: int, some: Callable[[slice, list[int]], np.ndarray], a_batch: int
     ) -> np.ndarray:
-        """Return uint8 pictures of n cases; ``some`` draws those of a slice with the given seeds of its images."""
+        """Return uint8 pictures of n cases; ``some`` draws those of a slice with the given seeds of its images.
+
+        ``key`` names everything that the pictures depend on besides the model, the seeds and the steps: the first three
+        of it are shown.
+        """
         settings = [*key, n, self._model, self.cfg.seed, self.pipe.default_steps]
         name = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:24]
         path = self.folder / f"{name}.npz"
@@ -131,6 +135,7 @@ def dense(studio: Studio, judges: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for count in (2, 3):
         some = layouts.cases(cfg.cases, cfg.seed, count)
+        cases = [(c.caption, c.objects) for c in some]
         real = layouts.real(some)
         drawn = {"real scenes": real, "real scenes after the autoencoder": round_trip(pipe, real, cfg.batch_size)}
         for name, arguments in layouts.conditions(pipe).items():
@@ -139,7 +144,7 @@ def dense(studio: Studio, judges: Any) -> dict[str, Any]:
                 part = some[rows]  # noqa: B023 - drawn before the next count
                 return pipe.generate([c.caption for c in part], seeds, **arguments(part))
 
-            drawn[name] = studio.draw(["dense", count, name], len(some), draw, cfg.batch_size)
+            drawn[name] = studio.draw(["dense", count, name, cases], len(some), draw, cfg.batch_size)
         measured = {name: layouts.measure(images, some, scorer, segmenter) for name, images in drawn.items()}
         found[f"DenseDiffusion, {count} objects"] = (measured, "plain prompt")
         shown = ("plain prompt", "paint-with-words", "DenseDiffusion", "in all steps")
@@ -170,7 +175,9 @@ def aligned(studio: Studio, judges: Any) -> dict[str, Any]:
             images = pipe.generate(prompts, each, controls=controls(len(seeds)))
             return images.reshape(len(seeds), styles.SET, *images.shape[1:])
 
-        sets = studio.draw(["aligned", name], len(some), draw, max(1, cfg.batch_size // styles.SET))
+        sets = studio.draw(
+            ["aligned", name, "", [one.prompts for one in some]], len(some), draw, max(1, cfg.batch_size // styles.SET)
+        )
         drawn[name] = sets.reshape(-1, *sets.shape[2:])
     measured = {name: styles.measure_sets(images, some, judges[1]) for name, images in drawn.items()}
     rows = [p for one in some[: cfg.grid_rows] for p in one.prompts]
@@ -184,13 +191,16 @@ def styleid(studio: Studio, judges: Any) -> dict[str, Any]:
     cfg, pipe = studio.cfg, studio.pipe
     segmenter, scorer = judges
     some = styles.pairs(cfg.cases, cfg.seed)
+    mark = digest([some.content, some.style])
     drawn = {"content after the autoencoder": round_trip(pipe, some.content, cfg.batch_size)}
     for name, options in styles.TRANSFERS.items():
 
         def draw(rows: slice, seeds: list[int], options: Mapping[str, Any] = options) -> np.ndarray:
             return styles.transfer(pipe, some, rows, options, cfg.steps)
 
-        drawn[name] = studio.draw(["styleid", name, cfg.steps], cfg.cases, draw, cfg.batch_size)
+        drawn[name] = studio.draw(
+            ["styleid", name, cfg.steps, mark, sorted(options.items())], cfg.cases, draw, cfg.batch_size
+        )
     measured = {name: styles.measure_transfer(images, some, scorer, segmenter) for name, images in drawn.items()}
     start = drawn["content after the autoencoder"]
     for name, images in drawn.items():
@@ -207,7 +217,7 @@ def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
     cfg, pipe = studio.cfg, studio.pipe
     expert = load_model(cfg.expert)
     some = fusion.fused(cfg.cases, cfg.seed)
-    mark = digest(expert.params)
+    mark = [digest(expert.params), [(one.general, one.expert) for one in some]]
 
     def alone(rows: slice, seeds: list[int]) -> np.ndarray:
         return expert.generate([one.expert for one in some[rows]], seeds)
@@ -216,8 +226,8 @@ def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
         return fusion.average(pipe, expert, some[rows], seeds)
 
     drawn = {
-        "expert alone": studio.draw(["fusion", "expert", mark], cfg.cases, alone, cfg.batch_size),
-        "mean of both": studio.draw(["fusion", "mean", mark], cfg.cases, mean, cfg.batch_size),
+        "expert alone": studio.draw(["fusion", "expert", "", mark], cfg.cases, alone, cfg.batch_size),
+        "mean of both": studio.draw(["fusion", "mean", "", mark], cfg.cases, mean, cfg.batch_size),
     }
     for name, options in fusion.SWITCHES.items():
 
@@ -226,7 +236,7 @@ def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
             extra = {} if options is None else fusion.arguments(options, part, expert)
             return pipe.generate([one.general for one in part], seeds, **extra)
 
-        drawn[name] = studio.draw(["fusion", name, mark], cfg.cases, draw, cfg.batch_size)
+        drawn[name] = studio.draw(["fusion", name, options, mark], cfg.cases, draw, cfg.batch_size)
     measured = {name: fusion.measure_fused(images, some, judges[1]) for name, images in drawn.items()}
     shown = (
         "general model alone",
