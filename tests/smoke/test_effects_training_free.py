@@ -1,0 +1,141 @@
+"""The effects script of the training-free methods: its cases, baselines and measures, and a run on two cases."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmix
+from jaxmix import Site
+from jaxmix.types import InputError
+from scripts import effects_fusion, effects_layouts, effects_styles
+from scripts import effects_training_free as script
+from train.scorer import load_scorer
+from train.segmenter import load_segmenter
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return dataclasses.replace(jaxmix.load("mini"), default_steps=2)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_layouts_say_what_the_captions_do_not(count):
+    some = effects_layouts.cases(24, 3, count)
+    for case in some:
+        assert len(case.objects) == len(case.segments) == count
+        assert not any(word in case.caption for word in ("left of", "above", "in a row"))
+        for (phrase, _, (left, top, right, bottom)), mask in zip(case.objects, case.masks, strict=True):
+            assert phrase in case.caption
+            assert mask[top:bottom, left:right].sum() == mask.sum() > 0
+    order = [case.caption.index(case.objects[0][0]) < case.caption.index(case.objects[-1][0]) for case in some]
+    assert 0 < sum(order) < len(order)
+    again = effects_layouts.cases(12, 3, count)
+    assert [c.caption for c in again] == [c.caption for c in some[:12]]
+
+
+def test_the_judges_find_real_objects_where_they_are():
+    some = effects_layouts.cases(40, 5, 2)
+    found = effects_layouts.measure(effects_layouts.real(some), some, load_scorer(), load_segmenter())
+    assert found["inside"].mean() > 0.7 and found["iou"].mean() > 0.85
+    swapped = []
+    for case in some:
+        (first, one, here), (second, two, there) = case.objects
+        swapped.append(dataclasses.replace(case, objects=((first, one, there), (second, two, here))))
+    wrong = effects_layouts.measure(effects_layouts.real(some), swapped, load_scorer(), load_segmenter())
+    assert wrong["inside"].mean() < 0.3
+
+
+def test_paint_with_words_raises_the_scores_of_painted_words(mini):
+    case = effects_layouts.cases(1, 3, 2)[0]
+    made = jaxmix.dense_diffusion(mini, [case.caption], [case.segments])
+    control = effects_layouts.paint_with_words(mini, made.control, 0.5).at(jnp.asarray(0), jnp.asarray(500))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 256, made.control.tokens.shape[1])), jnp.float32)
+    change = np.asarray(control.logits(Site("a.attn2", 2, (16, 16)), x) - x)
+    abar = mini.schedule.alphas_cumprod[500]
+    region = (np.asarray(made.control.pixels["16x16"])[0][:, None] & np.asarray(made.control.tokens)[0][None]) != 0
+    by = 0.5 * np.log1p(np.sqrt((1 - abar) / abar)) * float(x.max()) * region
+    np.testing.assert_allclose(change[0], np.broadcast_to(by, change[0].shape), atol=1e-4)
+
+
+def test_a_fixed_range_moves_scores_by_the_strength_itself(mini):
+    case = effects_layouts.cases(1, 3, 2)[0]
+    arguments = effects_layouts.conditions(mini)["without the value range"]([case])
+    control = arguments["controls"][0].at(jnp.asarray(0), jnp.asarray(900))
+    x = jnp.zeros((1, 1, 256, control.tokens.shape[1]))
+    change = np.asarray(control.logits(Site("a.attn2", 1, (16, 16)), x))[0, 0]
+    alpha = 0.9**5 * (1 - np.asarray(control.area["16x16"])[0])
+    np.testing.assert_allclose(np.abs(change), np.broadcast_to(alpha[:, None], change.shape), atol=1e-5)
+    assert (change > 0).any() and (change < 0).any()
+
+
+def test_sets_name_their_style_once():
+    some = effects_styles.sets(8, 2)
+    words = [one.prompts[0].split(" of ")[0] for one in some]
+    for one, word in zip(some, words, strict=True):
+        assert len(set(one.objects)) == len(one.prompts) == 4
+        assert not any(word in prompt for prompt in one.prompts[1:])
+    named = effects_styles.prompts_of("style named in all prompts", some)
+    assert all(named[4 * i + k].startswith(words[i]) for i in range(8) for k in range(4))
+    assert effects_styles.prompts_of("StyleAligned", some)[1] == some[0].prompts[1]
+
+
+def test_measures_of_pictures_know_what_is_equal():
+    some = effects_styles.pairs(6, 1)
+    assert effects_styles.gram_distance(some.content, some.content).max() == 0
+    assert effects_styles.gram_distance(some.content, some.style).min() > 0
+    np.testing.assert_allclose(effects_styles.correlation(*[effects_styles.edges(some.content)] * 2), 1, atol=1e-4)
+    assert (effects_styles.psnr(some.content, some.content) > 90).all()
+    found = effects_styles.measure_transfer(some.content, some, load_scorer(), load_segmenter())
+    assert found["iou"].mean() > 0.8 and found["object"].mean() > 0.6 and found["style"].mean() < 0.3
+
+
+def test_both_objects_of_two_scenes_are_not_in_one():
+    some = effects_fusion.fused(4, 1)
+    assert all(a.general != a.expert and len(set(a.objects)) == 2 and "pixel art" in a.expert for a in some)
+    from train.scenes import Plan, Scenes
+
+    scenes = Scenes(split="all")
+    plans = [Plan("3d", (one.objects[0],), "snow") for one in some]
+    images = np.stack([scenes.render(p, np.random.default_rng(0))[0] for p in plans]).astype(np.uint8)
+    found = effects_fusion.measure_fused(images, some, load_scorer())
+    assert found["general's object"].mean() > 0.7 and found["both"].mean() <= 0.5
+
+
+def test_a_table_has_differences_from_its_base():
+    rng = np.random.default_rng(0)
+    base = rng.random(50)
+    text = script.table("Title", {"plain": {"iou": base}, "more": {"iou": base + 0.1}}, "plain", {})
+    assert "| plain | " in text and "(+0.100 ±0.000)" in text
+
+
+@pytest.mark.slow
+def test_a_run_draws_measures_and_keeps(mini, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "load_model", lambda path: mini)
+    keep = ("plain prompt", "paint-with-words", "DenseDiffusion", "in all steps")
+    whole = effects_layouts.conditions
+    monkeypatch.setattr(effects_layouts, "conditions", lambda pipe: {k: v for k, v in whole(pipe).items() if k in keep})
+    cfg = script.Config(methods="dense", cases=4, batch_size=4, grid_rows=2, out=str(tmp_path))
+    assert script.main(cfg) == 0
+    first = capsys.readouterr()
+    assert "DenseDiffusion, 3 objects" in first.out and (tmp_path / "dense_2.png").is_file()
+    numbers = json.loads((tmp_path / "effects.json").read_text())
+    assert set(keep) < set(numbers["DenseDiffusion, 2 objects"])
+    assert script.main(cfg) == 0
+    second = capsys.readouterr()
+    assert "cases" not in second.err and second.out == first.out  # nothing is drawn twice
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": "dense,other"}, "found 'other'"),
+        ({"cases": 1}, "cases: found 1"),
+        ({"methods": "fusion"}, "--expert"),
+    ],
+)
+def test_bad_values_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        script.Config(**options)
