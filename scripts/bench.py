@@ -29,7 +29,7 @@ from scripts.bench_rows import PARAMETERS, PRESETS, Row
 from scripts.bench_table import markdown, peak_tflops, summary
 from scripts.bench_workers import Worker, WorkerError, available_bytes, machine
 
-_COMPILED = ("ours", "flax", "torch-compile", "ours-vmix")  # engines whose first call compiles
+_COMPILED = ("ours", "flax", "torch-compile", "ours-vmix", *bench_rows.METHODS)  # engines whose first call compiles
 _SLOW = 30.0  # seconds: the first run of so long a call is a round, not a warm-up
 _ROOM = 1.6  # memory of a running model as a multiple of its weights, for deciding what fits beside what
 
@@ -45,7 +45,8 @@ class Config:
         tasks: comma list of unet (one step of the UNet, two rows an image), sample (the guided sampler), decode.
         latents: comma list of sides, in latents of 8 px (4 px of mini).
         batch: comma list of numbers of images.
-        engines: comma list of ours, flax, torch, torch-compile, ours-vmix (our sampler with a VMix adapter).
+        engines: comma list of ours, flax, torch, torch-compile, and our sampler with a method: ours-vmix, ours-dense,
+            ours-aligned, ours-styleid, ours-fusion.
         rounds: timed calls of each engine.
         device: cpu or gpu.
         dtype: float32 or bfloat16.

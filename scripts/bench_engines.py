@@ -296,7 +296,7 @@ def main(name: str, device: str) -> None:
         answers.flush()
 
     try:
-        engine = (JaxEngine if name in ("ours", "ours-vmix", "flax") else TorchEngine)(name, device)
+        engine = (JaxEngine if name.startswith("ours") or name == "flax" else TorchEngine)(name, device)
     except Absent as absent:
         reply({"reason": str(absent)})
         return

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from scripts.bench_rows import Row, added_width, configs
+from scripts.bench_rows import METHODS, Row, added_width, configs
 
 GUIDANCE = 7.5
 _CONSTANTS = {"t": 500, "time_ids": 512.0, "scale": GUIDANCE, "present": 1.0}  # inputs that are not noise
@@ -40,11 +40,22 @@ class Program:
 
 
 def program(engine: str, row: Row) -> Program:
-    """Return the program of "ours", "ours-vmix" or "flax" for a row.
+    """Return the program of one of our engines or of "flax" for a row.
 
-    Raises ImportError if diffusers has no Flax models, and `InputError` for a row that VMix has no part in.
+    Raises ImportError if diffusers has no Flax models, and `InputError` for a row that a method has no part in.
     """
+    if engine in METHODS:
+        from scripts.bench_methods import method_program
+
+        return method_program(engine, row, _ours(row))
     return {"ours": _ours, "ours-vmix": _ours_with_vmix, "flax": _flax}[engine](row)
+
+
+def unet_of(row: Row) -> Any:
+    """Return the UNet module of a row, in the row's dtype."""
+    from jaxmix.models import UNet2DConditionModel, UNetConfig
+
+    return UNet2DConditionModel(UNetConfig.from_dict(configs(row.model, row.tiny)["unet"]), jnp.dtype(row.dtype))
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
@@ -73,7 +84,7 @@ def _inputs(row: Row, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _ours(row: Row) -> Program:
-    from jaxmix.models import AutoencoderKL, UNet2DConditionModel, UNetConfig, VAEConfig
+    from jaxmix.models import AutoencoderKL, VAEConfig
     from jaxmix.models.unet import AddedCond
     from jaxmix.programs import Job, decode, denoise
     from jaxmix.samplers import make_solver
@@ -87,7 +98,7 @@ def _ours(row: Row) -> Program:
             lambda params, x: decode(vae, None, None, params, x["latents"]), _cast(vae.abstract_params(), dtype), inputs
         )
 
-    unet = UNet2DConditionModel(UNetConfig.from_dict(found["unet"]), dtype)
+    unet = unet_of(row)
     schedule = NoiseSchedule.from_config(found["scheduler"])
     params = _cast(unet.abstract_params(), dtype)
 

@@ -15,7 +15,8 @@ ASSETS = Path(__file__).resolve().parents[1] / "jaxmix" / "assets" / "mini"
 MODELS = ("mini", "sd15", "sdxl")
 TASKS = ("unet", "sample", "decode")
 PEERS = ("ours", "flax", "torch", "torch-compile")
-ENGINES = (*PEERS, "ours-vmix")  # the last: our sampler with a VMix adapter, for its ratio to the one without
+METHODS = ("ours-dense", "ours-aligned", "ours-styleid", "ours-fusion")  # our sampler with a training-free method
+ENGINES = (*PEERS, "ours-vmix", *METHODS)  # those after the peers: for their ratio to our plain sampler
 DTYPES = ("float32", "bfloat16")
 PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent
 

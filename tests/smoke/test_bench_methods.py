@@ -1,0 +1,29 @@
+"""The bench's programs of the training-free methods."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmix.types import InputError
+from scripts.bench_programs import count_flops, materialize, program
+from scripts.bench_rows import METHODS, Row
+
+ROW = Row("mini", "sample", 8, 2, "float32", 2, tiny=True)
+
+
+@pytest.mark.parametrize("engine", METHODS)
+def test_a_method_changes_what_is_drawn_by_a_fitting_amount_of_work(engine):
+    plain, made = program("ours", ROW), program(engine, ROW)
+    work = count_flops(made) / count_flops(plain)
+    low, high = {"ours-fusion": (1.4, 1.55), "ours-aligned": (1.0, 1.3)}.get(engine, (1.0, 1.05))
+    assert low <= work <= high
+    pictures = [np.asarray(jax.jit(p.fn)(*materialize(p))) for p in (plain, made)]
+    assert all(np.isfinite(x).all() for x in pictures)
+    assert pictures[0].shape == pictures[1].shape and np.abs(pictures[0] - pictures[1]).max() > 1e-4
+
+
+def test_rows_without_a_part_for_a_method_are_refused():
+    with pytest.raises(InputError, match="has a part in the sampler alone"):
+        program("ours-dense", Row("mini", "unet", 8, 1, "float32", 0, tiny=True))
+    with pytest.raises(InputError, match="a group has two images at least"):
+        program("ours-aligned", Row("mini", "sample", 8, 1, "float32", 2, tiny=True))
