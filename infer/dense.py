@@ -8,7 +8,7 @@ Examples: python -m infer.dense --prompt "a 3d render of a cat left of a car" --
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,10 +91,6 @@ class Dense(Method):
         made = self._layout(pipe, rows)
         controls = (*arguments.pop("controls"), made.control)
         return pipe.generate([row.prompt for row in rows], controls=controls, context=made.context, **arguments)
-
-    def program(self, row: Row) -> Hashable:
-        """Rows of one program have one shape of layout: all are filled up to the same number of segments."""
-        return None
 
     def _layout(self, pipe: Any, rows: Sequence[Row]) -> Any:
         from jaxmix import Segment, dense_diffusion

@@ -40,6 +40,15 @@ def random_like(tree):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+def moved(tree, key, by):
+    """Return the tree with normal noise of deviation ``by`` added, as if it had been trained."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure, [x + by * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
 def sdxl(pipe: Pipeline) -> Pipeline:
     """Return a pipeline like SDXL with the first text encoder and the autoencoder of ``pipe``."""
     text = pipe.text_encoder.config.to_dict() | {

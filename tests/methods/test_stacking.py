@@ -13,6 +13,7 @@ from jaxmix import InputError, MagicFusion, Segment, dense_diffusion, style_alig
 from jaxmix.programs import denoise
 from jaxmix.style_transfer import style_id_sites
 from jaxmix.tuning import lora
+from tests.families import moved
 
 README = Path(__file__).parents[2] / "jaxmix" / "README.md"
 PROMPTS, SEEDS, STEPS = ["a red car on the snow", "a dog"], [1, 2], 2
@@ -22,14 +23,6 @@ EXCLUDED = {
     ("StyleAligned", "StyleID"): "keys",
 }
 PAIRS = list(itertools.combinations(NAMES, 2))
-
-
-def moved(tree, key, by):
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        structure, [x + by * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
 
 
 @pytest.fixture(scope="module")

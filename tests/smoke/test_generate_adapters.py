@@ -17,17 +17,10 @@ from jaxmix.loading import ASSETS
 from jaxmix.programs import denoise
 from jaxmix.tuning import lora
 from jaxmix.types import InputError
+from tests.families import moved
 
 LABELS = {"color": ("vivid colors", "[V]"), "light": ("bright", "[S]")}
 NAME = "0000_seed0.png"
-
-
-def moved(tree, key, by):
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        structure, [x + by * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
 
 
 @pytest.fixture(scope="module")
