@@ -47,18 +47,20 @@ def box_mask(box: tuple[int, int, int, int]) -> np.ndarray:
     return mask
 
 
-def cases(n: int, seed: int, count: int) -> list[Case]:
-    """Paint n scenes of `count` objects and box them; the captions name the objects in any order and say no place.
+def cases(n: int, seed: int, count: int, worded: bool = False) -> list[Case]:
+    """Paint n scenes of `count` objects and box them; the captions name the objects and, if ``worded``, their places.
 
-    Training always says how two objects stand, and the model places them by those words alone: here only the layout
-    knows. Every second caption names them in the other order than they stand.
+    Worded captions are those of training ("left of", "above", "in a row"), two objects in relations that training
+    leaves out. Without them the captions name the objects in any order, every second in the other order than they
+    stand: training always says how objects stand, so only the layout knows.
     """
+    split = "held_out_relations" if worded and count == 2 else "all"
     scenes = Scenes(
-        split="all", seed=seed, two_objects=float(count == 2), three_objects=float(count == 3), labelled=0.0
+        split=split, seed=seed, two_objects=float(count == 2), three_objects=float(count == 3), labelled=0.0
     )
     found = []
     for index in range(n):
-        rng = np.random.Generator(np.random.Philox(key=[seed, (count << 32) + index]))
+        rng = np.random.Generator(np.random.Philox(key=[seed, ((count + 16 * worded) << 32) + index]))
         plan = scenes.plan(rng)
         image, masks = scenes.render(plan, rng)
         names = [scenes.atlas.objects[number] for number in plan.objects]
@@ -73,6 +75,8 @@ def cases(n: int, seed: int, count: int) -> list[Case]:
             nouns = nouns[::-1]
         listed = f"{', '.join(nouns[:-1])} and {nouns[-1]}"
         text = f"{with_article(STYLE_WORDS[plan.style])} of {listed} {BACKGROUND_WORDS[plan.background]}"
+        if worded:
+            text = scenes.caption(plan)
         found.append(Case(text, tuple(objects), image.astype(np.uint8), masks[:count]))
     return found
 
@@ -160,8 +164,10 @@ def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
         "without the area": dense(area=0.0),
         "without splicing": dense(splice=False),
         "in all steps": dense(window=(0.0, 1.0)),
-        "self-attention 1": dense(self_=1.0),
     }
+
+
+MAIN = ("plain prompt", "paint-with-words", "DenseDiffusion", "in all steps")  # the rest are the paper's ablations
 
 
 def measure(images: np.ndarray, some: Sequence[Case], scorer: Scorer, segmenter: Segmenter) -> dict[str, np.ndarray]:

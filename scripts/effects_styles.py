@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,15 +155,25 @@ TRANSFERS: dict[str, dict[str, Any]] = {
 }
 
 
-def transfer(pipe: jaxmix.Pipeline, some: Pairs, rows: slice, options: Mapping[str, Any], steps: int) -> np.ndarray:
-    """Draw pairs of a slice, uint8."""
-    pairing = options.get("pairing", "reference")
+def by_pairing() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the transfers that share an inversion, by the pairing that decides it."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, options in TRANSFERS.items():
+        found.setdefault(options.get("pairing", "reference"), {})[name] = options
+    return found
+
+
+def transfer(
+    pipe: jaxmix.Pipeline, some: Pairs, rows: slice, pairing: str, transfers: Iterable[Mapping[str, Any]], steps: int
+) -> np.ndarray:
+    """Invert pairs of a slice once and draw them by each of the transfers, uint8 (pairs, transfers, 64, 64, 3)."""
     label = "own" if pairing == "reference" else "next"
     both = np.concatenate([some.content[rows], some.style[rows]])
     found = pipe.invert(both, steps=steps, label=label, record=style_id_sites(pipe, pairing))
     count = len(some.content[rows])
     arguments = {"seeds": [0] * count, "steps": steps, "sampler": "ddim", "output": "uint8"}
-    return draw_pairs(pipe, found, [(i, count + i) for i in range(count)], arguments, **options)
+    numbers = [(i, count + i) for i in range(count)]
+    return np.stack([draw_pairs(pipe, found, numbers, arguments, **options) for options in transfers], 1)
 
 
 def edges(images: np.ndarray) -> np.ndarray:

@@ -119,8 +119,16 @@ def table(title: str, found: Measured, base: str, units: Mapping[str, str]) -> s
     for name, measures in found.items():
         cells = []
         for c in columns:
+            if np.isnan(measures[c]).all():
+                cells.append("")
+                continue
             cell = f"{np.nanmean(measures[c]):.3f}"
-            if name != base and not name.startswith("real") and len(measures[c]) == len(found[base][c]):
+            if (
+                not np.isnan(found[base][c]).all()
+                and name != base
+                and not name.startswith("real")
+                and len(measures[c]) == len(found[base][c])
+            ):
                 effect = paired(measures[c], found[base][c])
                 cell += f" ({effect.mean:+.3f} ±{effect.half:.3f})"
             cells.append(cell)
@@ -129,16 +137,18 @@ def table(title: str, found: Measured, base: str, units: Mapping[str, str]) -> s
 
 
 def dense(studio: Studio, judges: Any) -> dict[str, Any]:
-    """Layouts of two and of three objects."""
+    """Layouts of two and of three objects, under captions that say their places and under such that do not."""
     cfg, pipe = studio.cfg, studio.pipe
     segmenter, scorer = judges
     found: dict[str, Any] = {}
-    for count in (2, 3):
-        some = layouts.cases(cfg.cases, cfg.seed, count)
+    for count, worded in ((2, True), (3, True), (2, False), (3, False)):
+        some = layouts.cases(cfg.cases, cfg.seed, count, worded)
         cases = [(c.caption, c.objects) for c in some]
         real = layouts.real(some)
         drawn = {"real scenes": real, "real scenes after the autoencoder": round_trip(pipe, real, cfg.batch_size)}
         for name, arguments in layouts.conditions(pipe).items():
+            if not (worded or name in layouts.MAIN):
+                continue
 
             def draw(rows: slice, seeds: list[int], arguments: layouts.Draw = arguments) -> np.ndarray:
                 part = some[rows]  # noqa: B023 - drawn before the next count
@@ -146,11 +156,12 @@ def dense(studio: Studio, judges: Any) -> dict[str, Any]:
 
             drawn[name] = studio.draw(["dense", count, name, cases], len(some), draw, cfg.batch_size)
         measured = {name: layouts.measure(images, some, scorer, segmenter) for name, images in drawn.items()}
-        found[f"DenseDiffusion, {count} objects"] = (measured, "plain prompt")
-        shown = ("plain prompt", "paint-with-words", "DenseDiffusion", "in all steps")
+        where = "captions say the places" if worded else "captions say no place"
+        found[f"DenseDiffusion, {count} objects, {where}"] = (measured, "plain prompt")
         places = np.stack([_layout(case) for case in some[: cfg.grid_rows]])
-        columns = [("layout", places), *((name, drawn[name]) for name in shown)]
-        labelled_grid(Path(cfg.out) / f"dense_{count}.png", columns, [c.caption for c in some[: cfg.grid_rows]])
+        columns = [("layout", places), *((name, drawn[name]) for name in layouts.MAIN)]
+        picture = Path(cfg.out) / f"dense_{count}{'' if worded else '_unsaid'}.png"
+        labelled_grid(picture, columns, [c.caption for c in some[: cfg.grid_rows]])
     return found
 
 
@@ -193,14 +204,14 @@ def styleid(studio: Studio, judges: Any) -> dict[str, Any]:
     some = styles.pairs(cfg.cases, cfg.seed)
     mark = digest([some.content, some.style])
     drawn = {"content after the autoencoder": round_trip(pipe, some.content, cfg.batch_size)}
-    for name, options in styles.TRANSFERS.items():
+    for pairing, transfers in styles.by_pairing().items():
 
-        def draw(rows: slice, seeds: list[int], options: Mapping[str, Any] = options) -> np.ndarray:
-            return styles.transfer(pipe, some, rows, options, cfg.steps)
+        def draw(rows: slice, seeds: list[int], pairing: str = pairing, transfers: Any = transfers) -> np.ndarray:
+            return styles.transfer(pipe, some, rows, pairing, transfers.values(), cfg.steps)
 
-        drawn[name] = studio.draw(
-            ["styleid", name, cfg.steps, mark, sorted(options.items())], cfg.cases, draw, cfg.batch_size
-        )
+        key = ["styleid", "pairing", pairing, cfg.steps, mark, transfers]
+        images = studio.draw(key, cfg.cases, draw, cfg.batch_size)
+        drawn |= {name: images[:, i] for i, name in enumerate(transfers)}
     measured = {name: styles.measure_transfer(images, some, scorer, segmenter) for name, images in drawn.items()}
     start = drawn["content after the autoencoder"]
     for name, images in drawn.items():
@@ -238,6 +249,16 @@ def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
 
         drawn[name] = studio.draw(["fusion", name, options, mark], cfg.cases, draw, cfg.batch_size)
     measured = {name: fusion.measure_fused(images, some, judges[1]) for name, images in drawn.items()}
+    for name, measures in measured.items():
+        measures["expert's area"] = np.full((cfg.cases,), np.nan)
+        if (k := fusion.AREAS.get(name)) is None:
+            continue
+
+        def area(rows: slice, seeds: list[int], k: float = k) -> np.ndarray:
+            return fusion.areas(pipe, expert, some[rows], seeds, k)
+
+        key = ["fusion", "area", f"k_expert {k:g}", mark]
+        measures["expert's area"] = studio.draw(key, cfg.cases, area, cfg.batch_size)
     shown = (
         "general model alone",
         "expert alone",
@@ -268,7 +289,10 @@ def main(cfg: Config) -> int:
     text = "\n\n".join(table(title, measured, base, {}) for title, (measured, base) in found.items())
     print(text)
     numbers = {
-        title: {name: {k: float(np.nanmean(v)) for k, v in m.items()} for name, m in measured.items()}
+        title: {
+            name: {k: float(np.nanmean(v)) for k, v in m.items() if not np.isnan(v).all()}
+            for name, m in measured.items()
+        }
         for title, (measured, _) in found.items()
     }
     out = Path(cfg.out)

@@ -147,9 +147,9 @@ def test_heads_of_different_rows_have_their_own_layouts():
         np.testing.assert_allclose(both[row], alone[0], atol=1e-6)
 
 
-def draw(pipe, made=None, steps=4, prompts=("a red car on the snow", "a dog"), **options):
+def draw(pipe, made=None, steps=4, prompts=("a red car on the snow", "a dog"), scale=3.0, **options):
     extra = {} if made is None else {"controls": (made.control,), "context": made.context}
-    return pipe.generate(list(prompts), [3, 4], steps, 3.0, output="latent", **extra, **options)
+    return pipe.generate(list(prompts), [3, 4], steps, scale, output="latent", **extra, **options)
 
 
 def halves(pipe, **options):
@@ -166,6 +166,12 @@ def test_zero_strength_without_splicing_draws_the_same_image_bit_for_bit(tiny_pi
     assert np.abs(draw(tiny_pipeline, spliced) - draw(tiny_pipeline)).max() > 1e-5  # as in the reference
     on = halves(tiny_pipeline, splice=False)
     assert np.abs(draw(tiny_pipeline, on) - draw(tiny_pipeline)).max() > 1e-5
+
+
+def test_the_unconditional_branch_stays_as_it_was(tiny_pipeline):
+    """At guidance 0 the image is that of the unconditional branch alone, whatever the strengths are."""
+    base, on = (draw(tiny_pipeline, made, scale=0.0) for made in (None, halves(tiny_pipeline, cross=9.0, self_=9.0)))
+    np.testing.assert_allclose(on, base, atol=1e-6)
 
 
 def test_layouts_of_other_heights_and_widths(tiny_pipeline):

@@ -36,6 +36,18 @@ def test_layouts_say_what_the_captions_do_not(count):
     assert [c.caption for c in again] == [c.caption for c in some[:12]]
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_layouts_agree_with_captions_that_say_places(count):
+    for case in effects_layouts.cases(24, 3, count, worded=True):
+        places = [case.caption.index(phrase) for phrase, _, _ in case.objects]
+        (left, top, _, _), (left2, top2, _, _) = (box for _, _, box in case.objects[:2])
+        assert places == sorted(places)
+        if "above" in case.caption:
+            assert top < top2
+        else:
+            assert left < left2 and ("left of" if count == 2 else "in a row") in case.caption
+
+
 def test_the_judges_find_real_objects_where_they_are():
     some = effects_layouts.cases(40, 5, 2)
     found = effects_layouts.measure(effects_layouts.real(some), some, load_scorer(), load_segmenter())
@@ -102,6 +114,27 @@ def test_both_objects_of_two_scenes_are_not_in_one():
     images = np.stack([scenes.render(p, np.random.default_rng(0))[0] for p in plans]).astype(np.uint8)
     found = effects_fusion.measure_fused(images, some, load_scorer())
     assert found["general's object"].mean() > 0.7 and found["both"].mean() <= 0.5
+    assert found["expert's style"].mean() < 0.3
+
+
+def test_the_expert_is_given_less_as_its_k_grows(mini):
+    some, pipe = effects_fusion.fused(3, 1), dataclasses.replace(mini, default_steps=4)
+    shares = [effects_fusion.areas(pipe, pipe, some, [1, 2, 3], k) for k in (1.0, 3.0, 30.0)]
+    assert all(((share >= 0) & (share <= 1)).all() for share in shares)
+    assert shares[0].mean() > shares[1].mean() > shares[2].mean()
+    # Equal models with one prompt and one k tie at every pixel, and ties are the general model's.
+    equal = [dataclasses.replace(one, expert=one.general) for one in some]
+    assert effects_fusion.areas(pipe, pipe, equal, [1, 2, 3], 1.0).max() == 0
+
+
+def test_transfers_of_one_inversion(mini):
+    some = effects_styles.pairs(2, 1)
+    chosen = {"strength": 0.0, "adain": False}, {}
+    both = effects_styles.transfer(mini, some, slice(0, 2), "reference", chosen, 2)
+    assert both.shape == (2, 2, 64, 64, 3) and both.dtype == np.uint8
+    again = effects_styles.transfer(mini, some, slice(0, 2), "reference", chosen[:1], 2)
+    np.testing.assert_array_equal(both[:, :1], again)
+    assert (both[:, 0] != both[:, 1]).any()
 
 
 def test_a_table_has_differences_from_its_base():
@@ -114,15 +147,15 @@ def test_a_table_has_differences_from_its_base():
 @pytest.mark.slow
 def test_a_run_draws_measures_and_keeps(mini, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "load_model", lambda path: mini)
-    keep = ("plain prompt", "paint-with-words", "DenseDiffusion", "in all steps")
+    keep = effects_layouts.MAIN
     whole = effects_layouts.conditions
     monkeypatch.setattr(effects_layouts, "conditions", lambda pipe: {k: v for k, v in whole(pipe).items() if k in keep})
     cfg = script.Config(methods="dense", cases=4, batch_size=4, grid_rows=2, out=str(tmp_path))
     assert script.main(cfg) == 0
     first = capsys.readouterr()
-    assert "DenseDiffusion, 3 objects" in first.out and (tmp_path / "dense_2.png").is_file()
+    assert "DenseDiffusion, 3 objects" in first.out and (tmp_path / "dense_2_unsaid.png").is_file()
     numbers = json.loads((tmp_path / "effects.json").read_text())
-    assert set(keep) < set(numbers["DenseDiffusion, 2 objects"])
+    assert set(keep) < set(numbers["DenseDiffusion, 2 objects, captions say the places"])
     assert script.main(cfg) == 0
     second = capsys.readouterr()
     assert "cases" not in second.err and second.out == first.out  # nothing is drawn twice
