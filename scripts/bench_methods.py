@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,18 @@ from jaxmix.programs import Blend, Fusion, Job, denoise
 from jaxmix.samplers import make_solver
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError
-from scripts.bench_programs import Program, unet_of
 from scripts.bench_rows import Row, configs
 
+if TYPE_CHECKING:
+    from scripts.bench_programs import Program
 
-def method_program(engine: str, row: Row, plain: Program) -> Program:
-    """Return our sampler with the method of an engine's name, from the plain sampler of the row."""
+
+def method_program(engine: str, row: Row, plain: Program, unet: Any) -> Program:
+    """Return our sampler with the method of an engine's name, from the plain sampler of the row and its UNet."""
     if row.task != "sample":
         raise InputError(f"{row.name}: {engine} has a part in the sampler alone, expected --tasks sample")
     return {"ours-dense": _dense, "ours-aligned": _aligned, "ours-styleid": _style_id, "ours-fusion": _fusion}[engine](
-        row, plain
+        row, plain, unet
     )
 
 
@@ -42,9 +44,9 @@ def _with(plain: Program, control: Control) -> Program:
     return dataclasses.replace(plain, fn=sample)
 
 
-def _dense(row: Row, plain: Program) -> Program:
+def _dense(row: Row, plain: Program, unet: Any) -> Program:
     """Two segments, left and right, in all steps: outside of its window the method is the plain program."""
-    unet, tokens, side = unet_of(row), configs(row.model, row.tiny)["text_length"], row.latents
+    tokens, side = configs(row.model, row.tiny)["text_length"], row.latents
     masks = np.zeros((row.batch, 2, side, side), bool)
     masks[:, 0, :, : side // 2], masks[:, 1, :, side // 2 :] = True, True
     owners = np.full((row.batch, tokens), -1)
@@ -53,19 +55,18 @@ def _dense(row: Row, plain: Program) -> Program:
     return _with(plain, dense_diffusion.bind(masks, owners, grids, window=(0.0, 1.0)))
 
 
-def _aligned(row: Row, plain: Program) -> Program:
+def _aligned(row: Row, plain: Program, unet: Any) -> Program:
     """All images of the batch in the style of the first."""
     if row.batch < 2:
         raise InputError(f"{row.name}: a group has two images at least, expected --batch 2 or more")
     return _with(plain, style_aligned.bind([row.batch]))
 
 
-def _style_id(row: Row, plain: Program) -> Program:
+def _style_id(row: Row, plain: Program, unet: Any) -> Program:
     """Stored features of one content and one style for all images, at the attn1 of the last two up blocks.
 
     Under guidance like the plain sampler it is compared with, though the method itself needs no second branch.
     """
-    unet = unet_of(row)
     names = [s for s in sites(unet.config, (row.latents, row.latents)) if s.name.endswith(".attn1")]
     blocks = sorted({s.name.split(".attentions")[0] for s in names if s.name.startswith("up_blocks.")})[-2:]
     edited = [s for s in names if s.name.split(".attentions")[0] in blocks]
@@ -85,13 +86,12 @@ def _style_id(row: Row, plain: Program) -> Program:
         control = StyleIDControl(*held, zeros, zeros, 0.75 * ones, 1.5 * ones, ones, sites=pattern)
         return plain.fn(params, x, (control,))
 
-    return Program(sample, plain.params, {**plain.inputs, **features})
+    return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, **features})
 
 
-def _fusion(row: Row, plain: Program) -> Program:
+def _fusion(row: Row, plain: Program, unet: Any) -> Program:
     """One model with two prompts, blended in all steps: three branches, where the plain sampler has two."""
-    unet, found = unet_of(row), configs(row.model, row.tiny)
-    schedule = NoiseSchedule.from_config(found["scheduler"])
+    schedule = NoiseSchedule.from_config(configs(row.model, row.tiny)["scheduler"])
     third = jax.ShapeDtypeStruct((row.batch, *plain.inputs["context"].shape[1:]), plain.inputs["context"].dtype)
 
     def sample(params: Any, x: dict[str, Any]) -> jax.Array:
@@ -105,4 +105,4 @@ def _fusion(row: Row, plain: Program) -> Program:
         job = Job(x["latents"], context, x["scale"], added=added, blend=Blend(ones, ones, ones))
         return denoise(unet, 0, None, params, make_solver("ddim", schedule, row.steps), job, (), Fusion())
 
-    return Program(sample, plain.params, {**plain.inputs, "other": third})
+    return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, "other": third})

@@ -47,7 +47,7 @@ def program(engine: str, row: Row) -> Program:
     if engine in METHODS:
         from scripts.bench_methods import method_program
 
-        return method_program(engine, row, _ours(row))
+        return method_program(engine, row, _ours(row), unet_of(row))
     return {"ours": _ours, "ours-vmix": _ours_with_vmix, "flax": _flax}[engine](row)
 
 
