@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxmix import kernels
 from jaxmix.types import Array, InputError
@@ -135,6 +135,14 @@ class Control:
     def logits(self, site: Site, x: Float[Array, "b h n s"]) -> Float[Array, "b h n s"]:
         """Edit the scaled scores, float32. Overriding this stage forces the unfused path at the control's sites."""
         return x
+
+    def block(self, queries: Int[Array, " m"]) -> Control:
+        """Return the control for the scores (1, 1, m, s) of some queries of one row and head.
+
+        Overriding it says that ``logits`` edits each query by itself and all heads alike: where scores are many,
+        `attend` then never holds all of them.
+        """
+        return self
 
     def out(self, site: Site, a: QKV, o: Float[Array, "b n h d"]) -> Float[Array, "b n h d"]:
         """Edit the attention output before ``to_out``; ``a`` is what the attention saw."""
@@ -259,12 +267,22 @@ def _attend(
     b, n, h, d = a.q.shape
     s = a.k.shape[1]
     probs = None
-    if editors or return_probs:
-        x = kernels.scores(a.q, a.k).reshape(b, h, n, s)
-        for c in editors:
-            x = c.logits(site, x)
-        probs = jax.nn.softmax(x, axis=-1)
-        o = kernels.mix(probs.reshape(b * h, n, s), a.v)
+
+    def edited(x: Array, some: Sequence[Control]) -> Array:
+        return functools.reduce(lambda x, c: c.logits(site, x), some, x)
+
+    def whole(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        probs = jax.nn.softmax(edited(kernels.scores(q, k).reshape(b, h, n, s), editors), axis=-1)
+        return kernels.mix(probs.reshape(b * h, n, s), v), probs
+
+    def block(row: Array, queries: Array, x: Array) -> Array:
+        return edited(x[None, None], [take_rows(c, row[None]).block(queries) for c in editors])[0, 0]
+
+    if return_probs:
+        o, probs = whole(*a)
+    elif editors:
+        edit = block if all(overrides(c, "block") for c in editors) else None
+        o = kernels.edited(n, s, lambda *a: whole(*a)[0], edit)(*a)
     else:
         o = kernels.choose(n, s, d, a.v.dtype)(*a)
     for c in _live(controls, site, "out"):

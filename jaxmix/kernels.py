@@ -4,7 +4,7 @@
 softmax(q k^T / sqrt(d)) v with a float32 softmax, and returns (b, n, h, d) in the dtype of v:
 
     plain    XLA, any shape; holds all (b, h, n, s) scores
-    chunked  CPU, long sequences: blocks of query rows, one head at a time
+    chunked  CPU, long sequences, and edited scores anywhere: blocks of query rows, one head at a time
     cudnn    GPU, half precision: cuDNN's fused attention through `jax.nn.dot_product_attention`
     splash   TPU, long sequences: JAX's Pallas splash attention
 """
@@ -26,10 +26,13 @@ from jaxtyping import Float
 from jaxmix.types import Array
 
 Kernel: TypeAlias = Callable[[Array, Array, Array], Array]
+Edit: TypeAlias = Callable[[Array, Array, Array], Array]
+"""(row (), numbers of queries (m,), scaled scores (m, s) of one head, float32) to the scores as edited."""
 
 _log = logging.getLogger(__name__)
 _CHUNK = 512  # query rows of a block: on XLA:CPU the fastest of 64 to 1024 at 1024 and 4096 tokens
 _CPU_SCORES = 512 * 512  # scores of a head from which blocks pay on the CPU
+_MANY_SCORES = 2048 * 2048  # edited scores of a head from which no accelerator should hold those of all heads and rows
 _TPU_TOKENS = 1024  # queries and keys from which splash pays; the 77 keys of a prompt never do
 _TPU_BLOCK = 512
 
@@ -59,10 +62,11 @@ def plain(q: Array, k: Array, v: Array) -> Array:
     return mix(jax.nn.softmax(scores(q, k), axis=-1), v)
 
 
-def chunked(q: Array, k: Array, v: Array, size: int = _CHUNK) -> Array:
+def chunked(q: Array, k: Array, v: Array, size: int = _CHUNK, edit: Edit | None = None) -> Array:
     """Attend block by block of ``size`` query rows, one (row, head) at a time, so that the scores stay in the cache.
 
-    The gradient recomputes each block instead of keeping its scores.
+    The gradient recomputes each block instead of keeping its scores. ``edit`` changes the scores of each; past the last
+    query it sees that one's number again.
     """
     b, n, h, d = q.shape
     s = k.shape[1]
@@ -74,15 +78,19 @@ def chunked(q: Array, k: Array, v: Array, size: int = _CHUNK) -> Array:
     v = v.transpose(0, 2, 1, 3).reshape(b * h, s, d)
 
     @jax.checkpoint
-    def block(q: Array, k: Array, v: Array) -> Array:
+    def block(number: Array, q: Array, k: Array, v: Array) -> Array:
         x = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+        if edit is not None:
+            queries = jnp.minimum(number % blocks * size + jnp.arange(size), n - 1)
+            x = edit(number // (blocks * h), queries, x)
         e = jnp.exp(x - jax.lax.stop_gradient(x.max(-1, keepdims=True)))
         total = e.sum(-1, keepdims=True)  # divided after the product: (size, d) numbers and not (size, s)
         return (jnp.matmul(e.astype(v.dtype), v) / total).astype(v.dtype)
 
     # One loop over all blocks and not a loop over heads around it: each costs compile time, at every layer.
-    heads = jnp.arange(b * h * blocks) // blocks
-    o = jax.lax.map(lambda x: block(x[1], k[x[0]], v[x[0]]), (heads, q)).reshape(b, h, blocks * size, d)
+    numbers = jnp.arange(b * h * blocks)
+    o = jax.lax.map(lambda x: block(*x, k[x[0] // blocks], v[x[0] // blocks]), (numbers, q))
+    o = o.reshape(b, h, blocks * size, d)
     return o[:, :, :n].transpose(0, 2, 1, 3)
 
 
@@ -108,6 +116,18 @@ def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     q = q * jnp.asarray(d**-0.5, q.dtype)
     o = _on_own_rows(jax.vmap(attend))(*(x.transpose(0, 2, 1, 3) for x in (q, k, v)))
     return o.transpose(0, 2, 1, 3).astype(v.dtype)
+
+
+def edited(n: int, s: int, whole: Kernel, edit: Edit | None) -> Kernel:
+    """Return the kernel for scores that controls edit: ``edit`` a block of queries of one head, ``whole`` all of them.
+
+    Blocks are for the CPU's cache, and for an accelerator's memory: those of SD 1.5 at 512 px would be 0.5 GiB an image
+    and branch, several times over. In between, one product is faster there. Without an ``edit`` all is one block.
+    """
+    if edit is None or n * s < _CPU_SCORES or min(n, s) <= _CHUNK // 2:
+        return whole
+    blocks = functools.partial(chunked, edit=edit)
+    return blocks if n * s >= _MANY_SCORES else functools.partial(jax.lax.platform_dependent, cpu=blocks, default=whole)
 
 
 def _on_own_rows(kernel: Kernel) -> Kernel:

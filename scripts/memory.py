@@ -26,7 +26,8 @@ from scripts.bench_rows import Row
 from scripts.bench_table import seconds, table
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINES = ("ours", "flax")
+PAIR = ("ours", "flax")  # whose ratios the table has
+ENGINES = (*PAIR, "ours-vmix", *bench_rows.METHODS)
 TASKS = ("sample", "decode", "unet")
 _SIDES = {"mini": 16, "sd15": 64, "sdxl": 128}
 _PARTS = ("argument", "temp", "output")
@@ -40,7 +41,7 @@ class Config:
         target: "cpu", or a TPU topology such as v5p:2x2x1, v5e:2x2, v6e:2x2, of which one chip is used.
         models: comma list of mini, sd15, sdxl.
         tasks: comma list of sample (the whole guided sampler), decode, unet.
-        engines: comma list of ours, flax.
+        engines: comma list of ours, flax, and for the sampler ours with a method, as `scripts.bench` names them.
         latents: comma list of sides in latents; the model's own size if empty.
         batch: comma list of numbers of images.
         dtype: float32 or bfloat16.
@@ -149,7 +150,7 @@ def markdown(result: dict[str, Any]) -> str:
     engines = result["engines"]
     lead = ["model", "task", "latents", "images"]
     columns = [f"{e}: peak (temporaries) GiB" for e in engines] + [f"{e}: trace + lower + compile" for e in engines]
-    both = set(ENGINES) <= set(engines)
+    both = set(PAIR) <= set(engines)
     head = [*lead, *columns, *(["peak, ours / flax", "seconds, ours / flax"] if both else [])]
     body, reasons = [], []
     for row in result["rows"]:
@@ -165,8 +166,8 @@ def markdown(result: dict[str, Any]) -> str:
             c = cells.get(e, {})
             line.append(" + ".join(seconds(c[f"{s}_s"]) for s in ("trace", "lower", "compile")) if e in total else "")
         if both:
-            pair = set(ENGINES) <= set(total)
-            peak = [cells[e].get("peak_bytes", 0) for e in ENGINES] if pair else []
+            pair = set(PAIR) <= set(total)
+            peak = [cells[e].get("peak_bytes", 0) for e in PAIR] if pair else []
             line += [f"{peak[0] / peak[1]:.2f}", f"{total['ours'] / total['flax']:.2f}"] if pair else ["", ""]
         body.append(line)
     undone = f"; ours without {result['without']}" if result["without"] else ""

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Float, UInt32
+from jaxtyping import Float, Int, UInt32
 
 from jaxmix.control import Control, Site, gate, per_row, static
 from jaxmix.types import Array, InputError
@@ -38,6 +38,7 @@ class DenseDiffusionControl(Control):
     ``pixels`` maps a grid ("64x64") to the segments of each of its pixels, ``tokens`` (rows, s) has those of each
     token, as bits. ``area`` maps a grid to the share of pixels (rows, h w) that a pixel shares a segment with.
     ``cross`` and ``self_`` (rows,) are the weights of the two kinds of attention, ``kappa`` (rows,) that of the area.
+    ``queries`` are the pixels whose scores there are; all if None.
     """
 
     pixels: dict[str, UInt32[Array, "b n"]] = per_row()
@@ -47,6 +48,7 @@ class DenseDiffusionControl(Control):
     self_: Float[Array, " b"] = gate()
     kappa: Float[Array, " b"] = per_row()
     time: Float[Array, ""] = struct.field(default_factory=lambda: jnp.ones((), jnp.float32))
+    queries: Int[Array, " m"] | None = None
     strict: bool = static(default=False)
 
     claims = frozenset({"places of the keys"})
@@ -55,19 +57,25 @@ class DenseDiffusionControl(Control):
         """Weaken the modulation with the noise."""
         return dataclasses.replace(self, time=(jnp.asarray(t, jnp.float32) / 1000.0) ** POWER)
 
+    def block(self, queries: Int[Array, " m"]) -> DenseDiffusionControl:
+        """Only the scores of some pixels."""
+        return dataclasses.replace(self, queries=queries)
+
     def logits(self, site: Site, x: Float[Array, "b h n s"]) -> Float[Array, "b h n s"]:
         """Draw the scores of what belongs together up, and the others down.
 
         In attn1 with more keys than pixels (those of a reference after the own ones) only the own keys are modulated.
         """
         grid = "x".join(map(str, site.hw))
-        pixels, cross = self.pixels[grid], site.name.endswith(".attn2")
+        pixels, area, cross = self.pixels[grid], self.area[grid], site.name.endswith(".attn2")
         keys = self.tokens if cross else pixels
+        if self.queries is not None:
+            pixels, area = pixels[:, self.queries], area[:, self.queries]
         count = keys.shape[1]
         own = x[..., :count]
         keys = jnp.pad(keys, ((0, 0), (0, x.shape[-1] - count)))
         together = (pixels[:, None, :, None] & keys[:, None, None, :]) != 0
-        alpha = (self.cross if cross else self.self_)[:, None] * self.time * (1 - self.kappa[:, None] * self.area[grid])
+        alpha = (self.cross if cross else self.self_)[:, None] * self.time * (1 - self.kappa[:, None] * area)
         if self.strict and cross:
             worded = jnp.bitwise_or.reduce(keys, axis=1)[:, None]
             alpha = jnp.where((pixels & worded) != 0, alpha, 0.0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from jaxmix import kernels
 from jaxmix.control import QKV, Control, Site, attend
@@ -37,6 +38,36 @@ def test_chunked_is_the_definition_for_any_length(n, s, size):
     args = qkv(n, s, 2, 8)
     got = jax.jit(functools.partial(kernels.chunked, size=size))(*args)
     np.testing.assert_allclose(got, reference(*args), atol=2e-6)
+
+
+def test_scores_are_edited_by_row_query_and_block():
+    args = qkv(70, 50, 2, 8)
+    by = jax.random.normal(jax.random.key(1), (2, 70, 50))
+    got = jax.jit(functools.partial(kernels.chunked, size=32, edit=lambda row, i, x: x + by[row, i]))(*args)
+    x = kernels.scores(*args[:2]).reshape(2, 2, 70, 50) + by[:, None]
+    expected = kernels.mix(jax.nn.softmax(x, -1).reshape(4, 70, 50), args[2])
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_no_accelerator_holds_all_edited_scores_of_a_large_image():
+    """Lowered for a TPU: 4096 x 4096 scores are a loop, 1024 x 1024 one product, unless all are needed at once."""
+
+    @struct.dataclass
+    class AtOnce(Control):
+        def logits(self, site, x):
+            return x + 1
+
+    @struct.dataclass
+    class ByBlock(AtOnce):
+        def block(self, queries):
+            return self
+
+    def loops(control, side):
+        site, shape = Site("a.attn1", 1, (side, side)), jax.ShapeDtypeStruct((1, side * side, 1, 8), jnp.float32)
+        traced = jax.jit(lambda *a: attend(site, QKV(*a), (control,))[0]).trace(shape, shape, shape)
+        return "while" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    assert [loops(c, side) for c in (AtOnce(), ByBlock()) for side in (32, 64)] == [False, False, False, True]
 
 
 def test_chunked_survives_large_scores():

@@ -1,5 +1,7 @@
 """DenseDiffusion (arXiv 2308.12964): the modulated logits by hand, its invariants, and what a user may get wrong."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +147,25 @@ def test_heads_of_different_rows_have_their_own_layouts():
         mine = jax.tree.map(lambda x, row=row: x[row : row + 1] if jnp.ndim(x) else x, control)
         alone = attend(SELF, QKV(*(x[row : row + 1] for x in a)), (mine.at(jnp.asarray(0), T),))[0]
         np.testing.assert_allclose(both[row], alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("reference", [0, 1])
+def test_many_scores_are_edited_block_by_block(strict, reference):
+    """23 x 31 pixels are two blocks of 357, the last with one query too many; keys of a reference may follow."""
+    rng, hw = np.random.default_rng(8), (23, 31)
+    site = Site("a.attn1", 2, hw)
+    control = dense.bind(rng.random((2, 3, 46, 62)) < 0.5, np.full((2, 7), -1), [hw], self_=[0.9, 3.0], strict=strict)
+    control = control.at(jnp.asarray(0), T)
+    n = hw[0] * hw[1]
+    q, k, v = (jnp.asarray(rng.standard_normal((2, m, 2, 4)), jnp.float32) for m in (n, *[(1 + reference) * n] * 2))
+    blocks = jax.jit(lambda *a: attend(site, QKV(*a), (control,))[0])
+    whole, probs = attend(site, QKV(q, k, v), (control,), return_probs=True)
+    np.testing.assert_allclose(blocks(q, k, v), whole, atol=1e-5)
+    assert "while" in blocks.lower(q, k, v).as_text() and probs.shape == (2, 2, n, (1 + reference) * n)
+    off = dataclasses.replace(control, self_=jnp.zeros(2))
+    base, zero = (jax.jit(lambda *a, c=c: attend(site, QKV(*a), c)[0])(q, k, v) for c in ((), (off,)))
+    np.testing.assert_array_equal(zero, base)
 
 
 def draw(pipe, made=None, steps=4, prompts=("a red car on the snow", "a dog"), scale=3.0, **options):

@@ -156,12 +156,20 @@ def test_a_tiny_run_times_ours_and_writes_its_rounds(tmp_path):
 
 def test_memory_of_a_tiny_program_is_told_for_the_cpu(tmp_path):
     out = tmp_path / "memory.json"
-    arguments = ("--target=cpu", "--tiny", "--models=mini", "--tasks=unet", "--engines=ours", "--batch=1")
+    arguments = (
+        "--target=cpu",
+        "--tiny",
+        "--models=mini",
+        "--tasks=sample",
+        "--engines=ours,ours-dense",
+        "--batch=1",
+        "--steps=2",
+    )
     done = run("scripts.memory", *arguments, "--dtype=float32", f"--out={out}")
     assert done.returncode == 0, done.stderr
-    cell = json.loads(out.read_text())["rows"][0]["engines"]["ours"]
-    assert cell["peak_bytes"] > cell["weight_bytes"] > 0
-    assert Row("mini", "unet", 8, 1, "float32", 0, True).name in done.stderr
+    cells = json.loads(out.read_text())["rows"][0]["engines"]
+    assert cells["ours-dense"]["peak_bytes"] > cells["ours"]["peak_bytes"] > cells["ours"]["weight_bytes"] > 0
+    assert Row("mini", "sample", 8, 1, "float32", 2, True).name in done.stderr
 
 
 def lowered(platform):
