@@ -282,9 +282,9 @@ def _attend(
         o, probs = whole(*a)
     elif editors:
         edit = block if all(overrides(c, "block") for c in editors) else None
-        o = kernels.edited(n, s, lambda *a: whole(*a)[0], edit)(*a)
+        o = kernels.edited(n, s, b * h, lambda *a: whole(*a)[0], edit)(*a)
     else:
-        o = kernels.choose(n, s, d, a.v.dtype)(*a)
+        o = kernels.choose(n, s, d, a.v.dtype, b * h)(*a)
     for c in _live(controls, site, "out"):
         o = c.out(site, a, o)
     return o, probs if return_probs else None

@@ -32,6 +32,7 @@ Edit: TypeAlias = Callable[[Array, Array, Array], Array]
 _log = logging.getLogger(__name__)
 _CHUNK = 512  # query rows of a block: on XLA:CPU the fastest of 64 to 1024 at 1024 and 4096 tokens
 _CPU_SCORES = 512 * 512  # scores of a head from which blocks pay on the CPU
+_CPU_ALL = 2**23  # scores of all heads and rows from which they pay at a quarter of that, too: past the shared cache
 _MANY_SCORES = 2048 * 2048  # edited scores of a head from which no accelerator should hold those of all heads and rows
 _TPU_TOKENS = 1024  # queries and keys from which splash pays; the 77 keys of a prompt never do
 _TPU_BLOCK = 512
@@ -118,13 +119,19 @@ def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
     return o.transpose(0, 2, 1, 3).astype(v.dtype)
 
 
-def edited(n: int, s: int, whole: Kernel, edit: Edit | None) -> Kernel:
+def _in_blocks(n: int, s: int, heads: int) -> bool:
+    """Say whether blocks are faster on the CPU; with the 77 keys of a prompt they are not."""
+    large = n * s >= _CPU_SCORES and min(n, s) > _CHUNK // 2
+    return large or (n * s >= _CPU_SCORES // 4 and min(n, s) >= _CHUNK // 2 and heads * n * s >= _CPU_ALL)
+
+
+def edited(n: int, s: int, heads: int, whole: Kernel, edit: Edit | None) -> Kernel:
     """Return the kernel for scores that controls edit: ``edit`` a block of queries of one head, ``whole`` all of them.
 
     Blocks are for the CPU's cache, and for an accelerator's memory: those of SD 1.5 at 512 px would be 0.5 GiB an image
     and branch, several times over. In between, one product is faster there. Without an ``edit`` all is one block.
     """
-    if edit is None or n * s < _CPU_SCORES or min(n, s) <= _CHUNK // 2:
+    if edit is None or not _in_blocks(n, s, heads):
         return whole
     blocks = functools.partial(chunked, edit=edit)
     return blocks if n * s >= _MANY_SCORES else functools.partial(jax.lax.platform_dependent, cpu=blocks, default=whole)
@@ -143,14 +150,14 @@ def _on_own_rows(kernel: Kernel) -> Kernel:
     return jax.shard_map(kernel, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)
 
 
-def choose(n: int, s: int, d: int, dtype: jnp.dtype) -> Kernel:
-    """Return the kernel for ``n`` queries, ``s`` keys and heads of size ``d``.
+def choose(n: int, s: int, d: int, dtype: jnp.dtype, heads: int = 1) -> Kernel:
+    """Return the kernel for ``n`` queries, ``s`` keys and ``heads`` heads of size ``d``, those of all rows.
 
     What the kernel is on each platform is settled when the program is lowered, so a program traced here may be
     compiled for a TPU elsewhere; cuDNN alone must be there when tracing.
     """
     kernels: dict[str, Kernel] = {}
-    if n * s >= _CPU_SCORES and min(n, s) > _CHUNK // 2:  # with the 77 keys of a prompt blocks are slower
+    if _in_blocks(n, s, heads):
         kernels["cpu"] = chunked
     # Tracing for a TPU needs its compiler: without libtpu there is nothing to compile with, and nothing to trace.
     if (jax.default_backend() == "tpu" or _has_libtpu()) and not _refused("splash", n, s, d, _splash_limits(n, s)):

@@ -164,10 +164,12 @@ def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
         "without the area": dense(area=0.0),
         "without splicing": dense(splice=False),
         "in all steps": dense(window=(0.0, 1.0)),
+        STRONG: dense(cross=4.0, self_=1.0, window=(0.0, 1.0)),
     }
 
 
-MAIN = ("plain prompt", "paint-with-words", "DenseDiffusion", "in all steps")  # the rest are the paper's ablations
+STRONG = "cross 4, self 1, all steps"
+MAIN = ("plain prompt", "paint-with-words", "DenseDiffusion", STRONG)  # the rest are the paper's ablations
 
 
 def measure(images: np.ndarray, some: Sequence[Case], scorer: Scorer, segmenter: Segmenter) -> dict[str, np.ndarray]:

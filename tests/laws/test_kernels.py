@@ -115,12 +115,13 @@ def test_splash_runs_on_the_rows_of_each_device_under_a_training_mesh():
 
 
 def test_long_sequences_take_blocks_on_the_cpu_and_short_ones_do_not():
-    def loops(n, s):
-        args = [jax.ShapeDtypeStruct((1, m, 2, 8), jnp.float32) for m in (n, s, s)]
-        return "while" in jax.jit(kernels.choose(n, s, 8, jnp.dtype(jnp.float32))).lower(*args).compile().as_text()
+    def loops(n, s, b=1):
+        args = [jax.ShapeDtypeStruct((b, m, 2, 8), jnp.float32) for m in (n, s, s)]
+        kernel = kernels.choose(n, s, 8, jnp.dtype(jnp.float32), 2 * b)
+        return "while" in jax.jit(kernel).lower(*args).compile().as_text()
 
-    assert loops(1024, 1024)
-    assert not loops(256, 256) and not loops(1024, 77)
+    assert loops(1024, 1024) and loops(256, 512, 32)
+    assert not loops(256, 256) and not loops(1024, 77, 32) and not loops(256, 512) and not loops(144, 256, 256)
 
 
 def test_attend_gives_what_the_kernel_gives_and_editing_scores_avoids_it(monkeypatch):
@@ -130,7 +131,7 @@ def test_attend_gives_what_the_kernel_gives_and_editing_scores_avoids_it(monkeyp
     choose = kernels.choose
     monkeypatch.setattr(kernels, "choose", lambda *args: chosen.append(args) or choose(*args))
     o, probs = jax.jit(lambda a: attend(site, a))(a)
-    assert chosen == [(1024, 1024, 8, jnp.float32)] and probs is None
+    assert chosen == [(1024, 1024, 8, jnp.float32, 2)] and probs is None
     np.testing.assert_allclose(o, reference(*a), atol=2e-6)
 
     class Scores(Control):
