@@ -89,6 +89,12 @@ def prompts_of(name: str, some: Sequence[StyledSet]) -> list[str]:
     return out
 
 
+def strips(images: np.ndarray) -> np.ndarray:
+    """Return the four images of each set side by side: (4 n, h, w, 3) to (n, h, 4 w, 3)."""
+    sets = images.reshape(-1, SET, *images.shape[1:])
+    return np.concatenate([sets[:, i] for i in range(SET)], 2)
+
+
 def measure_sets(images: np.ndarray, some: Sequence[StyledSet], scorer: Scorer) -> dict[str, np.ndarray]:
     """Measure uint8 pictures (4 n, 64, 64, 3), one value a set, of its three others against its reference.
 

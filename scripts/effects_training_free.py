@@ -194,9 +194,10 @@ def aligned(studio: Studio, judges: Any) -> dict[str, Any]:
         )
         drawn[name] = sets.reshape(-1, *sets.shape[2:])
     measured = {name: styles.measure_sets(images, some, judges[1]) for name, images in drawn.items()}
-    rows = [p for one in some[: cfg.grid_rows] for p in one.prompts]
-    shown = ("plain prompts", "StyleAligned", "without AdaIN", "full sharing", "swapped (visual style prompting)")
-    labelled_grid(Path(cfg.out) / "aligned.png", [(n.split(" (")[0], drawn[n]) for n in shown], rows, enlarge=2)
+    shown = ("plain prompts", "StyleAligned", "swapped (visual style prompting)")
+    columns = [(name, styles.strips(drawn[name])) for name in shown]
+    captions = ["; ".join(one.prompts) for one in some[: cfg.grid_rows]]
+    labelled_grid(Path(cfg.out) / "aligned.png", columns, captions, enlarge=2)
     return {"StyleAligned, sets of four": (measured, "plain prompts")}
 
 

@@ -92,6 +92,8 @@ def test_sets_name_their_style_once():
     named = effects_styles.prompts_of("style named in all prompts", some)
     assert all(named[4 * i + k].startswith(words[i]) for i in range(8) for k in range(4))
     assert effects_styles.prompts_of("StyleAligned", some)[1] == some[0].prompts[1]
+    strips = effects_styles.strips(np.arange(8)[:, None, None, None].repeat(3, 3))
+    np.testing.assert_array_equal(strips[..., 0], [[[0, 1, 2, 3]], [[4, 5, 6, 7]]])
 
 
 def test_measures_of_pictures_know_what_is_equal():
