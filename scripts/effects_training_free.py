@@ -252,6 +252,8 @@ def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
             return pipe.generate([one.general for one in part], seeds, **extra)
 
         drawn[name] = studio.draw(["fusion", name, options, mark], cfg.cases, draw, cfg.batch_size)
+    base = "general model alone"
+    drawn = {base: drawn[base], **drawn}
     measured = {name: fusion.measure_fused(images, some, judges[1]) for name, images in drawn.items()}
     for name, measures in measured.items():
         measures["expert's area"] = np.full((cfg.cases,), np.nan)
@@ -272,7 +274,7 @@ def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
     )
     captions = [f"{one.general}  +  {one.expert}" for one in some[: cfg.grid_rows]]
     labelled_grid(Path(cfg.out) / "fusion.png", [(n.split(", switch")[0], drawn[n]) for n in shown], captions)
-    return {"MagicFusion, two models": (measured, "general model alone")}
+    return {"MagicFusion, two models": (measured, base)}
 
 
 RUN = {"dense": dense, "aligned": aligned, "styleid": styleid, "fusion": fuse}
