@@ -118,6 +118,7 @@ def test_time_enters_a_control_through_at_alone(unet):
 ONE_A_STAGE = ["kv on attn2", "qkv on attn1", "logits on attn2", "out on attn1", "moments on norms"]
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_strength_and_agree_under_remat(unet):
     module, params, inputs = unet
     remat = UNet2DConditionModel(module.config, remat=True)
@@ -212,6 +213,7 @@ def test_a_window_gets_its_own_phase():
     assert phases((b,), 10) == [(0, 10, (b,))]
 
 
+@pytest.mark.slow
 def test_later_phases_run_without_the_control(tiny_pipeline):
     pipe = tiny_pipeline
     prompts, seeds = ["a red apple"], [3]

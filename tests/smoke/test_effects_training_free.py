@@ -149,8 +149,9 @@ def test_a_table_has_differences_from_its_base():
 @pytest.mark.slow
 def test_a_run_draws_measures_and_keeps(mini, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "load_model", lambda path: mini)
-    keep = effects_layouts.MAIN
+    keep = ("plain prompt", "DenseDiffusion")
     whole = effects_layouts.conditions
+    monkeypatch.setattr(effects_layouts, "MAIN", keep)
     monkeypatch.setattr(effects_layouts, "conditions", lambda pipe: {k: v for k, v in whole(pipe).items() if k in keep})
     cfg = script.Config(methods="dense", cases=4, batch_size=4, grid_rows=2, out=str(tmp_path))
     assert script.main(cfg) == 0
