@@ -1,7 +1,8 @@
 """Train an AutoencoderKL on crops of generated scenes, and export it as a diffusers `vae` folder.
 
-Reconstruction (absolute, squared and of the differences of neighbouring pixels) plus a small KL term; no adversary
-(arXiv 2112.10752, section 3.1, without the discriminator). At the end the latents' standard deviation over whole
+Reconstruction (absolute, squared, of the differences of neighbouring pixels, of colours seen from afar and, if asked
+for, of the features of a scene network) plus a small KL term; no adversary (arXiv 2112.10752, section 3.1, without the
+discriminator). At the end the latents' standard deviation over whole
 scenes is measured and its inverse written as `scaling_factor`.
 
     python -m train.autoencoder --config configs/mini_autoencoder.yaml --output_dir runs/vae
@@ -27,9 +28,11 @@ from jaxmix.types import InputError
 from jaxmix.weights.load import load_tree, read_config
 from jaxmix.weights.store import save_tree, write_config
 from train.grid import save_grid
+from train.reconstruction import color_loss, difference_loss, make_feature_loss
 from train.scenes import Scenes
 
 ENCODER = ("encoder", "quant_conv")
+FEATURES = Path(__file__).parent / "scenes" / "features.safetensors"
 
 
 @dataclasses.dataclass
@@ -47,6 +50,9 @@ class Config(FitConfig):
         crop_size: side of the random crops trained on, in pixels.
         mse_weight: weight of the squared error beside the absolute one.
         gradient_weight: weight of the absolute error of neighbouring pixels' differences, at full and half size.
+        color_weight: weight of the error of chroma and of colours at a quarter and an eighth of the size.
+        feature_weight: weight of the error in the features of `feature_network`.
+        feature_network: the safetensors file of a scene network, as train.scorer writes it; not the judge's.
         kl_weight: weight of the KL divergence summed over an image and divided by its number of values.
         picture_steps: write reconstructions of held-back scenes every so many steps; 0: only at the end.
         eval_scenes: held-back scenes for the PSNR.
@@ -61,6 +67,9 @@ class Config(FitConfig):
     crop_size: int = 32
     mse_weight: float = 1.0
     gradient_weight: float = 0.5
+    color_weight: float = 0.0
+    feature_weight: float = 0.0
+    feature_network: str = str(FEATURES)
     kl_weight: float = 5e-3
     picture_steps: int = 200
     eval_scenes: int = 256
@@ -88,17 +97,9 @@ def psnr(mse: float) -> float:
     return float(10.0 * np.log10(4.0 / max(float(mse), 1e-12)))
 
 
-def difference_loss(error: jax.Array) -> jax.Array:
-    """Return the mean absolute difference of neighbouring errors (b, H, W, c), at full and at half size."""
-    total = jnp.zeros(())
-    for _ in range(2):
-        total += jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
-        error = error.reshape(error.shape[0], error.shape[1] // 2, 2, error.shape[2] // 2, 2, -1).mean((2, 4))
-    return total
-
-
 def make_loss(vae: AutoencoderKL, cfg: Config) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """Return loss_fn(params, frozen, batch, key) for batches {"image": (b, H, W, 3) uint8}."""
+    features = make_feature_loss(cfg.feature_network) if cfg.feature_weight else None
 
     def loss_fn(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         images = to_float(batch["image"])
@@ -106,11 +107,19 @@ def make_loss(vae: AutoencoderKL, cfg: Config) -> Callable[..., tuple[jax.Array,
         mean, logvar = vae.apply({"params": weights}, images, method="encode")
         spread = jnp.exp(0.5 * logvar) + cfg.latent_noise / vae.config.scaling_factor
         z = mean + spread * jax.random.normal(key, mean.shape)
-        error = vae.apply({"params": weights}, z, method="decode") - images
+        restored = vae.apply({"params": weights}, z, method="decode")
+        error = restored - images
         absolute, squared = jnp.abs(error).mean(), (error**2).mean()
         kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).sum() / images.size
         loss = absolute + cfg.mse_weight * squared + cfg.gradient_weight * difference_loss(error) + cfg.kl_weight * kl
-        return loss, {"absolute": absolute, "mse": squared, "kl": kl, "latent_std": mean.std()}
+        metrics = {"absolute": absolute, "mse": squared, "kl": kl, "latent_std": mean.std()}
+        if cfg.color_weight:
+            metrics["color"] = color_loss(error)
+            loss += cfg.color_weight * metrics["color"]
+        if features is not None:
+            metrics["features"] = features(restored, images)
+            loss += cfg.feature_weight * metrics["features"]
+        return loss, metrics
 
     return loss_fn
 

@@ -72,20 +72,30 @@ class SceneNet(nn.Module):
     backgrounds: int
     channels: tuple[int, ...] = (32, 64, 128, 128)
 
-    @nn.compact
+    def setup(self) -> None:
+        self.convs = [
+            nn.Conv(width, (3, 3), strides=2 if i < 3 else 1, name=f"convs.{i}") for i, width in enumerate(self.channels)
+        ]
+        self.norms = [nn.GroupNorm(8, name=f"norms.{i}") for i in range(len(self.channels))]
+        sizes = dict(zip(HEADS, (self.objects, self.styles, self.backgrounds), strict=True))
+        self.heads = {head: nn.Dense(size, name=f"heads.{head}") for head, size in sizes.items()}
+
+    def activations(self, images: jax.Array) -> list[jax.Array]:
+        """Return what each convolution leaves, after norm and ReLU, (b, h, w, c) each."""
+        x, found = images * 2.0 - 1.0, []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nn.relu(norm(conv(x)))
+            found.append(x)
+        return found
+
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        x, means = images * 2.0 - 1.0, []
-        for i, width in enumerate(self.channels):
-            strides = 2 if i < 3 else 1
-            x = nn.Conv(width, (3, 3), strides=strides, name=f"convs.{i}")(x)
-            x = nn.relu(nn.GroupNorm(8, name=f"norms.{i}")(x))
-            means.append(x.mean((1, 2)))
+        found = self.activations(images)
+        x = found[-1]
         # Not x.max(): its gradient divides by the number of places where x is the largest, which is none where the
         # compiler computes x once more with another rounding.
         largest = nn.max_pool(x, x.shape[1:3])[:, 0, 0]
-        features = jnp.concatenate([*means, largest], -1)
-        sizes = dict(zip(HEADS, (self.objects, self.styles, self.backgrounds), strict=True))
-        return {head: nn.Dense(size, name=f"heads.{head}")(features) for head, size in sizes.items()}
+        features = jnp.concatenate([*(y.mean((1, 2)) for y in found), largest], -1)
+        return {head: layer(features) for head, layer in self.heads.items()}
 
 
 @dataclasses.dataclass(frozen=True)
