@@ -14,12 +14,25 @@ find_python() {
   return 2
 }
 
-# install_quietly PYTHON ARGUMENTS...: pip install without the chatter, but with a sign of life and all of an error.
-install_quietly() {
-  local python=$1 log seconds=0
+# find_python_of VERSION [CANDIDATE]: prints a Python of that version, from the PATH or from pyenv's folders.
+find_python_of() {
+  local candidate
+  for candidate in ${2:-} "python$1" "$HOME"/.pyenv/versions/"$1".*/bin/python; do
+    if "$candidate" -c "import sys, venv, ensurepip; sys.exit(not sys.version.startswith('$1.'))" >/dev/null 2>&1; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "Python $1: not found" >&2
+  return 2
+}
+
+# quietly WHAT COMMAND...: runs a command without its chatter, but with a sign of life and all of an error.
+quietly() {
+  local what=$1 log seconds=0
   shift
   log=$(mktemp)
-  "$python" -m pip install --disable-pip-version-check --no-compile --progress-bar off "$@" >"$log" 2>&1 &
+  "$@" >"$log" 2>&1 &
   local job=$!
   while kill -0 "$job" 2>/dev/null; do
     sleep 1
@@ -31,9 +44,25 @@ install_quietly() {
   if ! wait "$job"; then
     cat "$log" >&2
     rm -f "$log"
-    echo "error: pip install failed" >&2
+    echo "error: $what failed" >&2
     return 1
   fi
   rm -f "$log"
   echo "    done in ${seconds} s"
+}
+
+# install_quietly PYTHON ARGUMENTS...: pip install.
+install_quietly() {
+  local python=$1
+  shift
+  quietly "pip install" "$python" -m pip install --disable-pip-version-check --no-compile --progress-bar off "$@"
+}
+
+# resolve_quietly PYTHON REPORT ARGUMENTS...: what pip would install into an empty environment, as JSON, with what
+# builds this package.
+resolve_quietly() {
+  local python=$1 report=$2
+  shift 2
+  quietly "pip install --dry-run" "$python" -m pip install --disable-pip-version-check --progress-bar off \
+    --dry-run --ignore-installed --report "$report" hatchling editables "$@"
 }
