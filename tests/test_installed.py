@@ -1,4 +1,4 @@
-"""What is installed is what pyproject.toml allows, all of it imports, and the embedded model draws what it is asked for."""
+"""What is installed is what pyproject.toml allows, all of it imports, and the embedded model draws what it is told."""
 
 import importlib
 import importlib.metadata
