@@ -77,7 +77,7 @@ class Fuse(Method):
     def open(self, pipe: Any) -> None:
         """Load the expert."""
         import jaxmix
-        from jaxmix.fusing import fits
+        from jaxmix.methods.magic_fusion import fits
 
         if self.config.expert is not None:
             self.expert = jaxmix.load(self.config.expert, dtype=self.config.dtype)

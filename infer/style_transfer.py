@@ -118,7 +118,7 @@ class StyleTransfer(Method):
         two more rows an image at one site at a time.
         """
         from jaxmix.models.unet import sites, subtree
-        from jaxmix.style_transfer import style_id_sites
+        from jaxmix.methods.style_id import style_id_sites
 
         assert row.height is not None and row.width is not None and row.steps is not None
         hw = (row.height // pipe.vae.config.factor, row.width // pipe.vae.config.factor)
@@ -141,7 +141,7 @@ class StyleTransfer(Method):
         pairs = [(names.index(c), names.index(s)) for c, s in zip(contents, styles, strict=True)]
         numbers = {key: [row[key] for row in rows] for key in ("gamma", "temperature")}
         strength = [row["style_strength"] * self.config.inject for row in rows]
-        from jaxmix.style_transfer import draw_pairs
+        from jaxmix.methods.style_id import draw_pairs
 
         arguments["prompts"] = [row.prompt for row in rows]
         return draw_pairs(
@@ -161,8 +161,8 @@ class StyleTransfer(Method):
         import jax
         import jax.numpy as jnp
 
-        from jaxmix.inverted import Inverted
-        from jaxmix.style_transfer import style_id_sites
+        from jaxmix.pipeline.inverted import Inverted
+        from jaxmix.methods.style_id import style_id_sites
 
         missing = [name for name in names if name not in self._inverted]
         self._inverted = {name: one for name, one in self._inverted.items() if name in names}

@@ -1,15 +1,19 @@
 """Stable Diffusion in JAX and Flax with attention control, for TPUs and GPUs."""
 
-from jaxmix.adapters import VMix
-from jaxmix.control import KV, QKV, Control, Moments, Site, gate, per_row, static
-from jaxmix.fusing import MagicFusion
-from jaxmix.inverted import Inverted, hold
-from jaxmix.loading import from_flax, load
-from jaxmix.loras import LoRA, apply_loras
-from jaxmix.methods import Segment, dense_diffusion, style_aligned
-from jaxmix.pipeline import Pipeline
+from jaxmix.control import KV, QKV, Control, Moments, Site
+from jaxmix.methods.dense_diffusion import DenseDiffusion, Segment, dense_diffusion
+from jaxmix.methods.lora import LoRA, apply_loras
+from jaxmix.methods.magic_fusion import MagicFusion
+from jaxmix.methods.style_aligned import StyleAligned, style_aligned
+from jaxmix.methods.style_id import StyleID, style_id
+from jaxmix.methods.vmix import VMix
+from jaxmix.pipeline.inverted import Inverted, hold
+from jaxmix.pipeline.loading import from_flax, load
+from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.request import Method, Request, Sizes, WeightEdit
+from jaxmix.rows import Text, dataclass, gate, per_row, static
+from jaxmix.samplers import Guidance, LatentEdit
 from jaxmix.sharding import data_mesh
-from jaxmix.style_transfer import style_id
 from jaxmix.types import InputError
 
 __version__ = "0.1.0"
@@ -18,17 +22,28 @@ __all__ = [
     "KV",
     "QKV",
     "Control",
+    "DenseDiffusion",
+    "Guidance",
     "InputError",
     "Inverted",
+    "LatentEdit",
     "LoRA",
     "MagicFusion",
+    "Method",
     "Moments",
     "Pipeline",
+    "Request",
     "Segment",
     "Site",
+    "Sizes",
+    "StyleAligned",
+    "StyleID",
+    "Text",
     "VMix",
+    "WeightEdit",
     "apply_loras",
     "data_mesh",
+    "dataclass",
     "dense_diffusion",
     "from_flax",
     "gate",

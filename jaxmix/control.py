@@ -11,10 +11,14 @@ The stages, in the order in which an attention layer meets them::
     logits   scaled scores before the softmax, float32; the only stage that forces the unfused path
     out      the mixed values before ``to_out``
     moments  mean and variance of a GroupNorm
+    join     features and skip where a resnet of an up block joins them
 
-Rows are (sample, branch) with the branch minor: u0, c0, u1, c1, ... Which row gets how much is data (`gate`), never a
-``chunk(2)``, so sharded rows stay on their device. A control whose rows look at other rows says how far before them
-those stand (`rows_back`): a distance is the same on every device, an index is not.
+Before them, ``prepare`` runs once a phase, outside of the loop, and ``see`` once for each call of the UNet, on its raw
+inputs: a network beside the UNet (ControlNet) computes there what its ``join`` adds.
+
+Rows are (sample, branch) with the branch minor: u0, c0, u1, c1, ... Which row gets how much is data (`rows.gate`),
+never a ``chunk(2)``, so sharded rows stay on their device. A control whose rows look at other rows says how far before
+them those stand (`rows.rows_back`): a distance is the same on every device, an index is not.
 """
 
 from __future__ import annotations
@@ -25,16 +29,13 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import struct
-from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from jaxmix import kernels
+from jaxmix.rows import Text, dataclass, static, take
 from jaxmix.types import Array, InputError
 
 
@@ -73,41 +74,20 @@ class Moments(NamedTuple):
     var: Float[Array, "b g"]
 
 
-def per_row(**kwargs: Any) -> Any:
-    """Declare a control's field whose leaves have a leading row axis (1 means: the same for all rows)."""
-    return struct.field(metadata={"rows": "row"}, **kwargs)
-
-
-def gate(**kwargs: Any) -> Any:
-    """Declare a control's per-row strength, shape (b,) or (1,): like `per_row`, and 0 on unconditional rows."""
-    return struct.field(metadata={"rows": "gate"}, **kwargs)
-
-
-def rows_back(**kwargs: Any) -> Any:
-    """Declare how many samples before its own each row finds another one that it looks at, int32 (b,) or (1,).
-
-    0 is the row itself. Both rows must be in one batch and on one device, which `check_batches` holds.
-    """
-    return struct.field(metadata={"rows": "back"}, **kwargs)
-
-
-def static(**kwargs: Any) -> Any:
-    """Declare a static field of a control: hashable, part of the trace, changing it recompiles."""
-    return struct.field(pytree_node=False, **kwargs)
-
-
-@struct.dataclass
+@dataclass
 class Control:
-    """An edit of attention. Subclasses are final ``flax.struct`` dataclasses that override the stages they need.
+    """An edit of attention and features. Subclasses are final `jaxmix.rows.dataclass`es that override what they need.
 
-    ``sites`` is a regular expression searched in `Site.name`. ``window`` is the share of the sampling steps, from
+    ``sites`` is a regular expression searched in `Site.name`; None is every site of the stages that are overridden:
+    attention layers (attn2 alone for ``kv``), GroupNorms for ``moments``, the resnets of up blocks for ``join``. A
+    pattern is searched among the same. ``window`` is the share of the sampling steps, from
     start (0) to end (1), in which the control is live; outside of it the sampler runs a separate scan without it.
     Numbers that may change without recompiling are arrays: convert with ``jnp.asarray(x, jnp.float32)``, since a
     Python float is weakly typed and costs one more trace.
     """
 
-    sites: str = struct.field(pytree_node=False, default=r"\.attn[12]$", kw_only=True)
-    window: tuple[float, float] = struct.field(pytree_node=False, default=(0.0, 1.0), kw_only=True)
+    sites: str | None = static(default=None, kw_only=True)
+    window: tuple[float, float] = static(default=(0.0, 1.0), kw_only=True)
 
     #: What this control takes for itself at each of its sites; two controls with a common claim exclude each other.
     claims: ClassVar[frozenset[str]] = frozenset()
@@ -152,13 +132,34 @@ class Control:
         """Edit the statistics of a GroupNorm."""
         return m
 
+    def join(self, site: Site, x: Float[Array, "b h w c"], skip: Array) -> tuple[Array, Array]:
+        """Edit the features and the skip (b, h, w, c2) that a resnet of an up block is about to join.
+
+        At the first of all, ``up_blocks.0.resnets.0``, the features are what the middle block left.
+        """
+        return x, skip
+
+    def prepare(self, text: Text, hw: tuple[int, int]) -> Control:
+        """Return the control with what depends neither on the latents nor on the step, for latents of size ``hw``.
+
+        Runs once a phase, outside of the loop. ``text`` has the rows that the UNet will have: ``context`` (b, s, d),
+        and SDXL's ``pooled`` and ``time_ids``.
+        """
+        return self
+
+    def see(self, x: Float[Array, "b h w c"], t: Array, text: Text) -> Control:
+        """Return the control for one call of the UNet with these rows; what it computes of them it keeps.
+
+        ``x``, the timestep ``t`` () and ``text`` are what the UNet is given, before it made anything of them.
+        """
+        return self
+
     def check(self, sites: Sequence[Site]) -> None:
         """Raise `InputError` if this control cannot work at the given sites; runs before anything is compiled."""
 
 
 Controls = tuple[Control, ...]
-_STAGES = ("kv", "qkv", "logits", "out", "moments")
-C = TypeVar("C", bound=Control)
+_ATTENTION = ("qkv", "logits", "out")
 
 
 @functools.cache
@@ -171,7 +172,7 @@ def _pattern(sites: str) -> re.Pattern[str]:
 
 def matches(control: Control, name: str) -> bool:
     """Say whether the control's pattern finds the site name."""
-    return _pattern(control.sites).search(name) is not None
+    return control.sites is None or _pattern(control.sites).search(name) is not None
 
 
 def overrides(control: Control, stage: str) -> bool:
@@ -183,7 +184,21 @@ def _live(controls: Iterable[Control], site: Site, stage: str) -> list[Control]:
     return [c for c in controls if overrides(c, stage) and matches(c, site.name)]
 
 
-def validate(controls: Sequence[Control], attention: Sequence[Site], norms: Sequence[Site] = ()) -> None:
+def reach(
+    control: Control, attention: Sequence[Site], norms: Sequence[Site] = (), joins: Sequence[Site] = ()
+) -> list[Site]:
+    """List the sites of a UNet at which the control's stages run, whatever its pattern says."""
+    on_norms, on_joins = overrides(control, "moments"), overrides(control, "join")
+    on_attention = any(overrides(control, stage) for stage in _ATTENTION)
+    found = [s for s in attention if on_attention or (overrides(control, "kv") and s.name.endswith("attn2"))]
+    if not (found or on_norms or on_joins):
+        found = list(attention)  # a control of no stage, such as one that only records
+    return [*found, *(norms if on_norms else ()), *(joins if on_joins else ())]
+
+
+def validate(
+    controls: Sequence[Control], attention: Sequence[Site], norms: Sequence[Site] = (), joins: Sequence[Site] = ()
+) -> None:
     """Check a tuple of controls against the sites of a UNet, before anything is compiled.
 
     Raises `InputError` for something that is not a control, a pattern that matches no site (with near misses), two
@@ -197,15 +212,11 @@ def validate(controls: Sequence[Control], attention: Sequence[Site], norms: Sequ
         start, stop = control.window
         if not 0.0 <= start < stop <= 1.0:
             raise InputError(f"{kind}: window={control.window} is not 0 <= start < stop <= 1")
-        on_norms = overrides(control, "moments")
-        on_attention = any(overrides(control, s) for s in _STAGES[:-1]) or not on_norms
-        candidates = [*(attention if on_attention else ()), *(norms if on_norms else ())]
-        if overrides(control, "kv") and not any(overrides(control, s) for s in ("qkv", "logits", "out", "moments")):
-            candidates = [s for s in candidates if s.name.endswith("attn2")]
+        candidates = reach(control, attention, norms, joins)
         found = [s for s in candidates if matches(control, s.name)]
         if not found:
             names = [s.name for s in candidates]
-            near = difflib.get_close_matches(control.sites.replace("\\", ""), names, n=3, cutoff=0.0)
+            near = difflib.get_close_matches((control.sites or "").replace("\\", ""), names, n=3, cutoff=0.0)
             raise InputError(
                 f"{kind}: sites={control.sites!r} matches none of the {len(names)} sites; near misses: "
                 + (", ".join(near) or "none")
@@ -230,6 +241,13 @@ def apply_moments(site: Site, m: Moments, controls: Sequence[Control]) -> Moment
     for c in _live(controls, site, "moments"):
         m = c.moments(site, m)
     return m
+
+
+def apply_join(site: Site, x: Array, skip: Array, controls: Sequence[Control]) -> tuple[Array, Array]:
+    """Apply the join stage of the controls that are live at a resnet of an up block."""
+    for c in _live(controls, site, "join"):
+        x, skip = c.join(site, x, skip)
+    return x, skip
 
 
 def attend(
@@ -276,7 +294,7 @@ def _attend(
         return kernels.mix(probs.reshape(b * h, n, s), v), probs
 
     def block(row: Array, queries: Array, x: Array) -> Array:
-        return edited(x[None, None], [take_rows(c, row[None]).block(queries) for c in editors])[0, 0]
+        return edited(x[None, None], [take(c, row[None]).block(queries) for c in editors])[0, 0]
 
     if return_probs:
         o, probs = whole(*a)
@@ -290,87 +308,7 @@ def _attend(
     return o, probs if return_probs else None
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
-
-
-def _map_rows(control: C, fn: Any) -> C:
-    changed = {}
-    for f in dataclasses.fields(control):
-        kind = f.metadata.get("rows")
-        if kind:
-            value = getattr(control, f.name)
-            changed[f.name] = jax.tree.map(lambda x, f=f, kind=kind: fn(x, kind, f.name), value)
-    return dataclasses.replace(control, **changed)
-
-
-def tile_rows(control: C, n: int) -> C:
-    """Give every per-row leaf of a control ``n`` rows; leaves of one row are repeated.
-
-    Raises `InputError` for a leaf that has neither one row nor ``n``.
-    """
-
-    def tile(x: Array, kind: str, name: str) -> Array:
-        x = jnp.asarray(x)
-        if x.ndim == 0 or x.shape[0] not in (1, n):
-            found = x.shape[0] if x.ndim else "no"
-            raise InputError(f"{type(control).__name__}.{name}: found {found} rows, expected 1 or {n}")
-        return jnp.broadcast_to(x, (n, *x.shape[1:]))
-
-    return _map_rows(control, tile)
-
-
-def take_rows(control: C, rows: Array) -> C:
-    """Select rows of a control whose leaves have all been tiled."""
-    return _map_rows(control, lambda x, kind, name: x[rows])
-
-
-def to_branches(control: C, live: Sequence[float] = (0.0, 1.0)) -> C:
-    """Repeat each sample's row once a branch (branch minor) and multiply the gates by ``live[branch]``.
-
-    Distances between samples become distances between rows of the same branch.
-    """
-
-    def expand(x: Array, kind: str, name: str) -> Array:
-        y = jnp.repeat(x, len(live), axis=0)
-        if kind == "gate":
-            on = jnp.tile(jnp.asarray(live, y.dtype), x.shape[0]).reshape(-1, *([1] * (y.ndim - 1)))
-            y = y * on
-        return y * len(live) if kind == "back" else y
-
-    return _map_rows(control, expand)
-
-
-def check_batches(control: Control, n: int, rows: int) -> None:
-    """Raise `InputError` if one of ``n`` tiled rows looks out of its part of ``rows`` rows (a batch, a device)."""
-
-    def look(x: Array, kind: str, name: str) -> Array:
-        for i, backs in enumerate(np.asarray(x).reshape(n, -1)) if kind == "back" else ():
-            first, last = i - i % rows, min(i - i % rows + rows, n) - 1
-            for other in i - backs:
-                if not first <= other <= last:
-                    raise InputError(
-                        f"{type(control).__name__}: row {i} needs row {other}, and rows {first} to {last} are drawn "
-                        "together on one device: expected a batch size, and a share of each device, of whole groups"
-                    )
-        return x
-
-    _map_rows(control, look)
-
-
-def row_specs(control: C, axis: str) -> C:
-    """Return the control with each leaf replaced by its PartitionSpec: rows over ``axis``, the rest replicated."""
-    replicated = jax.tree.map(lambda _: PartitionSpec(), control)
-    return _map_rows(replicated, lambda x, kind, name: PartitionSpec(axis))
-
-
-def other_rows(back: Array, x: Array) -> Array:
-    """Return for each row of ``x`` (b, ...) the one that stands ``back`` (b,) rows before it."""
-    return x[jnp.arange(x.shape[0]) - back]
-
-
-def rows_like(strength: Float[Array, " b"], x: Array) -> Array:
-    """Reshape a per-row strength so that it broadcasts against ``x`` (b, ...), in the dtype of ``x``."""
-    return strength.reshape(-1, *([1] * (x.ndim - 1))).astype(x.dtype)
+# Steps ----------------------------------------------------------------------------------------------------------------
 
 
 def phases(controls: Sequence[Control], steps: int) -> list[tuple[int, int, Controls]]:

@@ -18,7 +18,7 @@ from jaxmix.control import Control
 from jaxmix.controls import dense_diffusion, style_aligned
 from jaxmix.controls.style_id import StyleIDControl
 from jaxmix.models.unet import AddedCond, sites, subtree
-from jaxmix.programs import Blend, Fusion, Job, denoise
+from jaxmix.pipeline.programs import Blend, Fusion, Job, denoise
 from jaxmix.samplers import make_solver
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError

@@ -86,7 +86,7 @@ def _inputs(row: Row, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def _ours(row: Row) -> Program:
     from jaxmix.models import AutoencoderKL, VAEConfig
     from jaxmix.models.unet import AddedCond
-    from jaxmix.programs import Job, decode, denoise
+    from jaxmix.pipeline.programs import Job, decode, denoise
     from jaxmix.samplers import make_solver
     from jaxmix.schedule import NoiseSchedule
 

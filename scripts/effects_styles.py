@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import jaxmix
-from jaxmix.methods import style_aligned
-from jaxmix.style_transfer import draw_pairs, style_id_sites
+from jaxmix.methods.style_aligned import style_aligned
+from jaxmix.methods.style_id import draw_pairs, style_id_sites
 from train.scenes import Plan, Scenes
 from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
 from train.scorer import Scorer

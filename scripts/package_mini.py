@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 import jaxmix
 from jaxmix import command
-from jaxmix.adapters import EMBEDDED
-from jaxmix.loading import ASSETS
+from jaxmix.methods.vmix import EMBEDDED
+from jaxmix.pipeline.loading import ASSETS
 from jaxmix.models import AutoencoderKL, VAEConfig
 from jaxmix.types import InputError
 from jaxmix.weights import load_tree, read_config

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jaxmix
 from jaxmix.controls.vmix import abstract_params
 from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
-from jaxmix.pipeline import Pipeline
+from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning import lora
 from scripts.bench_programs import vmix_config

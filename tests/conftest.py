@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import jaxmix  # noqa: E402
-from jaxmix.loading import ASSETS  # noqa: E402
+from jaxmix.pipeline.loading import ASSETS  # noqa: E402
 from jaxmix.models import (  # noqa: E402
     AutoencoderKL,
     CLIPTextConfig,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.models import AddedCond
-from jaxmix.pipeline import Pipeline
-from jaxmix.prompts import open_tokenizer
+from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.tokens import open_tokenizer
 from jaxmix.tuning.fit import FitConfig
 from jaxmix.tuning.loss import diffusion_loss
 

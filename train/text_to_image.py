@@ -29,7 +29,7 @@ from jaxmix.models import (
     UNetConfig,
     VAEConfig,
 )
-from jaxmix.pipeline import Pipeline
+from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning.data import iterate, make_dataset
 from jaxmix.tuning.fit import Hook, fit

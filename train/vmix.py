@@ -21,7 +21,7 @@ import jaxmix
 from jaxmix import command
 from jaxmix.controls import vmix
 from jaxmix.models import AddedCond
-from jaxmix.pipeline import Pipeline
+from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.tuning import lora
 from jaxmix.tuning.data import iterate, make_dataset
 from jaxmix.tuning.fit import Hook, fit

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Float, Int, UInt32
 
-from jaxmix.control import Control, Site, gate, per_row, static
+from jaxmix.control import Control, Site
+from jaxmix.rows import dataclass, gate, numbers, per_row, static
 from jaxmix.types import Array, InputError
 
 POWER = 5
@@ -31,7 +31,7 @@ MOST_SEGMENTS = 32
 """A pixel's segments are the bits of one number, so that no (pixel, pixel) array is kept."""
 
 
-@struct.dataclass
+@dataclass
 class DenseDiffusionControl(Control):
     """Modulates attention by a layout of segments.
 
@@ -47,7 +47,7 @@ class DenseDiffusionControl(Control):
     cross: Float[Array, " b"] = gate()
     self_: Float[Array, " b"] = gate()
     kappa: Float[Array, " b"] = per_row()
-    time: Float[Array, ""] = struct.field(default_factory=lambda: jnp.ones((), jnp.float32))
+    time: Float[Array, ""] = dataclasses.field(default_factory=lambda: jnp.ones((), jnp.float32))
     queries: Int[Array, " m"] | None = None
     strict: bool = static(default=False)
 
@@ -128,19 +128,13 @@ def bind(
     segments = np.asarray(token_segments)
     tokens = np.where(segments >= 0, np.uint32(1) << np.maximum(segments, 0).astype(np.uint32), 0).astype(np.uint32)
 
-    def row_numbers(name: str, value: float | Sequence[float]) -> Array:
-        found = np.asarray(value, np.float32)
-        if found.shape not in ((), (b,)) or not np.isfinite(found).all():
-            raise InputError(f"{name}: found {value!r}, expected a number, or one for each of the {b} rows")
-        return jnp.asarray(np.broadcast_to(found, (b,)))
-
     return DenseDiffusionControl(
         pixels=pixels,
         area=area,
         tokens=jnp.asarray(tokens),
-        cross=row_numbers("cross", cross),
-        self_=row_numbers("self", self_),
-        kappa=row_numbers("kappa", kappa),
+        cross=jnp.asarray(numbers("cross", cross, b)),
+        self_=jnp.asarray(numbers("self", self_, b)),
+        kappa=jnp.asarray(numbers("kappa", kappa, b)),
         strict=strict,
         sites=sites,
         window=window,

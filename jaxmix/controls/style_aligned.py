@@ -20,10 +20,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Float, Int
 
-from jaxmix.control import QKV, Control, Moments, Site, other_rows, per_row, rows_back, rows_like, static
+from jaxmix.control import QKV, Control, Moments, Site
+from jaxmix.rows import dataclass, like, numbers, others, per_row, rows_back, static
 from jaxmix.types import Array, InputError
 
 EPS = 1e-5
@@ -31,7 +31,7 @@ _CHANNELS = 8  # added for the shift, one of them in use: kernels want heads of 
 _NEVER = -1000.0  # in the place of log 0: half precision holds it, and its exponential is 0
 
 
-@struct.dataclass
+@dataclass
 class StyleAlignedControl(Control):
     """Lets rows attend to the reference of their group, too.
 
@@ -64,24 +64,23 @@ class StyleAlignedControl(Control):
             rows = jnp.arange(a.k.shape[0])[:, None] - self.peers
             k, v = (x[rows].reshape(x.shape[0], -1, *x.shape[2:]) for x in (a.k, a.v))
             return QKV(a.q, k, v)
-        back, strength = self.peers[:, 0], rows_like(self.strength, a.q)
+        back, strength = self.peers[:, 0], like(self.strength, a.q)
 
         def towards(x: Array, y: Array) -> Array:
             return (1 - strength) * x + strength * y
 
         q, k, v = (
-            towards(x, adain(x, other_rows(back, x))) if name in self.adain else x
-            for name, x in zip("qkv", a, strict=True)
+            towards(x, adain(x, others(back, x))) if name in self.adain else x for name, x in zip("qkv", a, strict=True)
         )
-        k_ref, v_ref = other_rows(back, k), other_rows(back, v)
+        k_ref, v_ref = others(back, k), others(back, v)
         if self.swap:
             return QKV(q, towards(k, k_ref), towards(v, v_ref))
-        scale = rows_like(jnp.where(back == 0, 1.0, self.scale), k)
+        scale = like(jnp.where(back == 0, 1.0, self.scale), k)
         if self.bias is None:
             return QKV(q, jnp.concatenate([k, scale * k_ref], 1), jnp.concatenate([v, v_ref], 1))
         d = q.shape[-1]
         bias = jnp.where(back == 0, 0.0, self.bias) * math.sqrt(d + _CHANNELS)
-        bias = jnp.broadcast_to(rows_like(bias, k), (*k.shape[:3], 1))
+        bias = jnp.broadcast_to(like(bias, k), (*k.shape[:3], 1))
         none = jnp.zeros_like(k[..., :1])
         q = q * jnp.asarray(math.sqrt((d + _CHANNELS) / d), q.dtype)  # scores are divided by the wider root
         return QKV(
@@ -98,10 +97,10 @@ class StyleAlignedControl(Control):
         """Take the statistics over the pixels of the row and of its reference together."""
         if not self.norms:
             return m
-        mean, var = (other_rows(self.peers[:, 0], x) for x in m)
+        mean, var = (others(self.peers[:, 0], x) for x in m)
         # The mean of the variances, and the variance of the means.
         together = Moments((m.mean + mean) / 2, (m.var + var) / 2 + jnp.square((m.mean - mean) / 2))
-        strength = rows_like(self.strength, m.mean)
+        strength = like(self.strength, m.mean)
         mixed = ((1 - strength) * x + strength * y for x, y in zip(m, together, strict=True))
         return Moments(*(jnp.where(strength > 0, y, x) for x, y in zip(m, mixed, strict=True)))
 
@@ -150,14 +149,8 @@ def bind(
         raise InputError(f"adain: found {bad[0]!r}, expected some of q, k, v")
     n = sum(groups)
 
-    def row_numbers(name: str, value: float | Sequence[float]) -> np.ndarray:
-        found = np.asarray(value, np.float32)
-        if found.shape not in ((), (n,)) or not np.isfinite(found).all():
-            raise InputError(f"{name}: found {value!r}, expected a number, or one for each of the {n} rows")
-        return np.broadcast_to(found, (n,))
-
-    strengths = row_numbers("strength", strength)
-    scales, shifts = row_numbers("score_scale", scale), row_numbers("score_shift", shift)
+    strengths = numbers("strength", strength, n)
+    scales, shifts = numbers("score_scale", scale, n), numbers("score_shift", shift, n)
     if strengths.min() < 0 or strengths.max() > 1:
         raise InputError(f"strength: found {strength!r}, expected numbers from 0 to 1")
     partial = len(set(strengths.tolist())) > 1 or strengths[0] not in (0, 1)

@@ -17,10 +17,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from flax import struct
 from jaxtyping import Float, Int
 
-from jaxmix.control import QKV, Control, Site, other_rows, per_row, rows_back, rows_like
+from jaxmix.control import QKV, Control, Site
+from jaxmix.rows import dataclass, like, others, per_row, rows_back
 from jaxmix.types import Array, InputError
 
 GAMMA, TEMPERATURE = 0.75, 1.5
@@ -33,12 +33,12 @@ class _StyleID(Control):
 
     def mix(self: Any, a: QKV, q_content: Array, k_style: Array, v_style: Array) -> QKV:
         """Mix queries, and take keys and values of the style."""
-        gamma, temperature, s = (rows_like(x, a.q) for x in (self.gamma, self.temperature, self.strength))
+        gamma, temperature, s = (like(x, a.q) for x in (self.gamma, self.temperature, self.strength))
         q = (gamma * q_content + (1 - gamma) * a.q) * temperature
         return QKV(*((1 - s) * x + s * y for x, y in zip(a, (q, k_style, v_style), strict=True)))
 
 
-@struct.dataclass
+@dataclass
 class StyleIDControl(_StyleID):
     """Injects stored features.
 
@@ -84,7 +84,7 @@ class StyleIDControl(_StyleID):
                 )
 
 
-@struct.dataclass
+@dataclass
 class StyleIDRowsControl(_StyleID):
     """Injects the features of other rows.
 
@@ -99,7 +99,7 @@ class StyleIDRowsControl(_StyleID):
 
     def qkv(self, site: Site, a: QKV) -> QKV:
         """Mix the row's queries with the content's; take keys and values of the style."""
-        return self.mix(a, other_rows(self.content, a.q), other_rows(self.style, a.k), other_rows(self.style, a.v))
+        return self.mix(a, others(self.content, a.q), others(self.style, a.k), others(self.style, a.v))
 
 
 def adain_latents(content: Float[Array, "n h w c"], style: Float[Array, "n h2 w2 c"]) -> Float[Array, "n h w c"]:

@@ -22,10 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Float
 
-from jaxmix.control import KV, Control, Site, gate, per_row, rows_like
+from jaxmix.control import KV, Control, Site
+from jaxmix.rows import dataclass, gate, like, per_row
 from jaxmix.types import Array, InputError, Params
 
 #: Dimension -> (label, rare token that stands for its absence). The dimensions are the paper's; it names two of the
@@ -61,7 +61,7 @@ class VMixConfig:
         return tuple(name for name, _, _ in self.labels)
 
 
-@struct.dataclass
+@dataclass
 class VMixControl(Control):
     """Adds ``scale * V_a`` to the values of every attn2 of the adapter.
 
@@ -80,7 +80,7 @@ class VMixControl(Control):
         if va.shape[1] != a.v.shape[1]:
             raise InputError(f"VMix: the text has {a.v.shape[1]} tokens, the adapter was made for {va.shape[1]}")
         va = va.reshape(*va.shape[:2], *a.v.shape[2:])
-        return KV(a.k, a.v + rows_like(self.scale, va) * va)
+        return KV(a.k, a.v + like(self.scale, va) * va)
 
     def check(self, sites: Sequence[Site]) -> None:
         """Refuse an adapter that was made for another UNet."""

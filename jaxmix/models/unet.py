@@ -1,7 +1,7 @@
 """UNet2DConditionModel: the one denoiser, which knows nothing of any paper.
 
-Everything that a method changes enters as the ``controls`` argument. What a control can reach is listed by `sites` and
-`norm_sites`, which need no parameters and no trace.
+Everything that a method changes enters as the ``controls`` argument. What a control can reach is listed by `sites`,
+`norm_sites` and `join_sites`, which need no parameters and no trace.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from jaxmix.control import KV, Control, Site, apply_kv
+from jaxmix.control import KV, Control, Site, apply_join, apply_kv
 from jaxmix.models.attention import Attention, Context, Transformer2DModel
 from jaxmix.models.config import UNetConfig
 from jaxmix.models.layers import Conv, GroupNorm, Linear, timestep_embedding, upsample_nearest
@@ -140,7 +140,9 @@ class UpBlock(_Block):
         next_hw: Any,
     ) -> Array:
         for i in range(self.layers):
-            x = self.resnet(i)(jnp.concatenate([x, skips[-1 - i]], -1), emb, controls)
+            site = Site(".".join((*self.path, f"resnets.{i}")), 0, (x.shape[1], x.shape[2]))
+            x, skip = apply_join(site, x, skips[-1 - i], controls)
+            x = self.resnet(i)(jnp.concatenate([x, skip], -1), emb, controls)
             if self.depth:
                 x = self.attention(i)(x, context, controls)
         if not self.last:
@@ -366,3 +368,18 @@ def norm_sites(cfg: UNetConfig, latent_hw: tuple[int, int]) -> tuple[Site, ...]:
         out += [Site(f"{name}.resnets.{j}.norm{k}", 0, hw) for j in range(resnets) for k in (1, 2)]
         out += [Site(f"{name}.attentions.{j}.norm", 0, hw) for j in range(layers) if attention]
     return (*out, Site("conv_norm_out", 0, latent_hw))
+
+
+def join_sites(cfg: UNetConfig, latent_hw: tuple[int, int]) -> tuple[Site, ...]:
+    """List the resnets of the up blocks, in the order in which they run: where features and skips are joined."""
+    return tuple(
+        Site(f"{name}.resnets.{j}", 0, hw)
+        for name, _, layers, hw, _ in _blocks(cfg, latent_hw)
+        if name.startswith("up_blocks.")
+        for j in range(layers)
+    )
+
+
+def up_blocks(names: Sequence[str]) -> list[str]:
+    """Return the up blocks that hold the named sites, in the order in which they run."""
+    return sorted({".".join(name.split(".")[:2]) for name in names if name.startswith("up_blocks.")})

@@ -1,10 +1,28 @@
 """Samplers: start noise, guidance, solvers and the denoising loop, over any `ModelFn`."""
 
 from jaxmix.samplers.choose import SAMPLERS, default_sampler, make_solver
-from jaxmix.samplers.fusion import blend
-from jaxmix.samplers.guidance import by_branch, classifier_free_guidance
+from jaxmix.samplers.fusion import SaliencyBlend, blend
+from jaxmix.samplers.guidance import (
+    Branches,
+    BranchFn,
+    ClassifierFree,
+    Guidance,
+    Unguided,
+    by_branch,
+    classifier_free_guidance,
+    stack,
+)
 from jaxmix.samplers.inversion import DDIMInversion, invert
-from jaxmix.samplers.latents import image_to_image_start, inpaint, noised, pin
+from jaxmix.samplers.latents import (
+    FromImage,
+    Inpaint,
+    LatentEdit,
+    Pin,
+    image_to_image_start,
+    inpaint,
+    noised,
+    pin,
+)
 from jaxmix.samplers.loop import Phase, Solver, sample
 from jaxmix.samplers.multistep import DPMSolver2M
 from jaxmix.samplers.noise import initial_noise, seed_array, step_noise
@@ -13,11 +31,21 @@ from jaxmix.samplers.solvers import DDIM, Euler
 __all__ = [
     "DDIM",
     "SAMPLERS",
+    "BranchFn",
+    "Branches",
+    "ClassifierFree",
     "DDIMInversion",
     "DPMSolver2M",
     "Euler",
+    "FromImage",
+    "Guidance",
+    "Inpaint",
+    "LatentEdit",
     "Phase",
+    "Pin",
+    "SaliencyBlend",
     "Solver",
+    "Unguided",
     "blend",
     "by_branch",
     "classifier_free_guidance",
@@ -31,5 +59,6 @@ __all__ = [
     "pin",
     "sample",
     "seed_array",
+    "stack",
     "step_noise",
 ]

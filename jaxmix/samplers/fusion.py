@@ -12,11 +12,18 @@ own model's share of the picture. The comparison is made between logarithms, whe
 softmax, in which pixels far below the peak tie at zero and go to the general model, is ``underflow``.
 """
 
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from jaxmix.types import Array
+from jaxmix.rows import dataclass, per_row, static
+from jaxmix.samplers.guidance import Branches, ClassifierFree, Guidance
+from jaxmix.samplers.loop import Solver
+from jaxmix.types import Array, ModelFn
 
 _WINDOW = 4  # of the average; even, so the map loses a row and a column, and is resized back
 
@@ -73,3 +80,54 @@ def blend(
     s_e = saliency(scale_ * per_eps * (c_e - (u_e if own_uncond else u_g)))
     mask = expert_mask(s_g, s_e, k_general, k_expert, underflow) & (strength > 0)[:, None, None]
     return jnp.where(mask[..., None], e, g)
+
+
+@dataclass
+class SaliencyBlend(Guidance):
+    """MagicFusion's rule for a batch; outside of its window the general model draws alone, by ``base``.
+
+    ``expert`` is the second denoiser, None for another prompt of the same: branch number ``branch``. ``k_general``,
+    ``k_expert`` and ``strength`` (n,) are as in `blend`; where no image is to be blended, the step runs ``base``.
+    """
+
+    k_general: Float[Array, " n"] = per_row()
+    k_expert: Float[Array, " n"] = per_row()
+    strength: Float[Array, " n"] = per_row()
+    expert: Any = None
+    base: ClassifierFree | None = None
+    branch: int = static(default=2)
+    own_uncond: bool = static(default=False)
+    underflow: bool = static(default=False)
+
+    over: ClassVar[frozenset[str]] = frozenset({"ClassifierFree"})
+
+    def __call__(self, model: Branches, solver: Solver, hw: tuple[int, int]) -> ModelFn:
+        """Return the blended prediction; with no image to blend it is the general model's, to the last bit."""
+        assert self.base is not None, "stack() the guidances first"
+        scale, guided = self.base.scale, self.base(model, solver, hw)
+        if self.expert is None:
+            three = model.branches((0, 1, self.branch), hw)
+        else:
+            first, second = model.branches((0, 1), hw), self.expert.branches((0, 1), hw)
+
+        def pairs(x: Array, t: Array, step: Array) -> tuple[Array, Array]:
+            if self.expert is not None:
+                return first(x, t, step), second(x, t, step)
+            rows = three(x, t, step)
+            return rows[:, :2], rows[:, jnp.asarray([0, 2])]
+
+        def predict(x: Array, t: Array, step: Array) -> Array:
+            signal, sigma = solver.signals[step], solver.sigmas[step]
+            per_eps = {"epsilon": jnp.ones(()), "v_prediction": signal, "sample": signal / sigma}
+            return blend(
+                *pairs(x, t, step),
+                scale,
+                self.k_general,
+                self.k_expert,
+                self.strength,
+                per_eps=per_eps[solver.prediction_type],
+                own_uncond=self.own_uncond,
+                underflow=self.underflow,
+            )
+
+        return lambda x, t, step: jax.lax.cond(jnp.any(self.strength > 0), predict, guided, x, t, step)

@@ -1,14 +1,107 @@
-"""Classifier-free guidance (arXiv 2207.12598) as a transformation of model functions."""
+"""Guidance: what becomes of the branches of a denoiser, and classifier-free guidance (arXiv 2207.12598) as the first.
 
-from collections.abc import Callable
+A guidance is a tree (`jaxmix.rows`) of per-image numbers with a static window of the steps. Called with the denoiser it
+returns the model function of a phase. In every step exactly one is at work: the last whose window holds it. So two
+whose windows overlap exclude each other, unless the later is built on the earlier, its ``base``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from jaxmix.types import ModelFn
+from jaxmix.rows import dataclass, per_row, static
+from jaxmix.samplers.loop import Solver
+from jaxmix.types import Array, InputError, ModelFn
+
+BranchFn = Callable[[Array, Array, Array], Array]
+"""``(x, t, step) -> predictions``: latents (n, h, w, c) to (n, branches, h, w, c), float32."""
 
 
-def by_branch(rows_fn: ModelFn, branches: int) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+class Branches(Protocol):
+    """What a guidance asks of a denoiser."""
+
+    def branches(self, which: Sequence[int], hw: tuple[int, int]) -> BranchFn:
+        """Return the function that predicts some branches of each image: 0 unconditional, 1 conditional, 2 ... more.
+
+        What does not depend on the step is computed in this call, so it belongs outside of the loop.
+        """
+        ...
+
+
+@dataclass
+class Guidance:
+    """A rule from the branches of a denoiser to one prediction an image. Subclasses are `jaxmix.rows.dataclass`es.
+
+    ``window`` is the share of the sampling steps, from start (0) to end (1), in which it is at work.
+    """
+
+    window: tuple[float, float] = static(default=(0.0, 1.0), kw_only=True)
+
+    #: Names of the guidances that this one can take as its ``base``.
+    over: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, model: Branches, solver: Solver, hw: tuple[int, int]) -> ModelFn:
+        """Return the model function, in the schedule's own prediction type, for latents of size ``hw``."""
+        raise NotImplementedError
+
+
+@dataclass
+class Unguided(Guidance):
+    """The conditional branch alone, at half the cost."""
+
+    def __call__(self, model: Branches, solver: Solver, hw: tuple[int, int]) -> ModelFn:
+        """Return the prediction of branch 1."""
+        alone = model.branches((1,), hw)
+        return lambda x, t, step: alone(x, t, step)[:, 0]
+
+
+@dataclass
+class ClassifierFree(Guidance):
+    """u + scale (c - u), and the rescaling of `classifier_free_guidance`; ``rescale`` None is 0 and costs nothing."""
+
+    scale: Float[Array, " n"] = per_row()
+    rescale: Float[Array, " n"] | None = per_row(default=None)
+
+    def __call__(self, model: Branches, solver: Solver, hw: tuple[int, int]) -> ModelFn:
+        """Return the guided prediction of branches 0 and 1."""
+        rescale = 0.0 if self.rescale is None else self.rescale
+        return classifier_free_guidance(model.branches((0, 1), hw), self.scale, rescale)
+
+
+def stack(guidance: Sequence[Any]) -> tuple[Any, ...]:
+    """Return guidances as a job holds them: each that has a ``base`` and none yet is given the one it stands on.
+
+    The first is at work wherever no other is. Raises `InputError` for two that make the prediction of the same steps
+    and are not built on each other.
+    """
+    first, *rest = guidance
+    out = [first]
+    for g in rest:
+        under = first
+        for before in out[1:]:
+            if max(before.window[0], g.window[0]) < min(before.window[1], g.window[1]):
+                names = type(before).__name__, type(g).__name__
+                if names[0] not in g.over or before.window[0] > g.window[0] or before.window[1] < g.window[1]:
+                    raise InputError(f"{names[0]} and {names[1]} exclude each other: both make the noise of some steps")
+                under = before
+        if g.over:
+            if type(under).__name__ not in g.over:
+                raise InputError(
+                    f"{type(under).__name__} and {type(g).__name__} exclude each other: the latter is built on "
+                    f"{', '.join(sorted(g.over))}"
+                )
+            g = g if g.base is not None else dataclasses.replace(g, base=under)
+        out.append(g)
+    return tuple(out)
+
+
+def by_branch(rows_fn: ModelFn, branches: int) -> BranchFn:
     """Returns the function that predicts every branch of each image, float32 (n, branches, h, w, c).
 
     `rows_fn` is called with that many rows per image, branch minor: u0, c0, u1, c1, ... (so that sharding the rows
@@ -23,12 +116,12 @@ def by_branch(rows_fn: ModelFn, branches: int) -> Callable[[jax.Array, jax.Array
     return predict
 
 
-def classifier_free_guidance(rows_fn: ModelFn, scale: jax.Array | float, rescale: jax.Array | float = 0.0) -> ModelFn:
+def classifier_free_guidance(predict: BranchFn, scale: jax.Array | float, rescale: jax.Array | float = 0.0) -> ModelFn:
     """Returns the guided model function u + scale (c - u), one row per image.
 
-    `rows_fn` is called with two rows per image as `by_branch` says, the unconditional one first. `scale` is a scalar or
-    (n,), traced; 1 is the conditional and 0 the unconditional prediction. Guidance is computed in float32, whatever
-    dtype the model runs in.
+    `predict` gives the unconditional and the conditional branch, as `by_branch` does. `scale` is a scalar or (n,),
+    traced; 1 is the conditional and 0 the unconditional prediction. Guidance is computed in float32, whatever dtype the
+    model runs in.
 
     `rescale`, a scalar or (n,) from 0 to 1, brings the standard deviation of each guided row back towards that of its
     conditional one (arXiv 2305.08891, eq. 14-16). It is traced; 0 changes no bit, and as a Python number costs nothing.
@@ -36,7 +129,6 @@ def classifier_free_guidance(rows_fn: ModelFn, scale: jax.Array | float, rescale
     scale = jnp.asarray(scale, jnp.float32)
     rescaling = isinstance(rescale, jax.Array) or bool(rescale != 0)
     rescale = jnp.asarray(rescale, jnp.float32)
-    predict = by_branch(rows_fn, 2)
 
     def guided(x: jax.Array, t: jax.Array, step: jax.Array) -> jax.Array:
         for name, value in (("scale", scale), ("rescale", rescale)):

@@ -1,12 +1,19 @@
-"""Starts from an image, and what is done to the latents between steps: image-to-image and inpainting."""
+"""Edits of the latents: where a run starts, and what is done to its state after each step.
+
+An edit is a tree (`jaxmix.rows`) of per-image arrays. Several are applied in their order.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from jaxmix.rows import dataclass, per_row
 from jaxmix.samplers.loop import Solver
-from jaxmix.types import InputError
+from jaxmix.types import Array, InputError
 
 
 def image_to_image_start(steps: int, strength: float) -> int:
@@ -58,3 +65,63 @@ def pin(states: jax.Array, gate: jax.Array) -> Callable[[jax.Array, jax.Array | 
         return jnp.where(gate[:, None, None, None] > 0, states[:, i + 1], x)
 
     return latents_fn
+
+
+@dataclass
+class LatentEdit:
+    """What an edit may do; it does nothing by itself. Subclasses are `jaxmix.rows.dataclass`es."""
+
+    def start(self, solver: Solver, x: Array, noise: Array, step: int) -> Array:
+        """Return the state before the first step that is run, from the state that noise alone would be."""
+        return x
+
+    def after(self, solver: Solver, x: Array, noise: Array, step: Array) -> Array:
+        """Return the state after a step, from what the solver made; ``noise`` is the start noise, standard normal."""
+        return x
+
+
+@dataclass
+class FromImage(LatentEdit):
+    """Image-to-image: the run starts from scaled latents ``image`` (n, h, w, c) at the level of its first step."""
+
+    image: Float[Array, "n h w c"] = per_row()
+
+    def start(self, solver: Solver, x: Array, noise: Array, step: int) -> Array:
+        """Return the noised image."""
+        return noised(solver, self.image, noise, step)
+
+
+@dataclass
+class Inpaint(LatentEdit):
+    """Inpainting: ``image`` is held outside of ``mask`` (n, h, w, 1), which is 1 where it is to be repainted."""
+
+    image: Float[Array, "n h w c"] = per_row()
+    mask: Float[Array, "n h w 1"] = per_row()
+
+    def start(self, solver: Solver, x: Array, noise: Array, step: int) -> Array:
+        """Return the noised image; what is to be repainted whole starts from noise alone, as in diffusers."""
+        return noised(solver, self.image, noise, step) if step > 0 else x
+
+    def after(self, solver: Solver, x: Array, noise: Array, step: Array) -> Array:
+        """Put the image back, under noise of the next level, where it is to stay."""
+        return inpaint(solver, self.image, noise, self.mask)(x, step)
+
+
+@dataclass
+class Pin(LatentEdit):
+    """Images that are held to a course: what an inversion found of them, or noised images.
+
+    ``states`` (n, steps + 1, h, w, c) is the state of each image before each step, and at the end; ``gate`` (n,) is 1
+    where an image is held, 0 where it is free.
+    """
+
+    states: Float[Array, "n s h w c"] = per_row()
+    gate: Float[Array, " n"] = per_row()
+
+    def start(self, solver: Solver, x: Array, noise: Array, step: int) -> Array:
+        """Return the course's state before the first step."""
+        return pin(self.states, self.gate)(x, step - 1)
+
+    def after(self, solver: Solver, x: Array, noise: Array, step: Array) -> Array:
+        """Return the course's state after a step."""
+        return pin(self.states, self.gate)(x, step)

@@ -84,17 +84,20 @@ def sample(
     noise_fn: Callable[[jax.Array], jax.Array] | None = None,
     latents_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     start: int = 0,
+    stop: int | None = None,
 ) -> Any:
-    """Runs the solver from x (n, ...), the state before step `start`, to the end and returns the last float32 state.
+    """Runs the solver from x (n, ...), the state before step `start`, and returns the float32 state before step `stop`.
+
+    None is the end.
 
     From pure noise, x is standard normal noise times `solver.init_scale`; from an image, see `latents.noised`.
     `model_fn(x, t, step)` sees the float32 state, the timestep (a traced scalar) and the step index. What
     `latents_fn(x, step)` makes of the state after a step is what the next step sees.
     `record(x, pred, step)` is called before each step; what it returns is stacked over the steps run, and the result is
     then (x, records). `noise_fn(step)` gives the noise of a stochastic solver's step. Raises ValueError if the phases
-    do not tile the steps from `start` on in order, or a stochastic solver gets no noise.
+    do not tile the steps in order, or a stochastic solver gets no noise.
     """
-    steps = solver.timesteps.shape[0]
+    steps = solver.timesteps.shape[0] if stop is None else stop
     bounds = [start, *(bound for phase in phases for bound in (phase.start, phase.stop)), steps]
     if not phases or any(phase.start >= phase.stop for phase in phases) or bounds[::2] != bounds[1::2]:
         found = ", ".join(f"[{phase.start}, {phase.stop})" for phase in phases) or "none"

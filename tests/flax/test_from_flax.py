@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix.loading import from_flax
+from jaxmix.pipeline.loading import from_flax
 from jaxmix.models import AddedCond, AutoencoderKL, UNet2DConditionModel, UNetConfig
 from jaxmix.types import InputError
 from jaxmix.weights import load_tree, read_config

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxmix import KV, QKV, Control, Moments, gate
-from jaxmix.control import rows_like
+from jaxmix.rows import like as rows_like
 
 
 @struct.dataclass

@@ -14,7 +14,7 @@ from jaxmix import QKV, Control, InputError, Site
 from jaxmix.control import attend, matches, phases, tile_rows, to_branches, validate
 from jaxmix.models import UNet2DConditionModel
 from jaxmix.models.unet import norm_sites, sites, subtree
-from jaxmix.programs import Job, denoise
+from jaxmix.pipeline.job import Job, denoise
 from jaxmix.samplers import DDIM
 
 from .controls import CASES, Claiming, FavourFirst, FlipKeys, ShiftValues, make

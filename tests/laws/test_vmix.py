@@ -13,7 +13,7 @@ from jaxmix import InputError, LoRA, Site, VMix
 from jaxmix.control import KV, QKV, attend
 from jaxmix.controls import vmix as maths
 from jaxmix.models.unet import sites
-from jaxmix.programs import denoise
+from jaxmix.pipeline.job import denoise
 from jaxmix.tuning import lora
 from jaxmix.weights import read_header
 from tests.families import sdxl

@@ -8,7 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxmix import VMix
-from jaxmix.programs import Job, denoise
+from jaxmix.pipeline.job import Job, denoise
 from jaxmix.samplers import make_solver
 from jaxmix.types import InputError
 from scripts.bench_programs import count_flops, program

@@ -11,7 +11,7 @@ from jaxmix import InputError, Segment, Site, dense_diffusion
 from jaxmix.control import QKV, attend, phases
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.models.unet import sites
-from jaxmix.programs import Job, denoise
+from jaxmix.pipeline.job import Job, denoise
 from jaxmix.samplers import DDIM
 
 from . import by_hand

@@ -190,7 +190,7 @@ def test_devices_and_batches_draw_the_same(tiny_pipeline, expert):
 
 
 def test_numbers_never_recompile(tiny_pipeline):
-    from jaxmix.programs import denoise
+    from jaxmix.pipeline.job import denoise
 
     before = denoise._cache_size()
     for k, s in ((1.0, 1.0), (0.3, 0.0)):

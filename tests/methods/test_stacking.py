@@ -10,8 +10,8 @@ import pytest
 
 import jaxmix
 from jaxmix import InputError, MagicFusion, Segment, dense_diffusion, style_aligned, style_id
-from jaxmix.programs import denoise
-from jaxmix.style_transfer import style_id_sites
+from jaxmix.pipeline.job import denoise
+from jaxmix.methods.style_id import style_id_sites
 from jaxmix.tuning import lora
 from tests.families import moved
 

@@ -10,7 +10,7 @@ from jaxmix.control import QKV, attend
 from jaxmix.controls.style_id import StyleIDControl, StyleIDRowsControl, adain_latents
 from jaxmix.samplers import DDIM, DDIMInversion, Phase, invert, sample
 from jaxmix.schedule import NoiseSchedule
-from jaxmix.style_transfer import style_id_sites, style_id_start
+from jaxmix.methods.style_id import style_id_sites, style_id_start
 
 from . import by_hand
 

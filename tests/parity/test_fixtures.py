@@ -19,7 +19,7 @@ from jaxmix.models import (
     UNetConfig,
     VAEConfig,
 )
-from jaxmix.programs import Job, denoise
+from jaxmix.pipeline.job import Job, denoise
 from jaxmix.samplers import DDIM
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.weights import load_tree, read_config

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxmix
-from jaxmix.loading import ASSETS
+from jaxmix.pipeline.loading import ASSETS
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -6,8 +6,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxmix
-from jaxmix.loading import ASSETS
-from jaxmix.saving import save_pipeline
+from jaxmix.pipeline.loading import ASSETS
+from jaxmix.pipeline.saving import save_pipeline
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmix import InputError, programs
-from jaxmix.programs import denoise
+from jaxmix.pipeline.job import denoise
 from jaxmix.sharding import data_mesh
 
 PROMPTS, SEEDS = ["a cat", "a dog", "a red apple"], [3, 1, 4]

@@ -10,7 +10,7 @@ import pytest
 import jaxmix
 from jaxmix import InputError, VMix
 from jaxmix.control import tile_rows
-from jaxmix.programs import Job, denoise
+from jaxmix.pipeline.job import Job, denoise
 from jaxmix.samplers import DDIM
 
 PROMPTS = [f"a {word}" for word in ("car", "dog", "apple", "cat", "boat", "rose", "key", "cup", "hat", "bus", "fox")]

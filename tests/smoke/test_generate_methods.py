@@ -12,7 +12,7 @@ from infer import dense, fuse, style_aligned, style_transfer
 from infer.layouts import check_segments, picture
 from infer.png import read_settings
 from jaxmix.command import run
-from jaxmix.loading import ASSETS
+from jaxmix.pipeline.loading import ASSETS
 from jaxmix.types import InputError
 from tests.families import random_like
 

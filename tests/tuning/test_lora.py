@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxmix import InputError, LoRA, apply_loras
-from jaxmix.loras import _add
-from jaxmix.programs import denoise
+from jaxmix.methods.lora import _add
+from jaxmix.pipeline.job import denoise
 from jaxmix.tuning import lora as low_rank
 
 PATTERN = r"attn2\.to_|proj_in|conv1$|mid_block.*conv2"  # dense layers, 1x1 and 3x3 convolutions

@@ -12,7 +12,7 @@ from flax import serialization
 from safetensors.numpy import load_file, save_file
 
 import jaxmix
-from jaxmix.saving import save_pipeline
+from jaxmix.pipeline.saving import save_pipeline
 from jaxmix.types import InputError
 from jaxmix.weights import names
 

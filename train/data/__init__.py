@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from jaxmix.pipeline import Pipeline
+from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.types import InputError
 
 from .buckets import PictureConfig

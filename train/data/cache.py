@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.pipeline import Pipeline
+from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.types import InputError
 from train.data.buckets import PictureConfig, Size
 from train.data.order import Stream

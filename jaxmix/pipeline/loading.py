@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
-from jaxmix.pipeline import Pipeline
+from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.saving import DEFAULTS
 from jaxmix.samplers import SAMPLERS, default_sampler
-from jaxmix.saving import DEFAULTS
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError, Params
 from jaxmix.weights import FlaxTree, Source, load_tree, open_source, read_config, stored_dtype
@@ -23,7 +23,7 @@ from jaxmix.weights.hub import download
 from jaxmix.weights.single_file import CLIP_TOKENIZER, open_single_file
 from jaxmix.weights.single_file_extras import Extras
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 
 _PARTS = {"sd": ("unet", "vae", "text_encoder"), "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2")}
 _TOKENIZERS = {"sd": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}

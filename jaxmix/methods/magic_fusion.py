@@ -1,37 +1,28 @@
-"""MagicFusion as users hold it: which second model or prompt, and how the two are blended."""
+"""MagicFusion (arXiv 2303.13126) as users hold it: which second model or prompt, and how the two are blended."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix import control as seam
+from jaxmix import rows as over
 from jaxmix.control import Control
-from jaxmix.models.unet import AddedCond, norm_sites, sites
-from jaxmix.programs import Blend, Expert, Fusion
-from jaxmix.samplers import Solver
-from jaxmix.types import Array, InputError
-
-if TYPE_CHECKING:
-    from jaxmix.pipeline import Pipeline
-
-
-class Bound(NamedTuple):
-    """What `Pipeline.generate` hands to the program; ``third`` is the third branch of one model with two prompts."""
-
-    fusion: Fusion
-    blend: Blend
-    expert: Expert | None
-    third: tuple[Array, AddedCond | None] | None
+from jaxmix.pipeline.batches import Batch
+from jaxmix.pipeline.job import Denoiser
+from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.request import NOISE, Method, Request
+from jaxmix.pipeline.text import encode_branches
+from jaxmix.samplers import SaliencyBlend, make_solver
+from jaxmix.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class MagicFusion:
+class MagicFusion(Method):
     """Blends the noise of the pipeline that draws (the general model) with that of an expert (arXiv 2303.13126).
 
     ``prompts`` are the expert's, one an image. ``expert`` is a pipeline with the same latents and schedule, or None for
@@ -60,20 +51,12 @@ class MagicFusion:
     own_uncond: bool = False
     underflow: bool = False
 
-    def bind(
-        self,
-        pipe: Pipeline,
-        controls: Sequence[Control],
-        negatives: Sequence[str | None],
-        sizes: Sequence[int],
-        solver: Solver,
-        hw: tuple[int, int],
-    ) -> Bound | None:
-        """Return what the program needs for a run of ``pipe``, None if no step is blended.
+    when: ClassVar[int] = NOISE
+    per_image: ClassVar[tuple[str, ...]] = ("prompts", "negative_prompts", "k_general", "k_expert", "strength")
 
-        Raises `InputError` for lists of another length, numbers out of range, and models that do not fit each other.
-        """
-        n = len(negatives)
+    def check(self, pipe: Pipeline, request: Request) -> None:
+        """Refuse lists of another length, numbers out of range, and models that do not fit each other."""
+        n = request.n
         if isinstance(self.prompts, str) or len(self.prompts) != n:
             raise InputError(
                 f"fusion: found {len(self.prompts)} expert prompts, expected one for each of the {n} images"
@@ -89,32 +72,60 @@ class MagicFusion:
             found = np.asarray(getattr(self, name), np.float32)
             if found.shape not in ((), (n,)) or not np.isfinite(found).all() or found.min() < 0:
                 raise InputError(f"fusion: {name} is {getattr(self, name)!r}, expected a number >= 0, or one an image")
+        own = self.negative_prompts
+        if own is not None and (isinstance(own, str) or len(own) != n):
+            raise InputError(f"fusion: found {len(own)} negative prompts, expected one for each of {n} images")
+        if np.any(request.guidance_rescale):
+            raise InputError("fusion: blends guided predictions, expected no guidance_rescale")
+        fits(pipe, self.expert or pipe)
+        if self.controls is not None:
+            (self.expert or pipe).check_controls(over.tile(tuple(self.controls), n), request.hw(pipe))
+
+    def sketch(self, pipe: Pipeline, request: Request) -> Request:
+        """Add the guidance without what it is told."""
+        window = self.window(pipe, request)
+        if window is None:
+            return request
+        if self.expert is not None and self.controls is None:
+            self.expert.check_controls(request.controls, request.hw(pipe))
+        none = jnp.zeros((request.n,))
+        return request.add(guidance=(SaliencyBlend(none, none, none, window=window),))
+
+    def take(self, batch: Batch, n: int) -> MagicFusion:
+        """Return the method for the images of a batch."""
+        made = super().take(batch, n)
+        if self.controls is None:
+            return made
+        return dataclasses.replace(made, controls=over.take(over.tile(tuple(self.controls), n), batch.rows))
+
+    def apply(self, pipe: Pipeline, request: Request) -> Request:
+        """Add the blending guidance, and the expert's prompt as a third branch or as a second denoiser."""
+        window, n = self.window(pipe, request), request.n
+        if window is None:
+            return request
+        k_general, k_expert, strength = (
+            jnp.asarray(over.numbers(name, getattr(self, name), n)) for name in ("k_general", "k_expert", "strength")
+        )
+        flags: dict[str, Any] = {"window": window, "own_uncond": self.own_uncond, "underflow": self.underflow}
+        blend = SaliencyBlend(k_general, k_expert, strength, **flags)
+        if self.expert is None and self.controls is None and self.negative_prompts is None:
+            request, branch = request.with_branch(pipe, self.prompts)
+            return request.add(guidance=(dataclasses.replace(blend, branch=branch),))
+        expert = self.expert or pipe
+        negatives = request.negatives if self.negative_prompts is None else self.negative_prompts
+        assert negatives is not None and request.sizes is not None
+        text = encode_branches(expert if self.own_text else pipe, [negatives, self.prompts], request.sizes.ids)
+        inside = request.controls if self.controls is None else over.tile(tuple(self.controls), n)
+        model = Denoiser(expert.unet, expert.params["unet"], text, inside)
+        return request.add(guidance=(dataclasses.replace(blend, expert=model),))
+
+    def window(self, pipe: Pipeline, request: Request) -> tuple[float, float] | None:
+        """Return the share of the steps that are blended, None if there are none."""
+        assert request.sampler is not None and request.steps is not None
+        solver = make_solver(request.sampler, pipe.schedule, request.steps)
         before = int(np.sum(np.asarray(solver.timesteps) > self.switch)) / solver.steps
         window = (0.0, before) if self.mode == 2 else (before, 1.0)
-        if window[0] == window[1]:
-            return None
-        expert = self.expert or pipe
-        fits(pipe, expert)
-        k_general, k_expert, strength = (
-            jnp.broadcast_to(jnp.asarray(x, jnp.float32), (n,)) for x in (self.k_general, self.k_expert, self.strength)
-        )
-        text = expert if self.own_text else pipe
-        own_negatives = negatives if self.negative_prompts is None else self.negative_prompts
-        if isinstance(own_negatives, str) or len(own_negatives) != n:
-            raise InputError(
-                f"fusion: found {len(own_negatives)} negative prompts, expected one for each of {n} images"
-            )
-        context, added = text.condition(self.prompts, own_negatives, sizes)
-        flags: dict[str, Any] = {"window": window, "own_uncond": self.own_uncond, "underflow": self.underflow}
-        if self.expert is None and self.controls is None and self.negative_prompts is None:
-            third = context[:, 1:], None if added is None else AddedCond(*(x[:, 1:] for x in added))
-            return Bound(Fusion(**flags), Blend(k_general, k_expert, strength), None, third)
-        inside = tuple(controls if self.controls is None else self.controls)
-        cfg = expert.unet.config
-        seam.validate(inside, sites(cfg, hw), norm_sites(cfg, hw))
-        tiled = tuple(seam.tile_rows(c, n) for c in inside)
-        work = Blend(k_general, k_expert, strength, context, added)
-        return Bound(Fusion(expert.unet, **flags), work, Expert(expert.params["unet"], tiled), None)
+        return None if window[0] == window[1] else window
 
 
 def fits(general: Pipeline, expert: Pipeline) -> None:

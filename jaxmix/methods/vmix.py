@@ -1,4 +1,4 @@
-"""Adapters as users hold them: the parameters of a method, made for a pipeline, in one safetensors file."""
+"""VMix (arXiv 2412.20800) as users hold it: an adapter made for a pipeline, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxmix.controls import vmix
-from jaxmix.loras import LoRA, apply_loras
+from jaxmix.methods.lora import LoRA, Merge, apply_loras  # the paper's adapter is trained along with one
 from jaxmix.models.clip import at_end_of_text
 from jaxmix.models.unet import sites, subtree
+from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.request import WEIGHTS, Method, Request
+from jaxmix.rows import numbers, tile
 from jaxmix.tuning.lora import without_alpha
 from jaxmix.types import Array, InputError, Params
 from jaxmix.weights import load_tree, read_header, save_tree
 
-if TYPE_CHECKING:
-    from jaxmix.pipeline import Pipeline
-
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED = {"mini-vmix": ASSETS / "mini-vmix" / "adapter.safetensors"}
 """Adapters that ship with the package, by name."""
 
@@ -96,6 +96,10 @@ class VMix:
                 f"VMix: the adapter was made for {self.config.tokens} text tokens, the pipeline has {pipe.text_length}"
             )
 
+    def on(self, labels: str | Sequence[str] = "all", scale: float | Sequence[float] = 1.0, lora: float = 1.0) -> Mix:
+        """Return the method: ``labels`` and ``scale`` as for `bind`, ``lora`` the strength of its own LoRA."""
+        return Mix(self, labels, scale, lora)
+
     def apply_lora(self, pipe: Pipeline, strength: float = 1.0) -> Pipeline:
         """Return the pipeline with the adapter's LoRA merged into its UNet; the same pipeline if there is none."""
         self.check(pipe)
@@ -143,12 +147,41 @@ class VMix:
         return cls(made, tree, lora)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mix(Method):
+    """A VMix adapter with the labels and the strength that the images shall have; ``lora`` is for all of them."""
+
+    adapter: VMix
+    labels: str | Sequence[str] = "all"
+    scale: float | Sequence[float] = 1.0
+    lora: float = 1.0
+
+    when: ClassVar[int] = WEIGHTS
+    per_image: ClassVar[tuple[str, ...]] = ("labels", "scale")
+
+    def check(self, pipe: Pipeline, request: Request) -> None:
+        """Refuse an adapter for another model, labels that it has not, and strengths that are not numbers."""
+        super().check(pipe, request)
+        self.adapter.check(pipe)
+        vmix.parse_labels(self.labels, self.adapter.config.dimensions)
+        numbers("VMix: scale", self.scale, request.n, "prompts")
+        if self.adapter.lora is not None:
+            Merge(self.adapter.lora, self.lora).check(pipe, request)
+
+    def apply(self, pipe: Pipeline, request: Request) -> Request:
+        """Add the LoRA to the weights and the mixed values to the controls."""
+        control = self.adapter.bind(pipe, self.labels, self.scale)
+        request = request.add(controls=(tile(control, request.n),))
+        if self.adapter.lora is None or self.lora == 0:
+            return request
+        return request.add(weights=(Merge(self.adapter.lora, self.lora),))
+
+
 def embed_labels(pipe: Pipeline, texts: Sequence[str]) -> Array:
     """Return (n, d) float32: what the UNet attends to at the end-of-text token of each text, alone in its prompt."""
     encoded = pipe.encode_prompt(texts)
-    states = encoded if pipe.text_encoder_2 is None else encoded[0]
     ids, _ = pipe.tokenize(texts)
-    return at_end_of_text(pipe.text_encoder.config, ids, states).astype(jnp.float32)
+    return at_end_of_text(pipe.text_encoder.config, ids, encoded.context).astype(jnp.float32)
 
 
 def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[vmix.VMixConfig, dict[str, float] | None]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jaxmix.pipeline.parts import Parts
 from jaxmix.weights import save_tree, write_config
 from jaxmix.weights.single_file import family_of_configs, save_single_file
 from jaxmix.weights.single_file_extras import save_extras
-
-if TYPE_CHECKING:
-    from jaxmix.pipeline import Pipeline
 
 DEFAULTS = "_jaxmix"
 """Key of model_index.json for this library's own defaults; diffusers skips keys with an underscore."""
@@ -24,7 +22,7 @@ _FILES = {
 }
 
 
-def save_pipeline(pipe: Pipeline, path: str | Path, dtype: Any = None) -> None:
+def save_pipeline(pipe: Parts, path: str | Path, dtype: Any = None) -> None:
     """Write a single file in the original layout where `path` ends in ".safetensors", a diffusers folder otherwise.
 
     ``dtype`` casts the floating weights on the way; they keep their own if it is None.
@@ -38,7 +36,7 @@ def save_pipeline(pipe: Pipeline, path: str | Path, dtype: Any = None) -> None:
         save_folder(pipe, path, dtype)
 
 
-def save_folder(pipe: Pipeline, folder: str | Path, dtype: Any = None) -> None:
+def save_folder(pipe: Parts, folder: str | Path, dtype: Any = None) -> None:
     """Write a diffusers folder, which torch diffusers opens; ``dtype`` casts the floating weights on the way."""
     folder = Path(folder)
     for part in _parts(pipe):
@@ -52,11 +50,11 @@ def save_folder(pipe: Pipeline, folder: str | Path, dtype: Any = None) -> None:
     write_config(_index(pipe), folder / "model_index.json")
 
 
-def _parts(pipe: Pipeline) -> list[str]:
+def _parts(pipe: Parts) -> list[str]:
     return [part for part in _FILES if getattr(pipe, part) is not None]
 
 
-def _index(pipe: Pipeline) -> dict[str, Any]:
+def _index(pipe: Parts) -> dict[str, Any]:
     """Return the model_index.json, which tells torch diffusers the class of every part."""
     index: dict[str, Any] = {
         "_diffusers_version": "0.42.1",

@@ -1,4 +1,4 @@
-"""Prompts to what the UNet is conditioned on, for one text encoder or two."""
+"""CLIP tokenizers: opened when the first prompt comes, padded and cut as Stable Diffusion does."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.models.clip import CLIPTextModel, TextStates
-from jaxmix.programs import encode_ids
-from jaxmix.types import InputError, Params
+from jaxmix.types import InputError
 
 
 def open_tokenizer(tokenizer: Any) -> Any:
@@ -33,9 +30,3 @@ def tokenize(tokenizer: Any, length: int, prompts: Sequence[str]) -> tuple[np.nd
         cut.append(tokenizer.decode(whole[length - 1 : -1]).strip() if len(whole) > length else "")
         ids.append(tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"])
     return np.asarray(ids, np.int32).reshape(-1, length), cut
-
-
-def encode(tokenizer: Any, encoder: CLIPTextModel, params: Params, prompts: Sequence[str]) -> TextStates:
-    """Return what a text encoder makes of each prompt."""
-    ids, _ = tokenize(tokenizer, encoder.config.max_position_embeddings, prompts)
-    return encode_ids(encoder, params, jnp.asarray(ids))

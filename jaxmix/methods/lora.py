@@ -1,21 +1,21 @@
-"""LoRAs as users hold them: files for a pipeline, and pipelines with LoRAs merged in."""
+"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685): files, and weights with LoRAs merged in."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.request import WEIGHTS, Method, Request
 from jaxmix.tuning import lora as low_rank
-from jaxmix.types import InputError
+from jaxmix.types import InputError, Params
 from jaxmix.weights.lora_files import read_lora, write_lora
-
-if TYPE_CHECKING:
-    from jaxmix.pipeline import Pipeline
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The parts of a pipeline that a LoRA may change."""
@@ -23,11 +23,15 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and PEFT's own names
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoRA:
-    """A LoRA (arXiv 2106.09685): for each part of a pipeline that it changes, factors as in `jaxmix.tuning.lora`."""
+    """A LoRA (arXiv 2106.09685): for each part of a pipeline that it changes, factors as in `jaxmix.tuning.lora`.
 
-    parts: Mapping[str, low_rank.Factors]
+    ``file`` is a (path, name in that folder) that is read for the pipeline which comes first, in place of ``parts``.
+    """
+
+    parts: Mapping[str, low_rank.Factors] = dataclasses.field(default_factory=dict)
+    file: tuple[Path, str | None] | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that no pipeline has."""
@@ -35,14 +39,28 @@ class LoRA:
         if unknown:
             raise InputError(f"lora: found the part {unknown[0]!r}, expected one of {', '.join(PARTS)}")
 
+    def on(self, strength: float = 1.0) -> Merge:
+        """Return the method that merges the LoRA into the weights: 1 as trained, 0 not at all."""
+        return Merge(self, strength)
+
+    def read(self, pipe: Pipeline) -> LoRA:
+        """Return the LoRA with its factors: itself, or what its file holds for a pipeline."""
+        return self if self.file is None else LoRA.load(self.file[0], pipe, self.file[1])
+
     @classmethod
-    def load(cls, path: str | Path, pipe: Pipeline, name: str | None = None) -> LoRA:
+    def load(cls, path: str | Path, pipe: Pipeline | None = None, name: str | None = None) -> LoRA:
         """Read a LoRA file (diffusers, PEFT or kohya, any generation) for a pipeline, in float32.
 
+        Without a pipeline only the path is checked, and the file is read for the one that it is applied to.
         In a folder ``name`` says which file is meant; if None, it is the one that diffusers or PEFT would have
         written, or the only one there. Raises `InputError` for a file that holds no plain LoRA or one for another
         base.
         """
+        if pipe is None:
+            path = Path(path)
+            if not path.exists():
+                raise InputError(f"{path}: no such file, expected a LoRA")
+            return cls(file=(path, name))
         shapes = {
             part: {module: tuple(kernel.shape) for module, (_, kernel) in low_rank.targets(pipe.params[part]).items()}
             for part in PARTS
@@ -66,7 +84,7 @@ class LoRA:
         original = None
         if pipe is not None:
             for part, factors in self.parts.items():
-                low_rank.check(_targets(pipe, part), factors)
+                low_rank.check(_targets(pipe.params, part), factors)
             if pipe.text_encoder_2 is not None:
                 original = pipe.unet.config.to_dict()
         write_lora(path, self.parts, format, dtype, original)
@@ -79,29 +97,78 @@ def apply_loras(pipe: Pipeline, loras: Sequence[tuple[LoRA, float]]) -> Pipeline
     the merge does not either, for other strengths or LoRAs of the same modules and ranks. Raises `InputError` where a
     LoRA does not fit the pipeline.
     """
-    params = dict(pipe.params)
+    return dataclasses.replace(pipe, params=merge(pipe.params, [(lora.read(pipe), s) for lora, s in loras]))
+
+
+def merge(params: Params, loras: Sequence[tuple[LoRA, float]]) -> dict[str, Any]:
+    """Return a pipeline's parameters with LoRAs merged in, each with its strength; see `apply_loras`."""
+    params = dict(params)
     for part in PARTS:
         terms: dict[str, list[tuple[Any, jax.Array]]] = {}
         for lora, strength in loras:
             if factors := lora.parts.get(part):
-                low_rank.check(_targets(pipe, part), factors)
+                low_rank.check(_targets(params, part), factors)
                 for module, f in factors.items():
                     terms.setdefault(module, []).append((f, jnp.asarray(strength, jnp.float32)))
         if terms:
-            modules = _targets(pipe, part)
+            modules = _targets(params, part)
             # Kernel by kernel: few programs, as many kernels have one shape, and float32 copies of one at a time.
             kernels = {module: _add(modules[module][1], *zip(*found, strict=True)) for module, found in terms.items()}
             params[part] = low_rank.with_kernels(params[part], kernels)
-    return dataclasses.replace(pipe, params=params)
+    return params
 
 
 _add = jax.jit(low_rank.add)
 
 
-def _targets(pipe: Pipeline, part: str) -> Mapping[str, tuple[tuple[str, ...], Any]]:
-    if part not in pipe.params:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Merge(Method):
+    """A LoRA at a strength, as a method and as the edit of the weights that it makes."""
+
+    lora: LoRA
+    strength: float = 1.0
+
+    when: ClassVar[int] = WEIGHTS
+
+    def __eq__(self, other: object) -> bool:
+        """Say whether the same LoRA is merged at the same strength."""
+        return isinstance(other, Merge) and (self.lora is other.lora and self.strength == other.strength)
+
+    def __hash__(self) -> int:
+        """Agree with ``==``."""
+        return hash((id(self.lora), self.strength))
+
+    def __call__(self, params: Params) -> Params:
+        """Merge the LoRA in."""
+        return merge(params, [(self.lora, self.strength)])
+
+    def check(self, pipe: Pipeline, request: Request) -> None:
+        """Refuse a strength that is not a number, and a LoRA that does not fit the pipeline."""
+        strength = self.strength
+        if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not math.isfinite(strength):
+            raise InputError(f"LoRA: strength is {strength!r}, expected a number")
+        for part, factors in self._read(pipe).parts.items():
+            low_rank.check(_targets(pipe.params, part), factors)
+
+    def apply(self, pipe: Pipeline, request: Request) -> Request:
+        """Add the merge to the edits of the weights."""
+        return request.add(weights=(Merge(self._read(pipe), self.strength),))
+
+    def _read(self, pipe: Pipeline) -> LoRA:
+        # Kept with the LoRA itself, so that the file is read once and equal merges stay equal.
+        if self.lora.file is None:
+            return self.lora
+        kept = self.lora.__dict__.setdefault("_read", {})
+        key = id(pipe.unet.config)
+        if key not in kept:
+            kept[key] = self.lora.read(pipe)
+        return kept[key]
+
+
+def _targets(params: Params, part: str) -> Mapping[str, tuple[tuple[str, ...], Any]]:
+    if part not in params:
         raise InputError(f"lora: it changes the part {part}, which this pipeline has not; a LoRA for another base?")
-    return low_rank.targets(pipe.params[part])
+    return low_rank.targets(params[part])
 
 
 def _find(path: Path, name: str | None) -> Path:

@@ -1,0 +1,1 @@
+"""What users hold of each paper: one file each, a `jaxmix.pipeline.request.Method`."""

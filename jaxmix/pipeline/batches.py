@@ -1,0 +1,100 @@
+"""Images cut into batches: whole groups together, every batch of one size, so that each program compiles once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxmix.types import AnyArray, Array, InputError
+
+
+class Batch(NamedTuple):
+    """Images to draw together: their indices, with repetitions that fill the batch up.
+
+    ``kept`` are the positions in ``rows`` of those that count, each image once. ``groups`` are the sizes of the groups
+    in which the rows stand, repetitions included.
+    """
+
+    rows: np.ndarray
+    kept: np.ndarray
+    groups: tuple[int, ...]
+
+
+def pack(n: int, batch_size: int | None, devices: int, groups: Sequence[int] | None = None) -> Iterator[Batch]:
+    """Cut ``n`` images into batches of one size, a multiple of the devices, which is ``batch_size`` or all of them.
+
+    ``groups`` are the sizes of groups of images that follow each other and stay together, in one batch and on one
+    device. A device's share is filled up with its last group again as often as it fits, which then has its last image
+    again. Raises `InputError` for groups that are not the ``n`` images, or too large for a share.
+    """
+    together = -(-min(batch_size or n, n) // devices) * devices
+    if groups is None:
+        for first in range(0, n, together):
+            some = np.minimum(np.arange(first, first + together), n - 1)
+            yield Batch(some, np.arange(min(together, n - first)), (1,) * together)
+        return
+    if sum(groups) != n or min(groups) < 1:
+        raise InputError(f"groups: found sizes {list(groups)}, expected that they sum to the {n} images")
+    share = together // devices
+    if max(groups) > share:
+        if batch_size is not None:
+            raise InputError(
+                f"batch_size: found {batch_size} images on {devices} device(s), expected room for a group of "
+                f"{max(groups)} on each"
+            )
+        share = max(groups)
+    if len(set(groups)) == 1:
+        share -= share % groups[0]  # nothing but whole groups
+    starts = np.cumsum([0, *groups[:-1]])
+    shares: list[list[int]] = [[]]  # of groups
+    for g in range(len(groups)):
+        if shares[-1] and sum(groups[k] for k in shares[-1]) + groups[g] > share:
+            shares.append([])
+        shares[-1].append(g)
+    counted = len(shares)
+    shares += [shares[-1]] * (-len(shares) % devices)
+    for first in range(0, len(shares), devices):
+        rows: list[int] = []
+        sizes: list[int] = []
+        kept: list[int] = []
+        for number in range(first, first + devices):
+            held, room = list(shares[number]), share - sum(groups[k] for k in shares[number])
+            here = len(rows)
+            for k in held:
+                rows += range(starts[k], starts[k] + groups[k])
+                sizes.append(groups[k])
+            if number < counted:
+                kept += range(here, len(rows))
+            last = held[-1]
+            while room >= groups[last]:
+                rows += range(starts[last], starts[last] + groups[last])
+                sizes.append(groups[last])
+                room -= groups[last]
+            rows += [rows[-1]] * room
+            sizes[-1] += room
+        yield Batch(np.asarray(rows), np.asarray(kept), tuple(sizes))
+
+
+def of_shape(name: str, value: AnyArray, shape: tuple[int, ...]) -> Array:
+    """Return an array as float32; raises `InputError` if it has another shape."""
+    if np.shape(value) != shape:
+        raise InputError(f"{name}: found shape {np.shape(value)}, expected {shape}")
+    return jnp.asarray(value, jnp.float32)
+
+
+def shrink_masks(masks: AnyArray, shape: tuple[int, ...], factor: int) -> Float[Array, "n h w 1"]:
+    """Return masks at the latents' size, by nearest neighbour, 0 or 1."""
+    masks = np.asarray(masks)
+    if masks.shape != shape:
+        raise InputError(f"masks: found shape {masks.shape}, expected that of the images, {shape}")
+    whole = 255 if masks.dtype == np.uint8 and masks.max(initial=0) > 1 else 1
+    return jnp.asarray(masks[:, ::factor, ::factor, None] >= whole / 2, jnp.float32)
+
+
+def to_uint8(images: Array) -> np.ndarray:
+    """Return images in [0, 1] as bytes."""
+    return np.asarray(jnp.round(images * 255.0).astype(jnp.uint8))

@@ -1,0 +1,166 @@
+"""What a batch of images is drawn from, and the program that draws it: one denoiser, guidance, edits of the latents.
+
+`denoise` knows no paper. Whatever a method does arrives as a control inside the denoiser, as a guidance over its
+branches, or as an edit of the latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float
+
+from jaxmix import control as seam
+from jaxmix.control import Control, Controls
+from jaxmix.models.unet import AddedCond, UNet2DConditionModel
+from jaxmix.rows import Text, dataclass, per_row, specs, static, take, to_branches
+from jaxmix.samplers import BranchFn, Guidance, LatentEdit, Phase, Solver, by_branch, sample, step_noise
+from jaxmix.sharding import DATA
+from jaxmix.types import Array, Params
+
+
+@dataclass
+class Denoiser:
+    """One UNet at work: its weights, what its branches are told, and the controls inside it, with a row an image.
+
+    In ``text`` (n, branches, ...) branch 0 is unconditional, 1 conditional, further ones are other conditional prompts.
+    """
+
+    unet: UNet2DConditionModel = static()
+    params: Params
+    text: Text
+    controls: Controls = ()
+
+    def branches(self, which: Sequence[int], hw: tuple[int, int]) -> BranchFn:
+        """Return the function that predicts some branches of each image (n, branches, h, w, c).
+
+        Rows are (image, branch), branch minor. The keys and values of every attn2, the embedding of the added
+        conditioning and what controls prepare are computed in this call.
+        """
+        count = len(which)
+        run = range(which[0], which[0] + count)
+        # A slice where that is enough: nothing is gathered for plain guidance.
+        rows = flat(self.text[slice(run.start, run.stop) if list(which) == list(run) else list(which)])
+        live = tuple(0.0 if branch == 0 else 1.0 for branch in which)
+        controls = tuple(to_branches(c, live).prepare(rows, hw) for c in self.controls)
+        extra = None if rows.pooled is None else self.unet.embed_added(self.params, added(rows))
+        kv = self.unet.precompute(self.params, rows.context, hw, controls)
+
+        def predict(x: Array, t: Array, step: Array) -> Array:
+            now = tuple(c.at(step, t).see(x, t, rows) for c in controls)
+            return self.unet.apply({"params": self.params}, x, t, kv, now, extra)
+
+        return by_branch(predict, count)
+
+
+def flat(text: Text) -> Text:
+    """Return the text of rows (image, branch), branch minor, from that of images (n, branches, ...)."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), text)
+
+
+def added(text: Text) -> AddedCond:
+    """Return what SDXL's UNet is told beside the text states, of rows."""
+    assert text.pooled is not None and text.time_ids is not None, "a model without added conditioning"
+    return AddedCond(text.pooled, text.time_ids)
+
+
+@dataclass
+class Job:
+    """What a batch of n images is drawn from.
+
+    ``noise`` (n, h, w, c) is standard normal. Of ``guidance`` the last one whose window holds a step is at work in it
+    (`jaxmix.samplers.stack` builds the tuple). ``seeds`` (n,) uint32 are for stochastic solvers.
+    """
+
+    noise: Float[Array, "n h w c"] = per_row()
+    model: Denoiser
+    guidance: tuple[Guidance, ...]
+    edits: tuple[LatentEdit, ...] = ()
+    seeds: Array | None = per_row(default=None)
+
+    def take(self, rows: Any) -> Job:
+        """Select images."""
+        return take(self, rows)
+
+
+def over_rows(fn: Callable[..., Any], mesh: Mesh | None, in_specs: Any) -> Callable[..., Any]:
+    """Run ``fn`` on each device's rows.
+
+    shard_map and not jit with shardings: every device then runs the one-device program on its own rows, so no
+    partitioner can put a collective into the loop, and per-device kernels work unchanged.
+    """
+    if mesh is None:
+        return fn
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(DATA))
+
+
+@functools.partial(jax.jit, static_argnames=("start", "stop", "mesh"))
+def denoise(
+    job: Job, solver: Solver, start: int = 0, stop: int | None = None, mesh: Mesh | None = None
+) -> Float[Array, "n h w c"]:
+    """Run a solver from step ``start`` to ``stop`` (None: the end); the whole loop is one program.
+
+    The numbers of the solver, the job and everything in it are traced. Steps in which the live controls or the
+    guidance change are scans of their own.
+    """
+
+    def run(job: Job, solver: Solver) -> Array:
+        hw = (job.noise.shape[1], job.noise.shape[2])
+        x = job.noise * solver.init_scale
+        for edit in job.edits:
+            x = edit.start(solver, x, job.noise, start)
+
+        def after(x: Array, i: Array) -> Array:
+            return functools.reduce(lambda x, edit: edit.after(solver, x, job.noise, i), job.edits, x)
+
+        noise_fn = None
+        if solver.stochastic:
+            assert job.seeds is not None, "a stochastic solver draws its noise from the seeds"
+            noise_fn = functools.partial(step_noise, job.seeds, shape=job.noise.shape[1:])
+        spans = list(phases(job, solver, hw, start, stop))
+        latents_fn = after if job.edits else None
+        return sample(spans, solver, x, noise_fn=noise_fn, latents_fn=latents_fn, start=start, stop=stop)
+
+    everywhere = jax.tree.map(lambda _: PartitionSpec(), solver)
+    return over_rows(run, mesh, (specs(job, DATA), everywhere))(job, solver)
+
+
+def phases(job: Job, solver: Solver, hw: tuple[int, int], start: int, stop: int | None) -> Iterator[Phase]:
+    """Yield the runs of steps from ``start`` on that share their live controls and guidance, as model functions."""
+    found = sorted(set(windows(job)))
+    end = solver.steps if stop is None else stop
+    for a, b, live in seam.cut(found, solver.steps):
+        first, last = max(a, start), min(b, end)
+        if first < last:
+            now = during(job, {found[i] for i in live})
+            yield Phase(now.guidance[-1](now.model, solver, hw), first, last)
+
+
+def windows(node: Any) -> list[tuple[float, float]]:
+    """List the windows of everything in a job that has one."""
+    if type(node) is tuple:
+        return [w for x in node for w in windows(x)]
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        return []
+    own = [node.window] if hasattr(node, "window") else []
+    return own if isinstance(node, Control) else [*own, *(w for f in _parts(node) for w in windows(f[1]))]
+
+
+def during(node: Any, live: set[tuple[float, float]]) -> Any:
+    """Return a job without the parts whose window is not among the ``live`` ones."""
+    if type(node) is tuple:
+        return tuple(during(x, live) for x in node if not hasattr(x, "window") or x.window in live)
+    if not dataclasses.is_dataclass(node) or isinstance(node, (type, Control)):
+        return node
+    return dataclasses.replace(node, **{name: during(value, live) for name, value in _parts(node)})
+
+
+def _parts(node: Any) -> list[tuple[str, Any]]:
+    """List the fields that may hold further parts of a job: neither static ones nor arrays of rows."""
+    held = [f for f in dataclasses.fields(node) if f.metadata.get("pytree_node", True) and not f.metadata.get("rows")]
+    return [(f.name, getattr(node, f.name)) for f in held]

@@ -1,0 +1,101 @@
+"""What a pipeline is made of, as one frozen object: modules, weights, schedule, tokenizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmix.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from jaxmix.pipeline.tokens import open_tokenizer, tokenize
+from jaxmix.schedule import NoiseSchedule
+from jaxmix.types import InputError, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Stable Diffusion 1.x, 2.x or XL: modules, their parameters, the noise schedule and the tokenizers.
+
+    ``params`` has the trees "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2". ``tokenizer`` and
+    ``tokenizer_2`` are transformers CLIPTokenizers, or the folders of them, which are opened when the first prompt
+    comes. ``sampler``, ``default_steps`` and ``default_guidance_scale`` are what a request takes that names none.
+    ``zeros_for_empty_prompt`` (SDXL base) makes the text states all zero where there is no negative prompt. ``extras``
+    are the tensors of a single-file checkpoint that belong to no part; saving writes them back.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    params: Params
+    schedule: NoiseSchedule
+    tokenizer: Any
+    text_encoder_2: CLIPTextModel | None = None
+    tokenizer_2: Any = None
+    default_steps: int = 25
+    default_guidance_scale: float = 7.5
+    sampler: str = "ddim"
+    zeros_for_empty_prompt: bool = False
+    extras: Any = None
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit each other."""
+        unet, vae = self.unet.config, self.vae.config
+        width, second = self.text_encoder.config.hidden_size, self.text_encoder_2
+        if second is not None:
+            width += second.config.hidden_size
+        if width != unet.cross_attention_dim:
+            names = "text_encoder hidden_size is" if second is None else "the hidden sizes of both text encoders are"
+            raise InputError(
+                f"pipeline: {names} {width}, unet cross_attention_dim is {unet.cross_attention_dim}: expected the same"
+            )
+        if (unet.addition_embed_type is None) != (second is None):
+            raise InputError(
+                f"pipeline: unet addition_embed_type is {unet.addition_embed_type!r} with "
+                f"{1 if second is None else 2} text encoder(s), expected 'text_time' and two (SDXL), or none and one"
+            )
+        if unet.in_channels != vae.latent_channels:
+            known = {9: ": this is an inpainting UNet", 8: ": this is an image-editing or upscaling UNet"}
+            raise InputError(
+                f"pipeline: unet in_channels is {unet.in_channels}, expected the {vae.latent_channels} latent channels "
+                f"of the vae (text-to-image){known.get(unet.in_channels, '')}"
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of one image's latents."""
+        size = self.unet.config.sample_size
+        h, w = size if isinstance(size, tuple) else (size, size)
+        return (h, w, self.unet.config.in_channels)
+
+    @property
+    def text_length(self) -> int:
+        """Number of tokens of every encoded prompt."""
+        return self.text_encoder.config.max_position_embeddings
+
+    @functools.cached_property
+    def tokenizers(self) -> tuple[Any, Any]:
+        """The tokenizers, opened; the second is None where there is one text encoder."""
+        return open_tokenizer(self.tokenizer), open_tokenizer(self.tokenizer_2)
+
+    def latent_hw(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return the size in latent cells of images of so many pixels (None: the model's own).
+
+        Raises `InputError` for sides that are not a multiple of the autoencoder's factor.
+        """
+        factor = self.vae.config.factor
+        default = self.latent_shape
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (value % factor or value < factor):
+                raise InputError(f"{name}: found {value} pixels, expected a multiple of {factor}")
+        return (height // factor if height else default[0], width // factor if width else default[1])
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """Return token ids (b, text_length) int32, and for each prompt the words that did not fit ("" if all did)."""
+        return tokenize(self.tokenizers[0], self.text_length, prompts)
+
+    def token_ids(self, phrase: str) -> list[int]:
+        """Return the ids of a phrase alone, without start and end."""
+        return list(self.tokenizers[0](phrase, verbose=False)["input_ids"][1:-1])

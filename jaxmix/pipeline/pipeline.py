@@ -1,0 +1,394 @@
+"""The roof: a Stable Diffusion pipeline as one frozen object, from requests to pixels on any number of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from jaxmix import control as seam
+from jaxmix import rows as over
+from jaxmix.control import Control
+from jaxmix.models.clip import TextStates
+from jaxmix.models.unet import join_sites, norm_sites, sites
+from jaxmix.pipeline import programs
+from jaxmix.pipeline import text as words
+from jaxmix.pipeline.batches import Batch, of_shape, pack, to_uint8
+from jaxmix.pipeline.inverted import Inverted, invert_rows
+from jaxmix.pipeline.job import Denoiser, Job, denoise
+from jaxmix.pipeline.parts import Parts
+from jaxmix.pipeline.request import WEIGHTS, Method, Request, Sizes, WeightEdit, common_groups
+from jaxmix.pipeline.saving import save_pipeline
+from jaxmix.rows import Text
+from jaxmix.samplers import (
+    ClassifierFree,
+    DDIMInversion,
+    FromImage,
+    Inpaint,
+    Pin,
+    Unguided,
+    make_solver,
+    seed_array,
+    stack,
+)
+from jaxmix.sharding import DATA
+from jaxmix.types import AnyArray, Array, InputError
+
+OUTPUTS = ("uint8", "float", "latent")
+_RENAMED = ("pinned", "fusion", "context", "start", "guided", "original_size", "crop", "target_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline(Parts):
+    """Stable Diffusion 1.x, 2.x or XL, ready to draw; its fields are those of `jaxmix.pipeline.parts.Parts`."""
+
+    # Text --------------------------------------------------------------------------------------------------------
+
+    def encode_text(self, prompts: Sequence[str]) -> TextStates:
+        """Return what the (first) text encoder makes of each prompt."""
+        return words.encode(self.tokenizers[0], self.text_encoder, self.params["text_encoder"], prompts)
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Text:
+        """Return what the UNet attends to for each prompt: ``context`` (b, s, d) and, for SDXL, ``pooled`` (b, p)."""
+        return words.encode_prompts(self, prompts)
+
+    # Pictures ----------------------------------------------------------------------------------------------------
+
+    def initial_latents(self, seeds: Sequence[int], hw: tuple[int, int] | None = None) -> Float[Array, "n h w c"]:
+        """Return the start noise of each seed: row i depends on ``seeds[i]`` alone. ``hw`` is in latent cells."""
+        h, w, c = self.latent_shape
+        return programs.draw_noise(jnp.asarray(seed_array(seeds)), shape=(*(hw or (h, w)), c))
+
+    def encode_images(self, images: AnyArray) -> Float[Array, "n h w c"]:
+        """Encode images (n, H, W, 3), uint8 or float in [0, 1], to scaled latents: the mean of their posterior.
+
+        Raises `InputError` for another shape, or sides that are not a multiple of the autoencoder's factor.
+        """
+        if np.ndim(images) != 4 or np.shape(images)[-1] != 3:
+            raise InputError(f"images: found shape {np.shape(images)}, expected (n, H, W, 3)")
+        self.latent_hw(*np.shape(images)[1:3])
+        x = jnp.asarray(images)
+        x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+        return programs.encode_images(self.vae, self.params["vae"], x)
+
+    def decode(
+        self, latents: Float[AnyArray, "n h w c"], mesh: Mesh | None = None, tile: int | None = None
+    ) -> np.ndarray:
+        """Decode latents, as `generate` gives them, to images (n, H, W, 3) uint8. Rows must divide by the devices.
+
+        ``tile`` (latent cells) decodes in overlapping tiles of that side, in the memory of one.
+        """
+        return to_uint8(programs.decode(self.vae, mesh, tile, self.params["vae"], jnp.asarray(latents)))
+
+    # Drawing -----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        controls: Sequence[Control] = (),
+        *,
+        methods: Sequence[Method] = (),
+        negative_prompts: Sequence[str | None] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: str | None = None,
+        guidance_rescale: float | Sequence[float] = 0.0,
+        images: AnyArray | None = None,
+        strength: float = 0.8,
+        masks: AnyArray | None = None,
+        latents: Float[AnyArray, "n h w c"] | None = None,
+        mesh: Mesh | None = None,
+        output: str = "uint8",
+        batch_size: int | None = None,
+        tile: int | None = None,
+        callback: None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **renamed: Any,
+    ) -> np.ndarray:
+        """Draw one image a prompt: `draw` of a `Request` with these fields, under ``methods``.
+
+        ``seeds`` (0, 1, ... if None) fix the noise of each image alone, whatever the batch, the order or the number of
+        devices; ``latents`` (n, h, w, c) give the start noise itself. ``height`` and ``width`` are in pixels, the
+        model's own if None. ``sampler`` is one of `jaxmix.samplers.SAMPLERS`. ``guidance_scale`` and
+        ``guidance_rescale`` (arXiv 2305.08891, 0 to 1) are a number or one an image.
+
+        ``images`` (n, H, W, 3), uint8 or float in [0, 1], start image-to-image with ``strength`` from 0 (keep) to 1;
+        ``masks`` (n, H, W), 1 where the image is to be repainted, make it inpainting.
+
+        The other arguments, what is returned and what is raised are those of `draw`. What a `Request` can say beyond
+        these is said with `draw`; the keywords of the last release for it (`pinned`, `fusion`, `context`, `start`,
+        `guided`, `original_size`, `crop`, `target_size`) go on working until the next one, with a warning.
+        """
+        request = Request(
+            prompts=prompts,
+            negatives=negative_prompts,
+            seeds=seeds,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            steps=steps,
+            sampler=sampler,
+            height=height,
+            width=width,
+            images=images,
+            strength=strength,
+            masks=masks,
+            latents=latents,
+            controls=tuple(controls),
+        )
+        if renamed:
+            request, methods = self._renamed(request, tuple(methods), renamed)
+        how: dict[str, Any] = {"mesh": mesh, "output": output, "batch_size": batch_size, "tile": tile}
+        return self.draw(request, methods, **how, callback=callback, progress=progress)
+
+    def draw(
+        self,
+        request: Request,
+        methods: Sequence[Method] = (),
+        *,
+        mesh: Mesh | None = None,
+        output: str = "uint8",
+        batch_size: int | None = None,
+        tile: int | None = None,
+        callback: None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Draw the images of a request under methods, which are applied batch by batch.
+
+        ``mesh`` (see `jaxmix.data_mesh`) splits the rows over devices. Rows are drawn ``batch_size`` at a time, all at
+        once if None; every batch is padded to the same size, so each (steps, size, batch size) compiles once. ``tile``
+        (latent cells) decodes in tiles, for large images. ``progress(done, n)`` is called after each batch;
+        ``callback`` is kept for what is shown of the steps, and must be None today.
+
+        Returns (n, H, W, 3) uint8, "float" in [0, 1], or "latent" (n, h, w, c) as the UNet sees them. Raises
+        `InputError`, before anything is compiled, for a request that cannot be, controls that do not fit, and methods
+        that exclude each other.
+        """
+        if output not in OUTPUTS:
+            raise InputError(f"output={output!r}: expected 'uint8', 'float' or 'latent'")
+        if callback is not None:
+            raise InputError("callback: found one, expected None: nothing calls it yet")
+        for method in methods:
+            if not isinstance(method, Method):
+                raise InputError(f"methods: found {type(method).__name__}, expected a method such as MagicFusion")
+        methods = sorted(methods, key=lambda method: method.when)
+        request = request.checked(self)
+        self._check(request, methods)
+        done: list[np.ndarray] = []
+        waiting: tuple[Array, np.ndarray] | None = None
+        for batch in self._batches(request, methods, mesh, batch_size):
+            x, kept = self._draw_batch(request, methods, batch, mesh)
+            if output != "latent":
+                x = programs.decode(self.vae, mesh, tile, self.params["vae"], x)
+            if waiting is not None:  # one batch behind, so that the device draws while the host takes pixels
+                done.append(_finish(*waiting, output))
+            waiting = x, kept
+            if progress is not None:
+                progress(sum(map(len, done)) + len(kept), request.n)
+        assert waiting is not None, "a request has an image"
+        return np.concatenate([*done, _finish(*waiting, output)])
+
+    def _check(self, request: Request, methods: Sequence[Method]) -> None:
+        """Raise what can be known before anything is compiled."""
+        sketch = request
+        wide = next((m for m in methods if getattr(m, "adds_rows", False)), None)
+        beside = [type(m).__name__ for m in methods if m is not wide and m.when > WEIGHTS]
+        if wide is not None and beside:
+            raise InputError(
+                f"{type(wide).__name__} and {beside[0]} exclude each other: the former adds rows beside the images"
+            )
+        for method in methods:
+            method.check(self, request)
+            sketch = method.sketch(self, sketch)
+        self.check_controls(sketch.controls, request.hw(self))
+        stack([ClassifierFree(jnp.zeros(())), *sketch.guidance])
+        for edit in request.edits:
+            if isinstance(edit, Pin):
+                assert request.steps is not None
+                shape = (request.n, request.steps + 1, *request.hw(self), self.latent_shape[-1])
+                of_shape("pinned.states", edit.states, shape)
+
+    def check_controls(self, controls: Sequence[Control], hw: tuple[int, int]) -> None:
+        """Raise `InputError` for controls that do not fit the UNet at latents of size ``hw``, or each other."""
+        cfg = self.unet.config
+        seam.validate(controls, sites(cfg, hw), norm_sites(cfg, hw), join_sites(cfg, hw))
+
+    def _batches(
+        self, request: Request, methods: Sequence[Method], mesh: Mesh | None, batch_size: int | None
+    ) -> list[Batch]:
+        devices = 1 if mesh is None else mesh.shape[DATA]
+        groups = common_groups(methods, request.n)
+        batches = list(pack(request.n, batch_size, devices, groups))
+        if groups is None:
+            over.check_together(request.controls, request.n, len(batches[0].rows) // devices)
+        return batches
+
+    def _draw_batch(
+        self, request: Request, methods: Sequence[Method], batch: Batch, mesh: Mesh | None
+    ) -> tuple[Array, np.ndarray]:
+        """Return the latents of a batch, and which of its rows count."""
+        part, pipe, n = request.take(batch.rows), self, request.n
+        for method in methods:
+            part = method.take(batch, n).apply(pipe, part)
+            pipe = self.merged(part.weights)
+        pipe = self.merged(part.weights)
+        pipe.check_controls(part.controls, part.hw(pipe))
+        assert part.steps is not None and part.sampler is not None
+        solver = make_solver(part.sampler, self.schedule, part.steps)
+        x = denoise(pipe.job(part, solver), solver, *part.span, mesh)
+        kept = batch.kept if part.kept is None else np.asarray(part.kept)[batch.kept]
+        return x, kept
+
+    def job(self, request: Request, solver: Any) -> Job:
+        """Return what `jaxmix.pipeline.job.denoise` draws a checked request from, its weights merged already."""
+        image = None if request.images is None else self.encode_images(request.images)
+        mask, hw = request.latent_masks(self), request.hw(self)
+        edits: tuple[Any, ...] = ()
+        if image is not None:
+            edits = (FromImage(image) if mask is None else Inpaint(image, mask),)
+        assert request.seeds is not None
+        rescale = np.asarray(request.guidance_rescale)
+        first = ClassifierFree(
+            jnp.asarray(request.guidance_scale, jnp.float32),
+            jnp.asarray(rescale, jnp.float32) if rescale.any() else None,
+        )
+        return Job(
+            noise=self.initial_latents(request.seeds, hw) if request.latents is None else jnp.asarray(request.latents),
+            model=Denoiser(self.unet, self.params["unet"], request.states(self), request.controls),
+            guidance=stack((first, *request.guidance)),
+            edits=(*edits, *request.edits),
+            seeds=jnp.asarray(seed_array(request.seeds)) if solver.stochastic else None,
+        )
+
+    # Weights -----------------------------------------------------------------------------------------------------
+
+    def merged(self, weights: Sequence[WeightEdit]) -> Pipeline:
+        """Return the pipeline with edits of the weights merged in, in order; the last set is kept."""
+        key = tuple(weights)
+        if not key:
+            return self
+        if key not in self._merged:
+            params = self.params
+            for edit in key:
+                params = edit(params)
+            self._merged.clear()  # one set at a time: each may be as large as the model
+            self._merged[key] = dataclasses.replace(self, params=params)
+        return self._merged[key]
+
+    @functools.cached_property
+    def _merged(self) -> dict[tuple[WeightEdit, ...], Pipeline]:
+        return {}
+
+    # Inversion ---------------------------------------------------------------------------------------------------
+
+    def invert(
+        self,
+        images: AnyArray | None = None,
+        prompts: Sequence[str] | None = None,
+        steps: int = 50,
+        guidance_scale: float | Sequence[float] | None = None,
+        controls: Sequence[Control] = (),
+        *,
+        label: str = "next",
+        record: str | None = None,
+        latents: Float[AnyArray, "n h w c"] | None = None,
+        mesh: Mesh | None = None,
+        batch_size: int | None = None,
+    ) -> Inverted:
+        """Find the noise that draws given images, by DDIM inversion, and the states on the way.
+
+        ``images`` (n, H, W, 3) as for `generate`, or clean scaled ``latents``. ``prompts`` describe them (empty if
+        None). Without a ``guidance_scale`` the prompt's branch runs alone. ``label`` says which timestep the model is
+        told, see `jaxmix.samplers.DDIMInversion`. ``record`` is a pattern over attention sites whose projected queries,
+        keys and values are kept for every step. Raises `InputError` as `generate` does.
+        """
+        if (images is None) == (latents is None):
+            raise InputError("invert: expected either images or latents")
+        x0 = self.encode_images(images) if images is not None else jnp.asarray(latents, jnp.float32)
+        if x0.ndim != 4 or x0.shape[-1] != self.latent_shape[-1]:
+            raise InputError(f"latents: found shape {x0.shape}, expected (n, h, w, {self.latent_shape[-1]})")
+        n, hw, factor = x0.shape[0], (x0.shape[1], x0.shape[2]), self.vae.config.factor
+        prompts = [""] * n if prompts is None else prompts
+        if isinstance(prompts, str) or len(prompts) != n:
+            raise InputError(f"prompts: found {len(prompts)}, expected one for each of the {n} images")
+        self.check_controls(controls, hw)
+        there = sites(self.unet.config, hw)
+        recorded = frozenset(s.name for s in there if record is not None and re.search(record, s.name))
+        if record is not None and not recorded:
+            raise InputError(f"record={record!r}: matches none of the {len(there)} attention sites")
+        size = (hw[0] * factor, hw[1] * factor)
+        text = words.encode_branches(self, [[None] * n, prompts], Sizes(size, (0, 0), size).ids)
+        scale = None if guidance_scale is None else jnp.asarray(over.numbers("guidance_scale", guidance_scale, n))
+        model = Denoiser(self.unet, self.params["unet"], text, over.tile(tuple(controls), n))
+        inversion = DDIMInversion.create(self.schedule, steps, label)
+        devices = 1 if mesh is None else mesh.shape[DATA]
+        batches = list(pack(n, batch_size, devices))
+        over.check_together(model.controls, n, len(batches[0].rows) // devices)
+        parts = []
+        for batch in batches:
+            part = over.take(model, batch.rows)
+            guided = None if scale is None else scale[batch.rows]
+            found = invert_rows(part, x0[batch.rows], guided, inversion, recorded, mesh)
+            parts.append(jax.tree.map(lambda y, kept=batch.kept: y[: len(kept)], found))
+        states, features = jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *parts)
+        return Inverted(states, features, label)
+
+    # Files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, dtype: Any = None) -> None:
+        """Write a diffusers folder, or a single file if ``path`` ends in .safetensors; torch diffusers opens both.
+
+        ``dtype`` (such as ``jnp.float16``) casts the weights on the way.
+        """
+        save_pipeline(self, path, dtype)
+
+    # The last release ----------------------------------------------------------------------------------------------
+
+    def _renamed(
+        self, request: Request, methods: tuple[Method, ...], renamed: dict[str, Any]
+    ) -> tuple[Request, tuple[Method, ...]]:
+        """Return the request and methods that the keywords of the last release stand for."""
+        if unknown := sorted(set(renamed) - set(_RENAMED)):
+            raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+        warnings.warn(
+            f"generate({', '.join(f'{name}=' for name in renamed)}) is now said by methods=, or by Pipeline.draw of a "
+            "Request; the keyword goes with the next release",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        if renamed.get("fusion") is not None:
+            methods = (*methods, renamed["fusion"])
+        if renamed.get("pinned") is not None:
+            request = request.add(edits=(renamed["pinned"],))
+        if renamed.get("guided") is False:
+            request = request.add(guidance=(Unguided(),))
+        if renamed.get("start"):
+            request = dataclasses.replace(request, span=(renamed["start"], None))
+        told_sizes = [renamed.get(name) for name in ("original_size", "crop", "target_size")]
+        if any(told_sizes):
+            full = request.checked(self)
+            assert full.sizes is not None
+            sizes = Sizes(*(tuple(a or b) for a, b in zip(told_sizes, full.sizes, strict=True)))
+            request = dataclasses.replace(request, sizes=sizes)
+        if renamed.get("context") is not None:
+            states = request.checked(self).states(self)
+            context = of_shape("context", renamed["context"], states.context[:, 1].shape)
+            spliced = dataclasses.replace(states, context=states.context.at[:, 1].set(context))
+            request = dataclasses.replace(request, text=spliced)
+        return request, methods
+
+
+def _finish(x: Array, kept: np.ndarray, output: str) -> np.ndarray:
+    return (to_uint8(x) if output == "uint8" else np.asarray(x))[kept]

@@ -1,0 +1,304 @@
+"""What users ask for: a request for images, and the methods that make a richer request of it.
+
+A `Method` is what a user holds of a paper: ``apply`` turns a `Request` into a richer one through four seams, weights
+(`WeightEdit`), attention and features (`jaxmix.control.Control`), noise (`jaxmix.samplers.Guidance`) and latents
+(`jaxmix.samplers.LatentEdit`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxmix import rows as over
+from jaxmix.control import Control
+from jaxmix.pipeline.batches import Batch, shrink_masks
+from jaxmix.pipeline.parts import Parts
+from jaxmix.pipeline.text import encode_branches, join
+from jaxmix.rows import Text
+from jaxmix.samplers import Guidance, LatentEdit, image_to_image_start, make_solver, seed_array
+from jaxmix.types import AnyArray, Array, InputError, Params
+
+T = TypeVar("T")
+
+
+class WeightEdit(Protocol):
+    """An edit of a pipeline's weights, such as a LoRA at some strength. Equal edits (``==``, hash) are merged once."""
+
+    def __call__(self, params: Params) -> Params:
+        """Return the parameters of the whole pipeline with the edit merged in; what it leaves alone is shared."""
+        ...
+
+
+class Sizes(NamedTuple):
+    """What SDXL is told of an image's size, in pixels: (height, width), (top, left), (height, width)."""
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The six numbers in the order in which the model takes them."""
+        return (*self.original, *self.crop, *self.target)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """All that ``n`` images depend on, one entry an image; None is the pipeline's own choice.
+
+    Attributes:
+        prompts: the text of each image.
+        negatives: what to steer away from; None for no negative prompt at all.
+        seeds: fix the start noise of each image alone: 0, 1, ... if None.
+        guidance_scale: of classifier-free guidance, a number or one an image.
+        guidance_rescale: arXiv 2305.08891, 0 to 1, a number or one an image.
+        steps: of the solver.
+        sampler: one of `jaxmix.samplers.SAMPLERS`.
+        height: in pixels.
+        width: in pixels.
+        span: the first step that is run and the one before which to stop (None: the end). With ``images`` the first
+            is None or follows from ``strength``.
+        sizes: what SDXL is told; the images' own size if None.
+        images: (n, H, W, 3), uint8 or float in [0, 1], to start from.
+        strength: how much of them is drawn anew, above 0 to 1.
+        masks: (n, H, W), 1 where they are to be repainted; they stay elsewhere.
+        latents: (n, h, w, c), the start noise itself, or with ``span`` the state before its first step.
+        text: ready-made states of all branches (n, 2 + len(branches), ...) in place of those of the prompts.
+        branches: further conditional prompts, each a list of one an image, for guidances that want more than two.
+        weights: edits of the weights, in order; for all images.
+        controls: inside the UNet, with one row, or one an image.
+        guidance: beside classifier-free guidance, which is at work in all steps where none of these is.
+        edits: of the latents, after those that ``images`` and ``masks`` are.
+        kept: rows to return, of those that methods have added; all if None.
+    """
+
+    prompts: Sequence[str]
+    negatives: Sequence[str | None] | None = None
+    seeds: Sequence[int] | None = None
+    guidance_scale: float | Sequence[float] | np.ndarray | None = None
+    guidance_rescale: float | Sequence[float] | np.ndarray = 0.0
+    steps: int | None = None
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    span: tuple[int, int | None] = (0, None)
+    sizes: Sizes | None = None
+    images: AnyArray | None = None
+    strength: float = 0.8
+    masks: AnyArray | None = None
+    latents: Float[AnyArray, "n h w c"] | None = None
+    text: Text | None = None
+    branches: tuple[Sequence[str | None], ...] = ()
+    weights: tuple[WeightEdit, ...] = ()
+    controls: tuple[Control, ...] = ()
+    guidance: tuple[Guidance, ...] = ()
+    edits: tuple[LatentEdit, ...] = ()
+    kept: np.ndarray | None = None
+
+    @property
+    def n(self) -> int:
+        """The number of rows."""
+        return len(self.prompts)
+
+    def checked(self, parts: Parts) -> Request:
+        """Return the request with everything filled in and of one row an image, for a model.
+
+        Raises `InputError` for lists of different lengths, and steps, sizes or numbers out of range.
+        """
+        n = len(self.prompts)
+        if isinstance(self.prompts, str) or n == 0:
+            raise InputError(f"prompts: found {self.prompts!r}, expected a list of at least one prompt")
+        solver = make_solver(
+            self.sampler or parts.sampler, parts.schedule, parts.default_steps if self.steps is None else self.steps
+        )
+        seeds = list(range(n)) if self.seeds is None else self.seeds
+        negatives = [None] * n if self.negatives is None else self.negatives
+        lists: list[tuple[str, Any]] = [("seeds", seeds), ("negative_prompts", negatives)]
+        lists += [(f"branches[{i}]", branch) for i, branch in enumerate(self.branches)]
+        for name, found in lists:
+            if isinstance(found, str) or len(found) != n:
+                raise InputError(f"{name}: found {len(found)}, expected one for each of the {n} prompts")
+        seed_array(seeds)
+        scale = parts.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
+        first, last = self.span
+        height, width = self.height, self.width
+        latents = None if self.latents is None else jnp.asarray(self.latents, jnp.float32)
+        if self.images is not None:
+            if first:
+                raise InputError("start: found it with images, expected strength, which says where their run starts")
+            shape = np.shape(self.images)
+            if len(shape) != 4 or shape[-1] != 3 or shape[0] != n:
+                raise InputError(f"images: found shape {shape}, expected ({n}, H, W, 3)")
+            first = image_to_image_start(solver.steps, self.strength)
+            height, width = shape[1:3]
+            if self.masks is not None and np.shape(self.masks) != shape[:3]:
+                raise InputError(f"masks: found shape {np.shape(self.masks)}, expected that of the images, {shape[:3]}")
+        elif self.masks is not None:
+            raise InputError("masks: found masks without images, expected the images to repaint")
+        if not 0 <= first < solver.steps:
+            raise InputError(f"start: found step {first}, expected 0 to {solver.steps - 1}")
+        if last is not None and not first < last <= solver.steps:
+            raise InputError(f"stop: found step {last}, expected {first + 1} to {solver.steps}")
+        hw, factor, channels = parts.latent_hw(height, width), parts.vae.config.factor, parts.latent_shape[-1]
+        if latents is not None:
+            if latents.ndim != 4 or latents.shape[0] != n or latents.shape[-1] != channels:
+                raise InputError(f"latents: found shape {latents.shape}, expected ({n}, h, w, {channels})")
+            if self.images is not None and latents.shape[1:3] != hw:
+                raise InputError(
+                    f"latents: found shape {latents.shape}, expected ({n}, *{hw}, {channels}) of the images"
+                )
+            hw = (latents.shape[1], latents.shape[2])
+        size = (hw[0] * factor, hw[1] * factor)
+        return dataclasses.replace(
+            self,
+            prompts=list(self.prompts),
+            negatives=list(negatives),
+            seeds=list(seeds),
+            guidance_scale=over.numbers("guidance_scale", scale, n, "prompts"),
+            guidance_rescale=over.numbers("guidance_rescale", self.guidance_rescale, n, "prompts"),
+            steps=solver.steps,
+            sampler=self.sampler or parts.sampler,
+            height=size[0],
+            width=size[1],
+            span=(first, last),
+            sizes=self.sizes or Sizes(size, (0, 0), size),
+            latents=latents,
+            controls=over.tile(_controls(self.controls), n),
+            edits=over.tile(tuple(self.edits), n),
+            guidance=over.tile(tuple(self.guidance), n),
+        )
+
+    def hw(self, parts: Parts) -> tuple[int, int]:
+        """Return the size of the latents; the request has been checked."""
+        return parts.latent_hw(self.height, self.width)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Request:
+        """Return the request for some of its images, in that order; an index may come more than once."""
+        rows = np.asarray(rows)
+        changed: dict[str, Any] = {}
+        for name in ("prompts", "negatives", "seeds"):
+            value = getattr(self, name)
+            changed[name] = None if value is None else [value[i] for i in rows]
+        changed["branches"] = tuple([branch[i] for i in rows] for branch in self.branches)
+        for name in ("guidance_scale", "guidance_rescale", "images", "masks", "latents"):
+            value = getattr(self, name)
+            changed[name] = value[rows] if hasattr(value, "ndim") and value.ndim else value
+        if self.text is not None:
+            changed["text"] = over.take(self.text, rows)
+        for name in ("controls", "guidance", "edits"):
+            changed[name] = over.take(getattr(self, name), rows)
+        return dataclasses.replace(self, **changed)
+
+    def repeat(self, k: int) -> Request:
+        """Return the request with each image ``k`` times, one after another."""
+        return self.take(np.repeat(np.arange(self.n), k))
+
+    def add(self, **more: tuple[Any, ...]) -> Request:
+        """Return the request with further ``weights``, ``controls``, ``guidance``, ``edits`` or ``branches``."""
+        changed: dict[str, Any] = {name: (*getattr(self, name), *value) for name, value in more.items()}
+        return dataclasses.replace(self, **changed)
+
+    def states(self, parts: Parts) -> Text:
+        """Return what all branches of the images are told, (n, branches, ...)."""
+        if self.text is not None:
+            expected = (self.n, 2 + len(self.branches), parts.text_length, parts.unet.config.cross_attention_dim)
+            if self.text.context.shape != expected:
+                raise InputError(f"text.context: found shape {self.text.context.shape}, expected {expected}")
+            return self.text
+        assert self.negatives is not None and self.sizes is not None, "check the request first"
+        return encode_branches(parts, [self.negatives, self.prompts, *self.branches], self.sizes.ids)
+
+    def with_branch(self, parts: Parts, prompts: Sequence[str | None]) -> tuple[Request, int]:
+        """Return the request with a further conditional prompt an image, and the number of its branch."""
+        made = self.add(branches=(list(prompts),))
+        if self.text is not None:
+            assert self.sizes is not None, "check the request first"
+            more = encode_branches(parts, [prompts], self.sizes.ids)
+            made = dataclasses.replace(made, text=join(self.text, more))
+        return made, 1 + len(made.branches)
+
+    def latent_masks(self, parts: Parts) -> Array | None:
+        """Return the masks at the size of the latents (n, h, w, 1), None without them."""
+        if self.masks is None or self.images is None:
+            return None
+        return shrink_masks(self.masks, np.shape(self.images)[:3], parts.vae.config.factor)
+
+
+def _controls(controls: Sequence[Any]) -> tuple[Control, ...]:
+    for control in controls:
+        if not isinstance(control, Control):
+            raise InputError(f"controls: expected Control objects, found {type(control).__name__}")
+    return tuple(controls)
+
+
+WEIGHTS, ATTENTION, NOISE = 0, 1, 2
+"""When a method is applied: what changes weights before what encodes text with them, guidance last of all."""
+
+
+class Method:
+    """What users hold of a paper. Subclasses are frozen dataclasses; they compose in any tuple.
+
+    Fields named in ``per_image`` are one value for all images or a sequence with one an image; `take` cuts the latter.
+    """
+
+    #: Methods are applied by this number (`WEIGHTS`, `ATTENTION`, `NOISE`), and in their order where it is equal.
+    when: ClassVar[int] = ATTENTION
+    #: Names of fields with one entry an image.
+    per_image: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, pipe: Any, request: Request) -> None:
+        """Raise `InputError` for what cannot be, before anything is compiled; ``request`` is all of it, checked."""
+        for name in self.per_image:
+            value = getattr(self, name)
+            if is_list(value) and len(value) != request.n:
+                raise InputError(
+                    f"{type(self).__name__}.{name}: found {len(value)} values, expected 1 or one for each of the "
+                    f"{request.n} prompts"
+                )
+
+    def sketch(self, pipe: Any, request: Request) -> Request:
+        """Return the request with what `apply` will add, as far as it costs nothing and decides what excludes what."""
+        return request
+
+    def together(self, n: int) -> Sequence[int] | None:
+        """Return the sizes of groups of the ``n`` images that must be drawn together, None if none must."""
+        return None
+
+    def take(self: T, batch: Batch, n: int) -> T:
+        """Return the method for the images of a batch of the ``n``."""
+        cut = {
+            name: [value[i] for i in batch.rows]
+            for name in self.per_image  # type: ignore[attr-defined]
+            if is_list(value := getattr(self, name))
+        }
+        return dataclasses.replace(self, **cut) if cut else self  # type: ignore[type-var]
+
+    def apply(self, pipe: Any, request: Request) -> Request:
+        """Return a richer request for a batch; ``pipe`` is the `Pipeline` that will draw it."""
+        raise NotImplementedError
+
+
+def is_list(value: Any) -> bool:
+    """Say whether a value has one entry an image: a sequence or an array, not text and not a mapping."""
+    return not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__len__")
+
+
+def common_groups(methods: Sequence[Method], n: int) -> Sequence[int] | None:
+    """Return the groups in which the images must be drawn; raises `InputError` where methods want different ones."""
+    found: list[tuple[str, list[int]]] = []
+    for method in methods:
+        sizes = method.together(n)
+        if sizes is not None:
+            found.append((type(method).__name__, list(sizes)))
+    if not found:
+        return None
+    for name, sizes in found[1:]:
+        if sizes != found[0][1]:
+            raise InputError(f"groups: found {found[0][1]} in {found[0][0]} and {sizes} in {name}, expected the same")
+    return found[0][1]

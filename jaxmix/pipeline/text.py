@@ -1,0 +1,60 @@
+"""Prompts to what the UNet is told of them, for one text encoder or two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmix.models.clip import CLIPTextModel, TextStates
+from jaxmix.pipeline.parts import Parts
+from jaxmix.pipeline.programs import encode_ids
+from jaxmix.pipeline.tokens import tokenize
+from jaxmix.rows import Text
+from jaxmix.types import Params
+
+
+def encode(tokenizer: Any, encoder: CLIPTextModel, params: Params, prompts: Sequence[str]) -> TextStates:
+    """Return what a text encoder makes of each prompt."""
+    ids, _ = tokenize(tokenizer, encoder.config.max_position_embeddings, prompts)
+    return encode_ids(encoder, params, jnp.asarray(ids))
+
+
+def encode_prompts(parts: Parts, prompts: Sequence[str]) -> Text:
+    """Return what the UNet attends to for each prompt: ``context`` (b, s, d) and, for SDXL, ``pooled`` (b, p).
+
+    SDXL attends to the layer before the last of both encoders, joined. ``time_ids`` are not of the prompt: None.
+    """
+    first = encode(parts.tokenizers[0], parts.text_encoder, parts.params["text_encoder"], prompts)
+    if parts.text_encoder_2 is None:
+        return Text(first.last_hidden_state)
+    second = encode(parts.tokenizers[1], parts.text_encoder_2, parts.params["text_encoder_2"], prompts)
+    return Text(jnp.concatenate([first.penultimate, second.penultimate], -1), second.projected)
+
+
+def encode_branches(parts: Parts, branches: Sequence[Sequence[str | None]], sizes: Sequence[int]) -> Text:
+    """Return what the branches of each image are told, (n, branches, ...): each a list of one prompt an image.
+
+    None is no prompt at all, which for SDXL base are states of zeros and elsewhere those of "". ``sizes`` are the six
+    numbers that SDXL is told. All are encoded in one call, so that equal prompts are encoded equally.
+    """
+    n, count = len(branches[0]), len(branches)
+    text = encode_prompts(parts, [branch[i] or "" for i in range(n) for branch in branches])
+    context, pooled = text.context, text.pooled
+    if parts.zeros_for_empty_prompt:
+        keep = np.asarray([[branch[i] is not None for branch in branches] for i in range(n)]).reshape(-1)
+        context = jnp.where(keep[:, None, None], context, 0)
+        pooled = None if pooled is None else jnp.where(keep[:, None], pooled, 0)
+    context = context.reshape(n, count, *context.shape[1:])
+    if pooled is None:
+        return Text(context)
+    time_ids = jnp.broadcast_to(jnp.asarray(sizes, jnp.float32), (n, count, 6))
+    return Text(context, pooled.reshape(n, count, -1), time_ids)
+
+
+def join(text: Text, more: Text) -> Text:
+    """Return the branches (n, a, ...) of one and then (n, b, ...) of the other, (n, a + b, ...)."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), text, more)
