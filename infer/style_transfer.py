@@ -117,8 +117,8 @@ class StyleTransfer(Method):
         Stored: q of each content, k and v of each style, every step and site. Rows: the courses, and the q, k and v of
         two more rows an image at one site at a time.
         """
-        from jaxmix.models.unet import sites, subtree
         from jaxmix.methods.style_id import style_id_sites
+        from jaxmix.models.unet import sites, subtree
 
         assert row.height is not None and row.width is not None and row.steps is not None
         hw = (row.height // pipe.vae.config.factor, row.width // pipe.vae.config.factor)
@@ -161,8 +161,8 @@ class StyleTransfer(Method):
         import jax
         import jax.numpy as jnp
 
-        from jaxmix.pipeline.inverted import Inverted
         from jaxmix.methods.style_id import style_id_sites
+        from jaxmix.pipeline.inverted import Inverted
 
         missing = [name for name in names if name not in self._inverted]
         self._inverted = {name: one for name, one in self._inverted.items() if name in names}

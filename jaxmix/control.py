@@ -191,8 +191,8 @@ def reach(
     on_norms, on_joins = overrides(control, "moments"), overrides(control, "join")
     on_attention = any(overrides(control, stage) for stage in _ATTENTION)
     found = [s for s in attention if on_attention or (overrides(control, "kv") and s.name.endswith("attn2"))]
-    if not (found or on_norms or on_joins):
-        found = list(attention)  # a control of no stage, such as one that only records
+    if not any(overrides(control, stage) for stage in (*_ATTENTION, "kv", "moments", "join")):
+        found = list(attention)  # it changes nothing by itself
     return [*found, *(norms if on_norms else ()), *(joins if on_joins else ())]
 
 

@@ -127,9 +127,8 @@ def make_moments(pipe: jaxmix.Pipeline, devices: int) -> Callable[[np.ndarray], 
 def encode_texts(pipe: jaxmix.Pipeline, texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Return {"context" (n, s, d)[, "pooled" (n, p)]} float16."""
     found = pipe.encode_prompt(texts)
-    context, pooled = (found, None) if pipe.text_encoder_2 is None else found
-    states = {"context": np.asarray(context.astype(jnp.float16))}
-    return states if pooled is None else {**states, "pooled": np.asarray(pooled.astype(jnp.float16))}
+    states = {"context": found.context, "pooled": found.pooled}
+    return {name: np.asarray(x.astype(jnp.float16)) for name, x in states.items() if x is not None}
 
 
 def padded(items: Sequence[Any], size: int) -> list[Any]:

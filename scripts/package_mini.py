@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import jaxmix
 from jaxmix import command
 from jaxmix.methods.vmix import EMBEDDED
-from jaxmix.pipeline.loading import ASSETS
 from jaxmix.models import AutoencoderKL, VAEConfig
+from jaxmix.pipeline.loading import ASSETS
 from jaxmix.types import InputError
 from jaxmix.weights import load_tree, read_config
 

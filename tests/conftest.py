@@ -22,7 +22,6 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import jaxmix  # noqa: E402
-from jaxmix.pipeline.loading import ASSETS  # noqa: E402
 from jaxmix.models import (  # noqa: E402
     AutoencoderKL,
     CLIPTextConfig,
@@ -31,6 +30,7 @@ from jaxmix.models import (  # noqa: E402
     UNetConfig,
     VAEConfig,
 )
+from jaxmix.pipeline.loading import ASSETS  # noqa: E402
 from jaxmix.schedule import NoiseSchedule  # noqa: E402
 
 TINY_UNET = {

@@ -124,6 +124,11 @@ class StyleID(Method):
         """Whether images have further rows beside them."""
         return not self.stored
 
+    @property
+    def label(self) -> str:
+        """The label of the inversions that the pairing wants."""
+        return "own" if self.pairing == "reference" else "next"
+
     def check(self, pipe: Pipeline, request: Request) -> None:
         """Refuse pictures that are missing or of another size, another solver than ddim, and another run's states."""
         super().check(pipe, request)
@@ -141,6 +146,11 @@ class StyleID(Method):
             steps = self.found.states.shape[1] - 1
             if steps != request.steps:
                 raise InputError(f"StyleID: found an inversion of {steps} steps, expected the run's {request.steps}")
+            if self.found.label != self.label:
+                raise InputError(
+                    f"StyleID: found an inversion with the label {self.found.label!r}, expected {self.label!r} with "
+                    f"the pairing {self.pairing!r}"
+                )
             return
         for name in ("content", "style"):
             pictures = getattr(self, name)
@@ -196,7 +206,7 @@ class StyleID(Method):
             pipe.invert(
                 np.asarray(picture)[None],
                 steps=request.steps,
-                label="own" if self.pairing == "reference" else "next",
+                label=self.label,
                 record=style_id_sites(pipe, self.pairing) if self.stored else None,
             )
             for picture in pictures.values()

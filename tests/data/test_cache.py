@@ -10,6 +10,7 @@ import pytest
 
 import jaxmix
 from jaxmix.command import parse
+from jaxmix.rows import Text
 from jaxmix.tuning.data import make_dataset
 from jaxmix.types import InputError
 from scripts import cache_latents
@@ -72,7 +73,7 @@ def expected(pipe, picture_row):
     """Moments and text states of a row, without a cache."""
     images = picture_row["image"][None] / np.float32(127.5) - 1
     mean, logvar = jax.device_get(make_encode(pipe.vae)(pipe.params["vae"], images))
-    return mean[0], np.exp(0.5 * logvar)[0], pipe.encode_prompt([picture_row["text"]])[0]
+    return mean[0], np.exp(0.5 * logvar)[0], pipe.encode_prompt([picture_row["text"]]).context[0]
 
 
 def test_a_cache_holds_what_the_pictures_give(cached, pictures, tiny_pipeline):
@@ -102,7 +103,7 @@ def test_the_mini_models_cache_equals_its_direct_path(tmp_path):
     direct = open_batches(folder, cfg, pipe, DIMENSIONS)
     images = np.stack([direct[i]["image"] for i in range(2)]) / np.float32(127.5) - 1
     mean, logvar = jax.device_get(make_encode(pipe.vae)(pipe.params["vae"], images))
-    context = pipe.encode_prompt([direct[i]["text"] for i in range(2)])
+    context = pipe.encode_prompt([direct[i]["text"] for i in range(2)]).context
     for i in range(2):
         assert cache[i]["id"] == direct[i]["id"]
         # float16 has 11 bits; the rest is another batch size's rounding.
@@ -139,12 +140,12 @@ def test_batches_from_a_cache_are_of_one_size_and_repeat(cached):
 def test_the_empty_captions_states_are_there(cached, tiny_pipeline):
     empty = LatentCache(cached).empty
     assert set(empty) == {"context"}
-    np.testing.assert_allclose(empty["context"], tiny_pipeline.encode_prompt([""])[0], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(empty["context"], tiny_pipeline.encode_prompt([""]).context[0], rtol=2e-3, atol=2e-3)
 
 
 def test_two_text_encoders_give_pooled_states_as_well():
-    """SDXL's pipelines return a pair for prompts."""
-    states = (jnp.full((2, 3, 4), 0.5), jnp.full((2, 5), 0.25))
+    """SDXL's pipelines have pooled states beside the context."""
+    states = Text(jnp.full((2, 3, 4), 0.5), jnp.full((2, 5), 0.25))
     pipe = types.SimpleNamespace(text_encoder_2=object(), encode_prompt=lambda texts: states)
     found = cache_latents.encode_texts(pipe, ["a", "b"])
     record = decode_record(encode_record({key: x[1] for key, x in found.items()}, "é 1", ("color",)))

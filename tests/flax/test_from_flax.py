@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix.pipeline.loading import from_flax
 from jaxmix.models import AddedCond, AutoencoderKL, UNet2DConditionModel, UNetConfig
+from jaxmix.pipeline.loading import from_flax
 from jaxmix.types import InputError
 from jaxmix.weights import load_tree, read_config
 

@@ -11,11 +11,13 @@ import pytest
 from flax import struct
 
 from jaxmix import QKV, Control, InputError, Site
-from jaxmix.control import attend, matches, phases, tile_rows, to_branches, validate
+from jaxmix.control import attend, matches, phases, validate
 from jaxmix.models import UNet2DConditionModel
 from jaxmix.models.unet import norm_sites, sites, subtree
-from jaxmix.pipeline.job import Job, denoise
+from jaxmix.pipeline.job import denoise
+from jaxmix.rows import tile, to_branches
 from jaxmix.samplers import DDIM
+from tests.jobs import plain_job
 
 from .controls import CASES, Claiming, FavourFirst, FlipKeys, ShiftValues, make
 
@@ -174,17 +176,17 @@ def test_numbers_never_retrace_the_sampler(tiny_pipeline):
     pipe = tiny_pipeline
 
     @chex.assert_max_traces(n=1)
-    def traced(params, solver, job, controls):
-        return denoise.__wrapped__(pipe.unet, 0, None, params, solver, job, controls)
+    def traced(job, solver):
+        return denoise.__wrapped__(job, solver)
 
     chex.clear_trace_counter()
     fn = jax.jit(traced)
     for i in range(3):
         latents = pipe.initial_latents([i, i + 9])
-        context = pipe.encode_prompt(["", f"a car {i}", "blurred", "a red apple"][:4]).reshape(2, 2, 32, 16)
+        context = pipe.encode_prompt(["", f"a car {i}", "blurred", "a red apple"][:4]).context.reshape(2, 2, 32, 16)
         strengths = [make(case, [0.3 * i, 1.0]) for case in CASES]
-        job = Job(latents, context, jnp.full((2,), 1.0 + i))
-        fn(pipe.params["unet"], DDIM.create(pipe.schedule, 3), job, tuple(strengths))
+        job = plain_job(pipe.unet, pipe.params["unet"], latents, context, jnp.full((2,), 1.0 + i), strengths)
+        fn(job, DDIM.create(pipe.schedule, 3))
 
 
 def test_the_public_sampler_compiles_once_for_any_numbers(tiny_pipeline):
@@ -197,13 +199,13 @@ def test_the_public_sampler_compiles_once_for_any_numbers(tiny_pipeline):
 
 
 def test_unconditional_rows_get_closed_gates():
-    control = to_branches(tile_rows(make("out on attn1", 0.5), 3))
+    control = to_branches(tile(make("out on attn1", 0.5), 3))
     np.testing.assert_array_equal(control.scale, [0, 0.5, 0, 0.5, 0, 0.5])
 
 
 def test_tiling_refuses_a_wrong_number_of_rows():
     with pytest.raises(InputError, match=r"FadeOut.scale: found 2 rows, expected 1 or 3"):
-        tile_rows(make("out on attn1", [1.0, 2.0]), 3)
+        tile(make("out on attn1", [1.0, 2.0]), 3)
 
 
 def test_a_window_gets_its_own_phase():
@@ -234,19 +236,17 @@ def test_later_phases_run_without_the_control(tiny_pipeline):
 
 
 def _sampler_text(pipe, controls):
-    context = pipe.encode_prompt(["", "a car"]).reshape(1, 2, 32, 16)
-    controls = tuple(tile_rows(c, 1) for c in controls)
-    job = Job(pipe.initial_latents([0]), context, jnp.ones((1,)))
-    args = (pipe.params["unet"], DDIM.create(pipe.schedule, 4), job, controls)
-    return denoise.lower(pipe.unet, 0, None, *args).compile().as_text()
+    return denoise.lower(_small_job(pipe, controls), DDIM.create(pipe.schedule, 4)).compile().as_text()
+
+
+def _small_job(pipe, controls=()):
+    context = pipe.encode_prompt(["", "a car"]).context.reshape(1, 2, 32, 16)
+    return plain_job(pipe.unet, pipe.params["unet"], pipe.initial_latents([0]), context, jnp.ones((1,)), controls)
 
 
 def test_keys_and_values_of_attn2_are_computed_outside_the_loop(tiny_pipeline):
     pipe = tiny_pipeline
-    context = pipe.encode_prompt(["", "a car"]).reshape(1, 2, 32, 16)
-    job = Job(pipe.initial_latents([0]), context, jnp.ones((1,)))
-    args = (pipe.params["unet"], DDIM.create(pipe.schedule, 4), job, ())
-    jaxpr = jax.make_jaxpr(lambda *a: denoise.__wrapped__(pipe.unet, 0, None, *a))(*args)
+    jaxpr = jax.make_jaxpr(denoise.__wrapped__)(_small_job(pipe), DDIM.create(pipe.schedule, 4))
     loops = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
     assert len(loops) == 1
 

@@ -125,7 +125,7 @@ def test_every_module_that_can_be_a_target_is_heard_beside_its_kernel(tiny_pipel
     unet, params = tiny_pipeline.unet, tiny_pipeline.params["unet"]
     factors = random_lora(params, "")
     assert len(factors) == len(lora.targets(params)) > 40
-    x, context = jax.random.normal(jax.random.key(0), (1, 8, 8, 4)), tiny_pipeline.encode_prompt(["a car"])
+    x, context = jax.random.normal(jax.random.key(0), (1, 8, 8, 4)), tiny_pipeline.encode_prompt(["a car"]).context
 
     def heard(factors):
         """The gradient reaches every factor, and the value is that of the merged kernels."""

@@ -85,7 +85,7 @@ def test_unconditional_rows_are_untouched(tiny_pipeline, trained):
 
 def test_the_first_attn2_keeps_the_attention_map_of_the_content(tiny_pipeline, trained):
     pipe = tiny_pipeline
-    x, context = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), pipe.encode_prompt(["a car", "a dog"])
+    x, context = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), pipe.encode_prompt(["a car", "a dog"]).context
 
     def probs(*controls):
         _, seen = pipe.unet.apply({"params": pipe.params["unet"]}, x, 500, context, controls, mutable=["probs"])
@@ -133,7 +133,7 @@ def test_an_absent_label_is_its_rare_token_and_not_zero(tiny_pipeline, fresh):
 
 def test_gradients_reach_the_zero_layer_first_and_everything_by_step_three(tiny_pipeline, fresh):
     pipe = tiny_pipeline
-    x, context = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), pipe.encode_prompt(["a car", "a dog"])
+    x, context = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), pipe.encode_prompt(["a car", "a dog"]).context
     present = jnp.asarray([[1.0, 0, 1], [0, 1, 0]])
     optimizer = optax.adam(1e-2)
 

@@ -8,11 +8,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxmix import VMix
-from jaxmix.pipeline.job import Job, denoise
+from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import make_solver
 from jaxmix.types import InputError
 from scripts.bench_programs import count_flops, program
 from scripts.bench_rows import Row
+from tests.jobs import plain_job
 
 LABELS = {"color": ("vibrant color", "[V]"), "focus": ("sharp focus", "[T]")}
 MOVES = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast"}  # name memory, and do nothing
@@ -26,11 +27,12 @@ def loops(tiny_pipeline):
     params = jax.tree.map(lambda x: x + 0.1, adapter.params)  # nothing of it is zero
     bound = VMix(adapter.config, params).bind(pipe, ["all", "color"], [1.0, 0.5])
     context = jnp.ones((n, 2, pipe.text_length, pipe.unet.config.cross_attention_dim))
-    job = Job(jnp.ones((n, *pipe.latent_shape)), context, jnp.full((n,), 4.0))
+    noise, scale = jnp.ones((n, *pipe.latent_shape)), jnp.full((n,), 4.0)
     solver = make_solver("ddim", pipe.schedule, 5)
 
     def compiled(*controls):
-        lowered = denoise.lower(pipe.unet, 0, None, pipe.params["unet"], solver, job, controls)
+        job = plain_job(pipe.unet, pipe.params["unet"], noise, context, scale, controls)
+        lowered = denoise.lower(job, solver)
         # What XLA makes of the program stays the same; its machine code, which nobody runs here, is not optimised.
         return lowered.compile({"xla_backend_optimization_level": "0"}).as_text()
 

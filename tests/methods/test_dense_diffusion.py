@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix import InputError, Segment, Site, dense_diffusion
+from jaxmix import DenseDiffusion, InputError, Request, Segment, Site, dense_diffusion
 from jaxmix.control import QKV, attend, phases
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.models.unet import sites
-from jaxmix.pipeline.job import Job, denoise
+from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import DDIM
+from tests.jobs import plain_job, with_context
 
 from . import by_hand
 
@@ -72,7 +73,7 @@ def test_the_states_of_a_phrase_alone_stand_in_its_place(tiny_pipeline):
     pipe, prompt = tiny_pipeline, "a red car on the snow"
     mask = np.ones((16, 16), bool)
     made = dense_diffusion(pipe, [prompt], [[Segment("the snow", mask)]])
-    plain, alone = np.asarray(pipe.encode_prompt([prompt]))[0], np.asarray(pipe.encode_prompt(["the snow"]))[0]
+    plain, alone = (np.asarray(pipe.encode_prompt([text]).context)[0] for text in (prompt, "the snow"))
     n, whole = len(pipe.token_ids("the snow")), len(pipe.token_ids(prompt))
     expected = plain.copy()
     expected[1 + whole - n : 1 + whole] = alone[1 : 1 + n]
@@ -169,8 +170,11 @@ def test_many_scores_are_edited_block_by_block(strict, reference):
 
 
 def draw(pipe, made=None, steps=4, prompts=("a red car on the snow", "a dog"), scale=3.0, **options):
-    extra = {} if made is None else {"controls": (made.control,), "context": made.context}
-    return pipe.generate(list(prompts), [3, 4], steps, scale, output="latent", **extra, **options)
+    how = {name: options.pop(name) for name in ("mesh", "batch_size") if name in options}
+    request = Request(prompts=list(prompts), seeds=[3, 4], steps=steps, guidance_scale=scale, **options)
+    if made is not None:
+        request = with_context(pipe, request.add(controls=(made.control,)), made.context)
+    return pipe.draw(request, output="latent", **how)
 
 
 def halves(pipe, **options):
@@ -198,9 +202,10 @@ def test_the_unconditional_branch_stays_as_it_was(tiny_pipeline):
 def test_layouts_of_other_heights_and_widths(tiny_pipeline):
     mask = np.zeros((24, 12), bool)
     mask[:10] = True
-    made = dense_diffusion(tiny_pipeline, ["a dog"], [[Segment("a dog", mask)]])
+    layout = [[Segment("a dog", mask)]]
+    made = dense_diffusion(tiny_pipeline, ["a dog"], layout)
     got = tiny_pipeline.generate(
-        ["a dog"], [3], 4, 3.0, height=24, width=12, output="latent", controls=(made.control,), context=made.context
+        ["a dog"], [3], 4, 3.0, height=24, width=12, output="latent", methods=(DenseDiffusion(layout),)
     )
     assert got.shape == (1, 12, 6, 4) and np.isfinite(got).all()
     assert set(made.control.pixels) == {
@@ -212,12 +217,11 @@ def test_steps_outside_the_window_run_the_plain_program(tiny_pipeline):
     """Two loops: in the second every operation is one of the sampler's without a layout, so the fused kernels run."""
     pipe = tiny_pipeline
     made = halves(pipe)
-    context = pipe.encode_prompt(["", "a red car on the snow", "", "a dog"]).reshape(2, 2, 32, 16)
-    job = Job(pipe.initial_latents([0, 1]), context, jnp.ones((2,)))
+    context = pipe.encode_prompt(["", "a red car on the snow", "", "a dog"]).context.reshape(2, 2, 32, 16)
 
     def loops(*controls):
-        args = (pipe.params["unet"], DDIM.create(pipe.schedule, 10), job, controls)
-        jaxpr = jax.make_jaxpr(lambda *a: denoise.__wrapped__(pipe.unet, 0, None, *a))(*args)
+        job = plain_job(pipe.unet, pipe.params["unet"], pipe.initial_latents([0, 1]), context, jnp.ones((2,)), controls)
+        jaxpr = jax.make_jaxpr(denoise.__wrapped__)(job, DDIM.create(pipe.schedule, 10))
         bodies = [e.params["jaxpr"].jaxpr.eqns for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
         return [[(e.primitive.name, tuple(v.aval.shape for v in e.outvars)) for e in body] for body in bodies]
 

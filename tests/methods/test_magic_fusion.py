@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix import InputError, MagicFusion
+from jaxmix import InputError, MagicFusion, Request
+from jaxmix.samplers import Unguided
 from jaxmix.samplers.fusion import blend, expert_mask, saliency
 from tests.families import random_like
 from tests.laws.controls import make
@@ -102,7 +103,8 @@ def expert(tiny_pipeline):
 
 
 def draw(pipe, fusion=None, steps=5, **options):
-    return pipe.generate(PROMPTS, [1, 2], steps, 4.0, fusion=fusion, output="latent", **options)
+    methods = (*options.pop("methods", ()), *([] if fusion is None else [fusion]))
+    return pipe.generate(PROMPTS, [1, 2], steps, 4.0, methods=methods, output="latent", **options)
 
 
 def test_the_switch_and_the_modes(tiny_pipeline):
@@ -143,7 +145,8 @@ def test_a_step_by_hand(tiny_pipeline, expert):
 
     def branches(model, prompts):
         rows = [
-            model.unet.apply({"params": model.params["unet"]}, x, t, pipe.encode_prompt(p)) for p in ([""] * 2, prompts)
+            model.unet.apply({"params": model.params["unet"]}, x, t, pipe.encode_prompt(p).context)
+            for p in ([""] * 2, prompts)
         ]
         return np.stack([np.asarray(r, np.float64) for r in rows], 1)
 
@@ -227,6 +230,9 @@ def test_models_that_do_not_fit_are_refused(tiny_pipeline):
     for message, other in others.items():
         with pytest.raises(InputError, match=message):
             draw(pipe, MagicFusion(OTHER, other))
-    with pytest.raises(InputError, match="expected guided=True and no guidance_rescale"):
-        draw(pipe, MagicFusion(OTHER), guided=False)
+    with pytest.raises(InputError, match="blends guided predictions, expected no guidance_rescale"):
+        draw(pipe, MagicFusion(OTHER), guidance_rescale=0.5)
+    unguided = Request(prompts=PROMPTS, steps=5, guidance=(Unguided(),))
+    with pytest.raises(InputError, match="Unguided and SaliencyBlend exclude each other"):
+        pipe.draw(unguided, (MagicFusion(OTHER),))
     assert jax.tree.leaves(pipe.params)

@@ -4,14 +4,13 @@ import itertools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxmix
-from jaxmix import InputError, MagicFusion, Segment, dense_diffusion, style_aligned, style_id
-from jaxmix.pipeline.job import denoise
+from jaxmix import DenseDiffusion, InputError, MagicFusion, Segment, StyleAligned, StyleID
 from jaxmix.methods.style_id import style_id_sites
+from jaxmix.pipeline.job import denoise
 from jaxmix.tuning import lora
 from tests.families import moved
 
@@ -27,7 +26,7 @@ PAIRS = list(itertools.combinations(NAMES, 2))
 
 @pytest.fixture(scope="module")
 def pieces(tiny_pipeline):
-    """For each method: strength -> (pipeline -> pipeline, controls, further arguments of generate)."""
+    """For each method: strength -> method, and the noise from which all of them start."""
     pipe = tiny_pipeline
     fresh = jaxmix.VMix.init(jax.random.key(0), pipe, {"color": ("vivid colors", "[V]")})
     mixer = jaxmix.VMix(
@@ -39,21 +38,15 @@ def pieces(tiny_pipeline):
     left = np.pad(np.ones((16, 8), bool), ((0, 0), (0, 8)))
     layout = [[Segment("a red car", left), Segment("the snow", ~left)], [Segment("a dog", left)]]
     pictures = np.random.default_rng(4).integers(0, 255, (2, 16, 16, 3), np.uint8)
-    inverted = pipe.invert(pictures, steps=STEPS, label="own", record=style_id_sites(pipe))
-
-    def dense(s):
-        return dense_diffusion(pipe, PROMPTS, layout, cross=s, self_=0.3 * s, window=(0.0, 0.5), splice=False).control
-
-    def same(p):
-        return p
-
-    return {
-        "VMix": lambda s: (same, (mixer.bind(pipe, "all", s),), {}),
-        "LoRA": lambda s: (lambda p: jaxmix.apply_loras(p, [(learnt, s)]), (), {}),
-        "DenseDiffusion": lambda s: (same, (dense(s),), {}),
-        "StyleAligned": lambda s: (same, (style_aligned(pipe, [2], strength=s),), {}),
-        "StyleID": lambda s: (same, (style_id(inverted, inverted, [(0, 1), (1, 0)], strength=s),), {}),
-        "MagicFusion": lambda s: (same, (), {"fusion": MagicFusion(["a fish", "a boat"], strength=s, switch=0)}),
+    found = pipe.invert(pictures, steps=STEPS, record=style_id_sites(pipe, "diffusers"))
+    style = {"found": found, "pairs": [(0, 1), (1, 0)], "pairing": "diffusers", "adain": False, "guided": True}
+    return found.noise, {
+        "VMix": lambda s: mixer.on("all", s),
+        "LoRA": lambda s: learnt.on(s),
+        "DenseDiffusion": lambda s: DenseDiffusion(layout, cross=s, self_=0.3 * s, window=(0.0, 0.5), splice=False),
+        "StyleAligned": lambda s: StyleAligned([2], strength=s),
+        "StyleID": lambda s: StyleID(**style, strength=s),
+        "MagicFusion": lambda s: MagicFusion(["a fish", "a boat"], strength=s, switch=0),
     }
 
 
@@ -61,17 +54,15 @@ def pieces(tiny_pipeline):
 def draw(tiny_pipeline, pieces):
     """(name=strength, ...) -> latents; those of a method alone are kept."""
     kept = {}
+    noise, methods = pieces
 
     def run(**strengths):
         key = tuple(sorted(strengths.items()))
         if key in kept:
             return kept[key]
-        pipe, controls, extra = tiny_pipeline, (), {}
-        for name in NAMES:
-            if name in strengths:
-                change, more, options = pieces[name](jnp.float32(strengths[name]).item())
-                pipe, controls, extra = change(pipe), (*controls, *more), {**extra, **options}
-        got = pipe.generate(PROMPTS, SEEDS, STEPS, 3.0, controls=controls, output="latent", **extra)
+        chosen = [methods[name](strength) for name, strength in strengths.items()]
+        start = {} if "StyleID" in strengths else {"latents": noise}  # it starts there by itself
+        got = tiny_pipeline.generate(PROMPTS, SEEDS, STEPS, 3.0, methods=chosen, output="latent", **start)
         if len(strengths) < 2:
             kept[key] = got
         return got

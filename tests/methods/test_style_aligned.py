@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix import InputError, Moments, Segment, Site, dense_diffusion, hold, style_aligned
-from jaxmix.control import QKV, attend, check_batches, tile_rows, to_branches, validate
+from jaxmix import InputError, Moments, Request, Segment, Site, StyleAligned, dense_diffusion, hold, style_aligned
+from jaxmix.control import QKV, attend, validate
 from jaxmix.controls import style_aligned as aligned
 from jaxmix.models.unet import sites
+from jaxmix.rows import check_together, tile, to_branches
 
 from . import by_hand
 
@@ -23,7 +24,7 @@ def random_qkv(rows, seed=0, n=12, d=8):
 
 
 def run(control, arrays, branches=1):
-    control = to_branches(tile_rows(control, len(arrays[0]) // branches), (1.0,) * branches)
+    control = to_branches(tile(control, len(arrays[0]) // branches), (1.0,) * branches)
     return np.asarray(attend(SITE, QKV(*(jnp.asarray(x, jnp.float32) for x in arrays)), (control,))[0])
 
 
@@ -174,7 +175,7 @@ def test_batches_and_devices_hold_whole_groups(tiny_pipeline):
     for options in ({"batch_size": 3}, {"mesh": data_mesh(8)}):
         with pytest.raises(InputError, match="expected a batch size, and a share of each device, of whole groups"):
             draw(tiny_pipeline, (control,), prompts, seeds, **options)
-    check_batches(aligned.bind([2, 2]), 4, 2)
+    check_together(aligned.bind([2, 2]), 4, 2)
 
 
 def test_a_real_reference_is_held_to_its_inversion(tiny_pipeline):
@@ -187,8 +188,11 @@ def test_a_real_reference_is_held_to_its_inversion(tiny_pipeline):
         assert course.shape == (1, 5, 8, 8, 4)
         np.testing.assert_array_equal(course[:, -1], pipe.encode_images(picture))
         np.testing.assert_array_equal(course[:, 0], found.states[:, 4 - offset])
-        got = draw(pipe, (control,), pinned=hold(course, [0], 3))
+        request = Request(prompts=["a dog", "a red car", "an apple"], seeds=[1, 2, 3], steps=4, guidance_scale=3.0)
+        got = pipe.draw(request.add(controls=(control,), edits=(hold(course, [0], 3),)), output="latent")
         np.testing.assert_array_equal(got[:1], course[:, -1])
+        method = StyleAligned([3], shift=math.log(2), pictures={0: picture[0]}, offset=offset)
+        np.testing.assert_array_equal(pipe.draw(request, (method,), output="latent"), got)
         assert np.isfinite(got).all()
 
 
@@ -201,7 +205,7 @@ def test_a_real_reference_is_held_to_its_inversion(tiny_pipeline):
         ([2], {"full": True, "swap": True}, "expected the one or the other"),
         ([2], {"full": True, "shift": 1.0}, "all keys count alike"),
         ([2], {"strength": 1.5}, "expected numbers from 0 to 1"),
-        ([2], {"scale": [1.0, 2.0, 3.0]}, "expected a number, or one for each of the 2 rows"),
+        ([2], {"scale": [1.0, 2.0, 3.0]}, "found 3 values, expected 1 or one for each of the 2 rows"),
         ([2], {"adain": ("x",)}, "found 'x', expected some of q, k, v"),
         ([2], {"level": 0.5, "sites": "attn1"}, "expected the one or the other"),
     ],

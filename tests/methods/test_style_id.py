@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix import InputError, Site, hold, style_id
+from jaxmix import InputError, Request, Site, hold, style_id
 from jaxmix.control import QKV, attend
 from jaxmix.controls.style_id import StyleIDControl, StyleIDRowsControl, adain_latents
-from jaxmix.samplers import DDIM, DDIMInversion, Phase, invert, sample
-from jaxmix.schedule import NoiseSchedule
 from jaxmix.methods.style_id import style_id_sites, style_id_start
+from jaxmix.samplers import DDIM, DDIMInversion, Phase, Unguided, invert, sample
+from jaxmix.schedule import NoiseSchedule
 
 from . import by_hand
 
@@ -144,13 +144,17 @@ def test_a_run_is_undone_by_its_inversion(label):
     assert left[1] < 0.02 and left[1] < left[0] / 4
 
 
+def unguided(pipe, noise, steps, **more):
+    request = Request(prompts=[""] * len(noise), steps=steps, latents=noise, guidance=(Unguided(),), **more)
+    return pipe.draw(request, output="latent")
+
+
 def test_without_injection_adain_or_a_skipped_step_it_is_plain_ddim(tiny_pipeline):
     pipe, steps = tiny_pipeline, 5
     kwargs = {"steps": steps, "label": "own", "record": style_id_sites(pipe)}
     found = pipe.invert(PICTURES, **kwargs)
     off = style_id(found, found, [(0, 1), (1, 0)], strength=0.0)
-    plain = pipe.generate([""] * 2, [0, 0], steps, guided=False, latents=found.noise, output="latent")
-    got = pipe.generate([""] * 2, [0, 0], steps, guided=False, latents=found.noise, controls=(off,), output="latent")
+    plain, got = (unguided(pipe, found.noise, steps, controls=controls) for controls in ((), (off,)))
     np.testing.assert_array_equal(got, plain)
 
 
@@ -160,9 +164,9 @@ def test_the_first_step_is_skipped_as_in_the_authors_code(tiny_pipeline):
     found = pipe.invert(PICTURES[:1], steps=50, label="own")
     solver = DDIM.create(pipe.schedule, 50)
     assert int(solver.timesteps[1]) == 961 and found.states.shape[1] == 51
-    got = pipe.generate([""], [0], 50, guided=False, latents=found.noise, start=1, output="latent")
+    got = unguided(pipe, found.noise, 50, span=(1, None))
     x = np.asarray(found.noise, np.float64)
-    context = pipe.encode_prompt([""])
+    context = pipe.encode_prompt([""]).context
     abar = pipe.schedule.alphas_cumprod.astype(np.float64)
     apply = jax.jit(lambda x, t: pipe.unet.apply({"params": pipe.params["unet"]}, x, t, context))
     for t in range(961, 0, -20):
@@ -178,12 +182,11 @@ def test_the_two_modes_draw_the_same_picture(tiny_pipeline, label):
     found = pipe.invert(PICTURES, steps=steps, label=label, record=where)
     start = style_id_start(found, found, [(0, 1)])
     made = style_id(found, found, [(0, 1)])
-    same = {"guided": False, "start": 1, "output": "latent"}
-    stored = pipe.generate([""], [0], steps, latents=start, controls=(made,), **same)
+    stored = unguided(pipe, start, steps, controls=(made,), span=(1, None))
     numbers = (0.75 * jnp.ones(3), 1.5 * jnp.ones(3), jnp.asarray([0.0, 0, 1]))
     beside = StyleIDRowsControl(jnp.asarray([0, 0, 2]), jnp.asarray([0, 0, 1]), *numbers, sites=where)
     rows, pinned = jnp.concatenate([found.noise, start]), hold(found.seen(), [0, 1], 3)
-    both = pipe.generate([""] * 3, [0] * 3, steps, latents=rows, controls=(beside,), pinned=pinned, **same)
+    both = unguided(pipe, rows, steps, controls=(beside,), edits=(pinned,), span=(1, None))
     np.testing.assert_allclose(both[2:], stored, atol=5e-5)
     np.testing.assert_array_equal(both[:2], np.asarray(pipe.encode_images(PICTURES)))
 
@@ -191,7 +194,7 @@ def test_the_two_modes_draw_the_same_picture(tiny_pipeline, label):
 def test_recorded_features_are_those_of_the_states(tiny_pipeline):
     pipe, site = tiny_pipeline, style_id_sites(tiny_pipeline)
     found = pipe.invert(PICTURES, ["a dog", "a car"], steps=3, guidance_scale=2.0, record=site, label="own")
-    context = pipe.encode_prompt(["a dog", "a car"])
+    context = pipe.encode_prompt(["a dog", "a car"]).context
     t = int(DDIMInversion.create(pipe.schedule, 3, "own").timesteps[1])
     _, seen = pipe.unet.apply({"params": pipe.params["unet"]}, found.states[:, 1], t, context, mutable=["qkv"])
     from jaxmix.models.unet import subtree
@@ -225,7 +228,7 @@ def test_bad_input_is_one_clear_line(tiny_pipeline):
     larger = pipe.invert(np.zeros((1, 24, 24, 3), np.uint8), steps=2, record=where)
     made = style_id(larger, found, [(0, 0)])
     with pytest.raises(InputError, match="expected an image of the same size"):
-        pipe.generate([""], [0], 2, guided=False, controls=(made,))
+        pipe.draw(Request(prompts=[""], steps=2, controls=(made,)))
     with pytest.raises(InputError, match="matches none of the"):
         pipe.invert(PICTURES[:1], steps=2, record="attn3")
     with pytest.raises(InputError, match="label is 'previous', expected one of next, own"):
@@ -233,7 +236,7 @@ def test_bad_input_is_one_clear_line(tiny_pipeline):
     with pytest.raises(InputError, match="either images or latents"):
         pipe.invert()
     with pytest.raises(InputError, match="found step 2, expected 0 to 1"):
-        pipe.generate([""], [0], 2, start=2)
+        pipe.draw(Request(prompts=[""], steps=2, span=(2, None)))
     with pytest.raises(InputError, match="gamma: found"):
         style_id(found, found, [(0, 0)], gamma=[1.0, 2.0])
     with pytest.raises(InputError, match="offset: found 2, expected 0 to 1"):

@@ -19,10 +19,11 @@ from jaxmix.models import (
     UNetConfig,
     VAEConfig,
 )
-from jaxmix.pipeline.job import Job, denoise
+from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import DDIM
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.weights import load_tree, read_config
+from tests.jobs import plain_job
 
 FOLDER = Path(__file__).parent / "fixtures"
 
@@ -71,6 +72,6 @@ def test_a_guided_trajectory_of_25_steps_through_the_pipelines_sampler(outputs, 
     unet, params = model("unet", UNet2DConditionModel, UNetConfig)
     schedule = NoiseSchedule.from_config(read_config(FOLDER / f"{kind}.json"))
     context = jnp.stack([jnp.zeros_like(outputs["context"]), outputs["context"]], axis=1)
-    job = Job(jnp.asarray(outputs["latents"]), context, jnp.full((2,), 7.5))
-    got = denoise(unet, 0, None, params, DDIM.create(schedule, 25), job, ())
+    job = plain_job(unet, params, jnp.asarray(outputs["latents"]), context, jnp.full((2,), 7.5))
+    got = denoise(job, DDIM.create(schedule, 25))
     assert_close(got, outputs[f"trajectory_{kind}"], tolerance=1e-5)

@@ -64,10 +64,10 @@ class Both:
 
     def our_outputs(self, *loras):
         pipe = apply_loras(self.ours, loras)
-        encoded, added = pipe.encode_prompt([PROMPT]), None
+        text, added = pipe.encode_prompt([PROMPT]), None
+        encoded = text.context
         if self.sdxl:
-            encoded, pooled = encoded
-            added = AddedCond(pooled, jnp.asarray(self.time_ids))
+            added = AddedCond(text.pooled, jnp.asarray(self.time_ids))
         y = self._unet({"params": pipe.params["unet"]}, self.x, 500, encoded, (), added)
         return np.asarray(encoded), np.asarray(y)
 

@@ -12,6 +12,7 @@ from jaxmix.samplers import (
     DDIM,
     SAMPLERS,
     Phase,
+    by_branch,
     classifier_free_guidance,
     default_sampler,
     image_to_image_start,
@@ -66,7 +67,7 @@ def torch_trajectory(scheduler, predict, x, scale=SCALE, eta=0.0, noises=None):
 def jax_trajectory(solver, x, context, noises, scale, known=None, start=0):
     """The states after every step; `known` (image, noise, mask) is for inpainting."""
     rows = context.reshape(-1, context.shape[-1])
-    guided = classifier_free_guidance(lambda x, t, step: small_model(jnp, x, t, rows), scale)
+    guided = classifier_free_guidance(by_branch(lambda x, t, step: small_model(jnp, x, t, rows), 2), scale)
     last, starts = sample(
         [Phase(guided, start, solver.steps)],
         solver,
@@ -169,7 +170,9 @@ def test_trajectories_around_a_unet_agree(prediction_type, tmp_path):
 
     @jax.jit
     def run(params, x, context, scale):
-        guided = classifier_free_guidance(lambda x, t, step: unet.apply({"params": params}, x, t, context), scale)
+        guided = classifier_free_guidance(
+            by_branch(lambda x, t, step: unet.apply({"params": params}, x, t, context), 2), scale
+        )
         return sample([Phase(guided, 0, STEPS)], DDIM.create(NoiseSchedule.from_config(config), STEPS), x)
 
     assert relative(run(params, x, context, SCALE), expected) <= 1e-5
@@ -396,7 +399,7 @@ def test_guidance_rescale_agrees(rescale):
     draw = np.random.default_rng(7).normal
     uncond, cond = draw(size=(2, 3, 8, 8, 4)).astype("f4")
     rows = np.stack([uncond, cond], 1).reshape(6, 8, 8, 4)
-    guided = classifier_free_guidance(lambda x, t, step: jnp.asarray(rows), SCALE, jnp.float32(rescale))
+    guided = classifier_free_guidance(by_branch(lambda x, t, step: jnp.asarray(rows), 2), SCALE, jnp.float32(rescale))
     mixed = torch.from_numpy(uncond + SCALE * (cond - uncond))
     expected = rescale_noise_cfg(mixed, torch.from_numpy(cond), rescale).numpy()
     assert relative(guided(uncond, 0, 0), expected) <= 1e-6

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix import InputError, programs
+from jaxmix import InputError
+from jaxmix.pipeline import programs
 from jaxmix.pipeline.job import denoise
 from jaxmix.sharding import data_mesh
 
@@ -98,9 +99,9 @@ def test_tiles_reach_every_pixel(tiny_pipeline):
         ({"height": 15}, "height: found 15 pixels, expected a multiple of 2"),
         ({"width": 0}, "width: found 0 pixels, expected a multiple of 2"),
         ({"images": pictures(3), "strength": 0.1}, "strength is 0.1 with 4 steps"),
-        ({"images": pictures(2)}, r"images: found latents of shape \(2, 8, 8, 4\), expected \(3, 8, 8, 4\)"),
+        ({"images": pictures(2)}, r"images: found shape \(2, 16, 16, 3\), expected \(3, H, W, 3\)"),
         ({"images": pictures(3, 15, 16)}, "height: found 15 pixels, expected a multiple of 2"),
-        ({"images": pictures(3)[..., 0]}, r"images: found shape \(3, 16, 16\), expected \(n, H, W, 3\)"),
+        ({"images": pictures(3)[..., 0]}, r"images: found shape \(3, 16, 16\), expected \(3, H, W, 3\)"),
         ({"masks": np.ones((3, 16, 16))}, "masks: found masks without images"),
         ({"images": pictures(3), "masks": np.ones((3, 8, 8))}, r"masks: found shape \(3, 8, 8\)"),
         (

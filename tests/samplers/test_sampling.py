@@ -8,6 +8,7 @@ from jaxmix.samplers import (
     DDIM,
     SAMPLERS,
     Phase,
+    by_branch,
     classifier_free_guidance,
     initial_noise,
     make_solver,
@@ -62,7 +63,7 @@ def test_guidance_rows_are_branch_minor():
         seen.append(np.asarray(x[:, 0]))
         return x + jnp.arange(4.0)[:, None]  # u0 c0 u1 c1
 
-    guided = classifier_free_guidance(rows_fn, 3.0)
+    guided = classifier_free_guidance(by_branch(rows_fn, 2), 3.0)
     x = jnp.array([[10.0], [20.0]])
     assert guided(x, jnp.int32(5), jnp.int32(0)).tolist() == [[10 + 3 * 1], [20 + 2 + 3 * 1]]
     assert seen[0].tolist() == [10, 10, 20, 20]
@@ -73,7 +74,7 @@ def test_guidance_scales_0_and_1_are_the_branches():
         return x * jnp.array([2.0, 5.0, 2.0, 5.0])[:, None]
 
     x = jnp.array([[1.0], [3.0]])
-    guided = classifier_free_guidance(rows_fn, jnp.array([0.0, 1.0]))
+    guided = classifier_free_guidance(by_branch(rows_fn, 2), jnp.array([0.0, 1.0]))
     assert guided(x, 0, 0).tolist() == [[2.0], [15.0]]
 
 
@@ -81,20 +82,20 @@ def test_guidance_repeats_timesteps_per_row_and_works_in_float32():
     def rows_fn(x, t, step):
         return (x + t[:, None]).astype(jnp.bfloat16)
 
-    out = classifier_free_guidance(rows_fn, 2.0)(jnp.ones((2, 3)), jnp.array([1, 2]), 0)
+    out = classifier_free_guidance(by_branch(rows_fn, 2), 2.0)(jnp.ones((2, 3)), jnp.array([1, 2]), 0)
     assert out.dtype == jnp.float32
     assert out[:, 0].tolist() == [2, 3]
 
 
 def test_guidance_scale_of_another_length_is_refused():
     with pytest.raises(ValueError, match=r"guidance scale has shape \(3,\), expected \(\) or \(2,\)"):
-        classifier_free_guidance(decay, jnp.ones(3))(jnp.ones((2, 1)), 0, 0)
+        classifier_free_guidance(by_branch(decay, 2), jnp.ones(3))(jnp.ones((2, 1)), 0, 0)
 
 
 def test_rescaled_guidance_has_the_spread_of_the_conditional_branch():
     rows = jax.random.normal(jax.random.key(0), (4, 8, 8, 2)) * jnp.array([1.0, 1.0, 1.0, 3.0])[:, None, None, None]
-    guided = classifier_free_guidance(lambda x, t, step: rows, 7.5, jnp.array([1.0, 0.5]))
-    plain = classifier_free_guidance(lambda x, t, step: rows, 7.5)
+    guided = classifier_free_guidance(by_branch(lambda x, t, step: rows, 2), 7.5, jnp.array([1.0, 0.5]))
+    plain = classifier_free_guidance(by_branch(lambda x, t, step: rows, 2), 7.5)
     x = jnp.zeros((2, 8, 8, 2))
     ours, mixed = (np.asarray(fn(x, 0, 0)).reshape(2, -1) for fn in (guided, plain))
     cond = np.asarray(rows[1::2]).reshape(2, -1)
@@ -106,11 +107,11 @@ def test_rescale_0_is_identity_bit_for_bit_and_traced():
     @jax.jit
     @chex.assert_max_traces(n=1)
     def run(rows, scale, rescale):
-        return classifier_free_guidance(lambda x, t, step: rows, scale, rescale)(x, 0, 0)
+        return classifier_free_guidance(by_branch(lambda x, t, step: rows, 2), scale, rescale)(x, 0, 0)
 
     @jax.jit
     def plain(rows, scale):
-        return classifier_free_guidance(lambda x, t, step: rows, scale)(x, 0, 0)
+        return classifier_free_guidance(by_branch(lambda x, t, step: rows, 2), scale)(x, 0, 0)
 
     x = jnp.zeros((3, 8, 8, 2))
     rows, scale = jax.random.normal(jax.random.key(0), (6, 8, 8, 2)), jnp.array([7.5, 3.0, 1.0])
@@ -121,7 +122,7 @@ def test_rescale_0_is_identity_bit_for_bit_and_traced():
 
 def test_guidance_rescale_of_another_length_is_refused():
     with pytest.raises(ValueError, match=r"guidance rescale has shape \(3,\), expected \(\) or \(2,\)"):
-        classifier_free_guidance(decay, 1.0, jnp.ones(3))(jnp.ones((2, 1)), 0, 0)
+        classifier_free_guidance(by_branch(decay, 2), 1.0, jnp.ones(3))(jnp.ones((2, 1)), 0, 0)
 
 
 def test_the_true_noise_leads_back_to_x0():
@@ -204,7 +205,7 @@ def test_numbers_do_not_retrace():
     @chex.assert_max_traces(n=1)
     def run(solver, seeds, scale, context):
         rows = context.reshape(-1, 1, 1, context.shape[-1])
-        guided = classifier_free_guidance(lambda x, t, step: 0.1 * x + rows, scale)
+        guided = classifier_free_guidance(by_branch(lambda x, t, step: 0.1 * x + rows, 2), scale)
         return sample([Phase(guided, 0, 4)], solver, initial_noise(seeds, (3, 3, 2)))
 
     def call(seeds, scale, context, schedule=SCHEDULE):

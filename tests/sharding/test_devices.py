@@ -9,9 +9,10 @@ import pytest
 
 import jaxmix
 from jaxmix import InputError, VMix
-from jaxmix.control import tile_rows
-from jaxmix.pipeline.job import Job, denoise
+from jaxmix.pipeline.job import denoise
+from jaxmix.rows import take, tile
 from jaxmix.samplers import DDIM
+from tests.jobs import plain_job
 
 PROMPTS = [f"a {word}" for word in ("car", "dog", "apple", "cat", "boat", "rose", "key", "cup", "hat", "bus", "fox")]
 SEEDS = [11, 3, 3, 99, 12, 0, 7, 5, 2**32 - 1, 6, 8]
@@ -56,12 +57,11 @@ def test_an_image_depends_on_its_seed_alone(tiny_pipeline, mesh):
 
 def test_the_compiled_sampler_holds_no_collective(tiny_pipeline, mesh):
     pipe = tiny_pipeline
-    controls = tuple(tile_rows(c, 11) for c in controls_for(pipe))
-    controls = jax.tree.map(lambda x: x[:8] if x.shape[:1] == (11,) else x, controls)
-    context = pipe.encode_prompt([p for prompt in PROMPTS[:8] for p in ("", prompt)]).reshape(8, 2, 32, 16)
-    job = Job(pipe.initial_latents(SEEDS[:8]), context, jnp.ones(8))
-    args = (pipe.params["unet"], DDIM.create(pipe.schedule, 4), job, controls)
-    text = denoise.lower(pipe.unet, 0, mesh, *args).compile().as_text()
+    controls = take(tile(controls_for(pipe), 11), range(8))
+    context = pipe.encode_prompt([p for prompt in PROMPTS[:8] for p in ("", prompt)]).context.reshape(8, 2, 32, 16)
+    noise = pipe.initial_latents(SEEDS[:8])
+    job = plain_job(pipe.unet, pipe.params["unet"], noise, context, jnp.ones(8), controls)
+    text = denoise.lower(job, DDIM.create(pipe.schedule, 4), mesh=mesh).compile().as_text()
     assert "while(" in text
     assert not COLLECTIVE.search(text)
 

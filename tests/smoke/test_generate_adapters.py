@@ -13,8 +13,8 @@ from infer.adapters import parse_loras
 from infer.generate import Config, main
 from infer.png import read_settings
 from jaxmix.command import run
-from jaxmix.pipeline.loading import ASSETS
 from jaxmix.pipeline.job import denoise
+from jaxmix.pipeline.loading import ASSETS
 from jaxmix.tuning import lora
 from jaxmix.types import InputError
 from tests.families import moved

@@ -11,8 +11,8 @@ from PIL import Image
 
 from infer.generate import Config, main
 from jaxmix.command import run
-from jaxmix.pipeline.loading import ASSETS
 from jaxmix.pipeline.job import denoise
+from jaxmix.pipeline.loading import ASSETS
 
 QUICK = ["--steps", "1", "--devices", "1"]
 

@@ -132,10 +132,10 @@ def test_a_text_encoder_lora_changes_the_text_states(tiny_pipeline):
     params = tiny_pipeline.params["text_encoder"]
     factors = factors_for(params, 0, "q_proj|fc1")
     made = apply_loras(tiny_pipeline, [(LoRA({"text_encoder": factors}), 1.0)])
-    before, after = (np.asarray(pipe.encode_prompt(["a car"])) for pipe in (tiny_pipeline, made))
+    before, after = (np.asarray(pipe.encode_prompt(["a car"]).context) for pipe in (tiny_pipeline, made))
     assert np.abs(after - before).max() > 1e-3
     back = apply_loras(made, [(LoRA({"text_encoder": factors}), -1.0)])
-    np.testing.assert_allclose(back.encode_prompt(["a car"]), before, atol=1e-5)
+    np.testing.assert_allclose(back.encode_prompt(["a car"]).context, before, atol=1e-5)
 
 
 def test_strengths_and_swaps_compile_neither_merge_nor_sampler(tiny_pipeline, pair):

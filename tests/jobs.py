@@ -1,0 +1,22 @@
+"""The plainest job that the sampler takes, for tests that go below `Pipeline.draw`."""
+
+import dataclasses
+
+from jaxmix.pipeline.job import Denoiser, Job
+from jaxmix.rows import Text, tile
+from jaxmix.samplers import ClassifierFree
+
+
+def plain_job(unet, params, noise, context, scale, controls=(), guidance=()):
+    """Return the job of guided images (n, h, w, c) from text states (n, branches, s, d)."""
+    n = noise.shape[0]
+    return Job(
+        noise, Denoiser(unet, params, Text(context), tile(tuple(controls), n)), (ClassifierFree(scale), *guidance)
+    )
+
+
+def with_context(pipe, request, context):
+    """Return a request whose conditional branches are told ``context`` (n, s, d) in place of their prompts' states."""
+    states = request.checked(pipe).states(pipe)
+    spliced = dataclasses.replace(states, context=states.context.at[:, 1].set(context))
+    return dataclasses.replace(request, text=spliced)
