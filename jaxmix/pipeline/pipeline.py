@@ -245,8 +245,9 @@ class Pipeline(Parts):
         """Return the latents of a batch, and which of its rows count."""
         part, pipe, n = request.take(batch.rows), self, request.n
         for method in methods:
+            if method.when > WEIGHTS:  # all edits at once: one set is kept, and part of it would take its place
+                pipe = self.merged(part.weights)
             part = method.take(batch, n).apply(pipe, part)
-            pipe = self.merged(part.weights)
         pipe = self.merged(part.weights)
         pipe.check_controls(part.controls, part.hw(pipe))
         assert part.steps is not None and part.sampler is not None
