@@ -59,7 +59,10 @@ class LoRA(Method):
         import jaxmix
 
         if path not in self._opened:
-            self._opened[path] = jaxmix.LoRA.load(path)
+            try:
+                self._opened[path] = jaxmix.LoRA.load(path)
+            except InputError as error:
+                raise InputError(f"lora: {error}") from None
         return self._opened[path]
 
     def open(self, pipe: Any) -> None:

@@ -66,7 +66,10 @@ class VMix(Method):
         import jaxmix
 
         if name not in self._adapters:
-            self._adapters[name] = jaxmix.VMix.load(name)
+            try:
+                self._adapters[name] = jaxmix.VMix.load(name)
+            except InputError as error:
+                raise InputError(f"vmix: {error}") from None
         return self._adapters[name]
 
     def complete(self, row: Row, pipe: Any) -> Row:
