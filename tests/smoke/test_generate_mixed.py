@@ -104,9 +104,7 @@ def kinds(pipe, bucket):
     return {type(one).__name__ for one in made}
 
 
-@pytest.mark.parametrize(
-    "pair", [set(p) for p in itertools.combinations(BUILT, 2) if set(p) not in APART], ids="+".join
-)
+@pytest.mark.parametrize("pair", TOGETHER, ids="+".join)
 def test_a_row_may_have_two_methods(files, tiny_pipeline, tmp_path, pair):
     row = {key: value for name in pair for key, value in fields(files)[name].items()}
     buckets, bad = planned(tmp_path, tiny_pipeline, [row] * (1 + ("style_aligned" in pair)))
