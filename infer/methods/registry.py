@@ -18,6 +18,10 @@ class Flags(fuse.Flags, style_id.Flags, style_aligned.Flags, dense.Flags, lora.F
     """The flags of all methods; `--help` has those of the last one first."""
 
 
+CHECKED = 64
+"""Rows whose methods are built and checked at once."""
+
+
 class Bucket(NamedTuple):
     """Completed rows that are drawn by one program with one set of weights: what draws them, and their groups."""
 
@@ -117,14 +121,16 @@ class Methods:
         def refuse(rows: Sequence[Row], reason: str) -> None:
             bad.extend(BadRow(row.number, row.where, reason) for row in rows)
 
-        left: list[Row] = []
+        alike: dict[tuple[tuple[Method, ...], Hashable], list[Row]] = {}
         for row in rows:
-            try:
-                here = tuple(method for method in self.of(row) if method.group(row) is None)
-                self._try(pipe, [row], here, request)
-                left.append(row)
-            except InputError as error:
-                refuse([row], str(error))
+            here = tuple(method for method in self.of(row) if method.group(row) is None)
+            key = row.program, tuple((method.program([row]), method.weights(row)) for method in here)
+            alike.setdefault((here, key), []).append(row)
+        for (here, _), some in alike.items():
+            for row, error in self._unfit(pipe, some, here, request):
+                refuse([row], error)
+        failed = {row.number for row in bad}
+        left = [row for row in rows if row.number not in failed]
         for method in self.all:
             mine = [row for row in left if method in self.of(row)]
             if mine:
@@ -145,6 +151,23 @@ class Methods:
                 refuse(members, f"group {name}: {error}")
         return bad
 
+    def _unfit(
+        self, pipe: Any, rows: Sequence[Row], methods: Sequence[Method], request: Callable[[Sequence[Row]], Any]
+    ) -> Iterator[tuple[Row, str]]:
+        """Yield those of some rows of one program that their methods cannot draw, and why."""
+        for start in range(0, len(rows), CHECKED):
+            some = rows[start : start + CHECKED]
+            try:
+                self._try(pipe, some, methods, request)
+                continue
+            except InputError:
+                pass  # of one of them: which?
+            for row in some:
+                try:
+                    self._try(pipe, [row], methods, request)
+                except InputError as error:
+                    yield row, str(error)
+
     def _group(self, row: Row) -> tuple[str, Hashable] | None:
         names = [(method.name, method.group(row)) for method in self.of(row) if method.group(row) is not None]
         return names[0] if names else None
@@ -159,11 +182,10 @@ class Methods:
         """Raise InputError for rows that their methods cannot draw, and say which two of them it is."""
         if not methods:
             return
-        asked = request(rows)
 
         def check(some: Sequence[Method]) -> None:
             batch = Batch(rows, [len(rows)], frozenset(method.name for method in some), draft=True)
-            pipe.check(asked, [made for method in some for made in method.build(pipe, batch)])
+            pipe.check(request(rows), [made for method in some for made in method.build(pipe, batch)])
 
         try:
             check(methods)

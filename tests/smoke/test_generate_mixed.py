@@ -163,6 +163,15 @@ def test_a_row_with_part_of_a_method_is_one_line_and_the_others_stay(files, tiny
     assert len(bad) == 1 and bad[0].startswith("rows.jsonl:2: ") and line in bad[0] and "\n" not in bad[0]
 
 
+def test_of_many_rows_of_one_kind_the_bad_ones_are_found(files, tiny_pipeline, tmp_path):
+    rows = [{"segments": SEGMENTS, "lora": str(files / f"{name}.safetensors")} for name in ("lora", "vmix")] * 2
+    rows += [{"segments": "a green car @ 0,0,1,1"}, {"segments": SEGMENTS}]
+    buckets, bad = planned(tmp_path, tiny_pipeline, rows)
+    assert [[row.number for row in bucket.rows] for bucket in buckets] == [[0, 2], [5]]
+    assert [line.split(": ")[0][len("rows.jsonl:") :] for line in sorted(bad)] == ["2", "4", "5"]
+    assert "image 0, segment 0 ('a green car'): the phrase is not in the prompt" in max(bad)
+
+
 def test_features_in_rows_stand_alone_and_say_so_before_anything_is_drawn(files, tiny_pipeline, tmp_path):
     rows = [{**fields(files)["style_transfer"], **fields(files)[name]} for name in ("vmix", "fuse", "lora")]
     buckets, bad = planned(tmp_path, tiny_pipeline, rows, features="rows")
