@@ -11,8 +11,8 @@ from jaxmix import VMix
 from jaxmix.programs import Job, denoise
 from jaxmix.samplers import make_solver
 from jaxmix.types import InputError
-from scripts.bench_programs import count_flops, program
-from scripts.bench_rows import Row
+from scripts.bench.programs import count_flops, program
+from scripts.bench.rows import Row
 
 LABELS = {"color": ("vibrant color", "[V]"), "focus": ("sharp focus", "[T]")}
 MOVES = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast"}  # name memory, and do nothing

@@ -15,7 +15,7 @@ from jaxmix.models import (
     VAEConfig,
 )
 from jaxmix.weights.names import flatten, match, to_torch_key, to_torch_shape
-from scripts.bench_programs import random_params
+from scripts.bench.programs import random_params
 from tests.parity.oracle import assert_close, loaded, nhwc, run
 
 torch = pytest.importorskip("torch")

@@ -1,4 +1,4 @@
-"""scripts.bench and scripts.memory on shrunk models: rows, reasons, statistics, and one real run."""
+"""scripts.bench and scripts.bench.memory on shrunk models: rows, reasons, statistics, and one real run."""
 
 import json
 import math
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from jaxmix.types import InputError
-from scripts.bench_changes import CHANGES, without
-from scripts.bench_programs import Program, count_flops, program, random_params
-from scripts.bench_rows import MODELS, PRESETS, Row, configs, names, numbers, plan
-from scripts.bench_table import markdown, peak_tflops, ratio, summary
+from scripts.bench.changes import CHANGES, without
+from scripts.bench.programs import Program, count_flops, program, random_params
+from scripts.bench.rows import MODELS, PRESETS, Row, configs, names, numbers, plan
+from scripts.bench.table import markdown, peak_tflops, ratio, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,7 +165,7 @@ def test_memory_of_a_tiny_program_is_told_for_the_cpu(tmp_path):
         "--batch=1",
         "--steps=2",
     )
-    done = run("scripts.memory", *arguments, "--dtype=float32", f"--out={out}")
+    done = run("scripts.bench.memory", *arguments, "--dtype=float32", f"--out={out}")
     assert done.returncode == 0, done.stderr
     cells = json.loads(out.read_text())["rows"][0]["engines"]
     assert cells["ours-dense"]["peak_bytes"] > cells["ours"]["peak_bytes"] > cells["ours"]["weight_bytes"] > 0
@@ -206,7 +206,7 @@ def test_changes_of_a_tiny_program_are_timed_one_by_one(tmp_path):
         "--changes=small-convolutions,means",
         f"--out={out}",
     )
-    done = run("scripts.bench_changes", *arguments)
+    done = run("scripts.bench.changes", *arguments)
     assert done.returncode == 0, done.stderr
     variants = json.loads(out.read_text())["rows"][0]["variants"]
     assert list(variants) == ["", "small-convolutions"] and all(cell["median_s"] > 0 for cell in variants.values())
@@ -215,6 +215,6 @@ def test_changes_of_a_tiny_program_are_timed_one_by_one(tmp_path):
 
 
 def test_an_unknown_change_is_one_line_and_status_2():
-    done = run("scripts.memory", "--without=product")
+    done = run("scripts.bench.memory", "--without=product")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: --without: 'product' is not known; did you mean 'products'?\n"

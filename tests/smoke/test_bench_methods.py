@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxmix.types import InputError
-from scripts.bench_programs import count_flops, materialize, program
-from scripts.bench_rows import METHODS, Row
+from scripts.bench.programs import count_flops, materialize, program
+from scripts.bench.rows import METHODS, Row
 
 ROW = Row("mini", "sample", 8, 2, "float32", 2, tiny=True)
 

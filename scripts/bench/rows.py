@@ -11,7 +11,7 @@ from typing import Any
 from jaxmix.command import near_misses
 from jaxmix.types import InputError
 
-ASSETS = Path(__file__).resolve().parents[1] / "jaxmix" / "assets" / "mini"
+ASSETS = Path(__file__).resolve().parents[2] / "jaxmix" / "assets" / "mini"
 MODELS = ("mini", "sd15", "sdxl")
 TASKS = ("unet", "sample", "decode")
 PEERS = ("ours", "flax", "torch", "torch-compile")

@@ -2,7 +2,7 @@
 
 Needs the `parity` extra. The files are committed; run this again only when the set of fixtures changes.
 
-    python -m scripts.make_parity_fixtures
+    python -m tests.parity.make_fixtures
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-FOLDER = Path(__file__).parents[1] / "tests" / "parity" / "fixtures"
+FOLDER = Path(__file__).parent / "fixtures"
 STEPS, SCALE = 25, 7.5
 
 

@@ -4,8 +4,8 @@ sd15 builds the model in torch diffusers, saves it, loads the file here, and pri
 seconds of both. sdxl makes bfloat16 weights leaf by leaf and prints seconds and memory. Each engine runs in a process
 of its own, so that its peak memory is its own. Nothing is downloaded.
 
-    python -m scripts.real_size sd15
-    python -m scripts.real_size sdxl --dtype bfloat16
+    python -m scripts.bench.real_size sd15
+    python -m scripts.bench.real_size sdxl --dtype bfloat16
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from scripts.bench_rows import METHODS, Row, added_width, configs
+from scripts.bench.rows import METHODS, Row, added_width, configs
 
 GUIDANCE = 7.5
 _CONSTANTS = {"t": 500, "time_ids": 512.0, "scale": GUIDANCE, "present": 1.0}  # inputs that are not noise
@@ -45,7 +45,7 @@ def program(engine: str, row: Row) -> Program:
     Raises ImportError if diffusers has no Flax models, and `InputError` for a row that a method has no part in.
     """
     if engine in METHODS:
-        from scripts.bench_methods import method_program
+        from scripts.bench.methods import method_program
 
         return method_program(engine, row, _ours(row), unet_of(row))
     return {"ours": _ours, "ours-vmix": _ours_with_vmix, "flax": _flax}[engine](row)

@@ -13,8 +13,8 @@ from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DCo
 from jaxmix.pipeline import Pipeline
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning import lora
-from scripts.bench_programs import vmix_config
-from scripts.bench_rows import configs
+from scripts.bench.programs import vmix_config
+from scripts.bench.rows import configs
 from train import vmix
 
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
