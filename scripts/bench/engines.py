@@ -260,10 +260,10 @@ def serve(engine: JaxEngine | TorchEngine, reply: Callable[[dict[str, Any]], Non
                 assert row is not None
                 reply(engine.compile(row))
             elif order["op"] == "count":
-                from scripts.bench.programs import count_flops, program
+                from scripts.bench.programs import program
 
                 assert row is not None
-                reply({"flops": count_flops(program("ours", row))})
+                reply({"flops": program("ours", row).flops()})
             else:
                 assert row is not None
                 call = None  # lets go of the last row's arrays

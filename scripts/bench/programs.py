@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
+from jaxmix.tuning.flops import model_flops
 from scripts.bench.rows import METHODS, Row, added_width, configs
 
 GUIDANCE = 7.5
@@ -37,6 +37,10 @@ class Program:
             return x if sharding is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         return jax.jit(self.fn).trace(*jax.tree.map(place, (self.params, self.inputs)))
+
+    def flops(self) -> float:
+        """Return the FLOPs of the program's products and convolutions, counted before it is compiled."""
+        return model_flops(jax.make_jaxpr(self.fn)(self.params, self.inputs))
 
 
 def program(engine: str, row: Row) -> Program:
@@ -244,35 +248,3 @@ def random_params(tree: Any, rng: np.random.Generator) -> Any:
         return jax.device_put(np.resize(np.roll(scaled, int(rng.integers(base.size))), x.shape))
 
     return jax.tree_util.tree_map_with_path(fill, tree)
-
-
-# FLOPs ----------------------------------------------------------------------------------------------------------------
-
-
-def count_flops(made: Program) -> int:
-    """Count the floating-point operations of a program's products and convolutions (a multiply-add is two)."""
-    return _flops(jax.make_jaxpr(made.fn)(made.params, made.inputs).jaxpr)
-
-
-def _flops(jaxpr: Any) -> int:
-    total = 0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contract, _), _ = params["dimension_numbers"]
-            inner = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-            total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // out_features
-        elif name == "cond":
-            total += max(_flops(branch.jaxpr) for branch in params["branches"])
-        elif name == "pallas_call":
-            pass  # a branch for another kind of device: what it does is counted in the others
-        elif name == "while":
-            raise ValueError("the number of rounds of a while loop is not in the program: it cannot be counted")
-        else:
-            rounds = params["length"] if name == "scan" else 1
-            total += rounds * sum(_flops(getattr(inner, "jaxpr", inner)) for inner in jaxprs_in_params(params))
-    return total
