@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND_FLOOR = {"types", "control", "kernels", "schedule", "sharding", "command"}
+GROUND_FLOOR = {"types", "control", "kernels", "schedule", "sharding", "command", "released"}
 ROOMS = {"models", "weights", "controls", "samplers", "tuning"}
 ROOF = {
     "pipeline",

@@ -29,26 +29,12 @@ import numpy as np
 
 from jaxmix import command
 from jaxmix.models import AddedCond, UNet2DConditionModel, UNetConfig
+from jaxmix.released import RELEASED
 from jaxmix.types import InputError, Params
 from jaxmix.weights import load_tree
 
 RUNS = 3  # timed, after the first call
-CONFIGS = {
-    "sd15": UNetConfig(),
-    "sdxl": UNetConfig(
-        sample_size=128,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
-        cross_attention_dim=2048,
-        attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    ),
-}
+CONFIGS = {name: UNetConfig.from_dict(RELEASED[name]["unet"]) for name in ("sd15", "sdxl")}
 
 
 @dataclasses.dataclass
