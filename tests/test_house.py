@@ -23,6 +23,7 @@ ROOF = {
     "saving",
     "adapters",
     "loras",
+    "testing",
     "__init__",
 }
 TOP_LEVEL = {"LICENSE", "README.md", "configs", "infer", "jaxmix", "pyproject.toml", "scripts", "tests", "train"}

@@ -7,7 +7,6 @@ machine or for another; `materialize` makes arguments of it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmix.testing import quick_params
 from jaxmix.tuning.flops import model_flops
 from scripts.bench.rows import METHODS, Row, added_width, configs
 
@@ -221,7 +221,7 @@ def _flax(row: Row) -> Program:
 
 
 def materialize(made: Program, seed: int = 0, params: Any = None) -> tuple[Any, dict[str, Any]]:
-    """Return device arrays for a program: weights by `random_params` (unless given), normals and fixed numbers."""
+    """Return device arrays for a program: weights by `quick_params` (unless given), normals and fixed numbers."""
     rng = np.random.default_rng(seed)
 
     def feed(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -229,22 +229,5 @@ def materialize(made: Program, seed: int = 0, params: Any = None) -> tuple[Any, 
             return jnp.full(x.shape, _CONSTANTS[name], x.dtype)
         return jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype)
 
-    weights = random_params(made.params, rng) if params is None else params
+    weights = quick_params(made.params, rng) if params is None else params
     return weights, {k: feed(k, v) for k, v in made.inputs.items()}
-
-
-def random_params(tree: Any, rng: np.random.Generator) -> Any:
-    """Fill a tree: kernels with normals of variance 1 / fan-in, scales with 1, biases with 0.
-
-    No leaf is drawn by itself: a million normals are drawn once and repeated, which makes billions in seconds.
-    """
-    base = rng.standard_normal(1_000_003, np.float32)
-
-    def fill(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-        last = str(getattr(path[-1], "key", path[-1]))
-        if x.ndim < 2:
-            return jnp.full(x.shape, 1.0 if last == "scale" else 0.0, x.dtype)
-        scaled = (base * math.prod(x.shape[:-1]) ** -0.5).astype(x.dtype)
-        return jax.device_put(np.resize(np.roll(scaled, int(rng.integers(base.size))), x.shape))
-
-    return jax.tree_util.tree_map_with_path(fill, tree)

@@ -31,10 +31,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmix import command
 from jaxmix.sharding import fsdp_specs, replicated, rows_over, train_mesh
+from jaxmix.testing import quick_params
 from jaxmix.tuning.flops import model_flops
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
-from scripts.bench.programs import random_params
 from scripts.bench.train_shapes import abstract_adapter, abstract_batch, abstract_pipeline
 from train import vmix
 from train.diffusion import make_loss
@@ -256,8 +256,8 @@ def checks(found: dict[str, Any]) -> dict[str, bool]:
 def run(step: Step, compiled: Any, steps: int) -> dict[str, Any]:
     """Run a compiled step on this machine with random weights; seconds of each step, and the process's peak memory."""
     rng = np.random.default_rng(0)
-    frozen = random_params(step.frozen, rng)
-    params = random_params(step.state.params, rng)
+    frozen = quick_params(step.frozen, rng)
+    params = quick_params(step.state.params, rng)
     rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), step.state.replace(params=None, ema=None))
     ema = None if step.state.ema is None else jax.tree.map(jnp.array, params)
     state = rest.replace(params=params, ema=ema)

@@ -12,8 +12,8 @@ import jaxmix
 from jaxmix import InputError, MagicFusion, Segment, dense_diffusion, style_aligned, style_id
 from jaxmix.programs import denoise
 from jaxmix.style_transfer import style_id_sites
+from jaxmix.testing import moved
 from jaxmix.tuning import lora
-from tests.families import moved
 
 README = Path(__file__).parents[2] / "jaxmix" / "README.md"
 PROMPTS, SEEDS, STEPS = ["a red car on the snow", "a dog"], [1, 2], 2

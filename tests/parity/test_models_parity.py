@@ -15,8 +15,8 @@ from jaxmix.models import (
     VAEConfig,
 )
 from jaxmix.released import RELEASED
+from jaxmix.testing import random_params
 from jaxmix.weights.names import flatten, match, to_torch_key, to_torch_shape
-from scripts.bench.programs import random_params
 from tests.parity.oracle import assert_close, loaded, nhwc, run
 
 torch = pytest.importorskip("torch")
@@ -109,7 +109,7 @@ def test_text_encoder_agrees(tmp_path, act):
 def test_bfloat16_stays_close_to_float32_with_and_without_remat():
     config = UNetConfig.from_dict({**UNET, "layers_per_block": 1})
     x, context = jax.random.normal(jax.random.key(0), (2, 16, 16, 4)), jax.random.normal(jax.random.key(1), (2, 7, 24))
-    params = random_params(UNet2DConditionModel(config).abstract_params(), np.random.default_rng(2))
+    params = random_params(UNet2DConditionModel(config), 2)
     full = run(UNet2DConditionModel(config), params, x, 400, context)
     for remat in (False, True):
         half = run(UNet2DConditionModel(config, jnp.bfloat16, remat), params, x, 400, context)

@@ -1,19 +1,17 @@
 """scripts.bench and scripts.bench.memory on shrunk models: rows, reasons, statistics, and one real run."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxmix.types import InputError
 from scripts.bench.changes import CHANGES, without
-from scripts.bench.programs import Program, program, random_params
+from scripts.bench.programs import Program, program
 from scripts.bench.rows import MODELS, PRESETS, Row, configs, names, numbers, plan
 from scripts.bench.table import markdown, peak_tflops, ratio, summary
 
@@ -106,14 +104,6 @@ def test_flops_of_loops_and_nested_functions_are_counted_in_full():
     shape = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     made = Program(fn, {"kernel": shape}, {"x": shape})
     assert made.flops() == 3 * 2 * 4 * 4 * 4 + 2 * (4 * 4 * 2) * 9
-
-
-def test_random_weights_have_variance_one_over_fan_in():
-    shapes = {"a": {"kernel": (3, 3, 32, 64), "bias": (64,)}, "norm": {"scale": (64,)}}
-    tree = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
-    made = random_params(tree, np.random.default_rng(0))
-    assert float(made["a"]["kernel"].std()) * math.sqrt(3 * 3 * 32) == pytest.approx(1, abs=0.03)
-    assert float(abs(made["a"]["bias"]).max()) == 0 and float(made["norm"]["scale"].min()) == 1
 
 
 @pytest.mark.parametrize(
