@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxmix
 from jaxmix.models import (
     AutoencoderKL,
     CLIPTextConfig,
@@ -32,6 +31,7 @@ from jaxmix.models import (
     UNetConfig,
     VAEConfig,
 )
+from jaxmix.pipeline import Pipeline
 from jaxmix.schedule import NoiseSchedule
 
 TINY_UNET: dict[str, Any] = {
@@ -166,7 +166,7 @@ def moved(tree: Any, key: jax.Array, by: float) -> Any:
     )
 
 
-def tiny_pipeline(family: Literal["sd1", "sdxl"] = "sd1") -> jaxmix.Pipeline:
+def tiny_pipeline(family: Literal["sd1", "sdxl"] = "sd1") -> Pipeline:
     """Return a complete pipeline of random weights: images of 16 px, latents of 8 x 8 x 4, mini's tokenizer.
 
     "sdxl" has the text encoder and the autoencoder of "sd1", weights included, and a UNet and a second text encoder of
@@ -186,7 +186,7 @@ def tiny_pipeline(family: Literal["sd1", "sdxl"] = "sd1") -> jaxmix.Pipeline:
     shapes = {"unet": unet.abstract_params(), "vae": vae.abstract_params(), "text_encoder": text.abstract_params()}
     params = random_params(shapes)
     schedule = NoiseSchedule.from_config(TINY_SCHEDULE)
-    pipe = jaxmix.Pipeline(unet=unet, vae=vae, text_encoder=text, params=params, schedule=schedule, tokenizer=tokenizer)
+    pipe = Pipeline(unet=unet, vae=vae, text_encoder=text, params=params, schedule=schedule, tokenizer=tokenizer)
     if family == "sd1":
         return pipe
     unet = UNet2DConditionModel(UNetConfig.from_dict(TINY_SDXL_UNET))
