@@ -11,8 +11,8 @@ from jaxmix import DenseDiffusion, InputError, LoRA, MagicFusion, Request, Segme
 from jaxmix.pipeline.batches import pack
 from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import Unguided
+from jaxmix.testing import moved
 from jaxmix.tuning import lora
-from tests.families import moved
 
 HALF = np.pad(np.ones((16, 8), bool), ((0, 0), (0, 8)))
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmix.command import near_misses
+from jaxmix.released import RELEASED
 from jaxmix.types import InputError
 
-ASSETS = Path(__file__).resolve().parents[1] / "jaxmix" / "assets" / "mini"
+ASSETS = Path(__file__).resolve().parents[2] / "jaxmix" / "assets" / "mini"
 MODELS = ("mini", "sd15", "sdxl")
 TASKS = ("unet", "sample", "decode")
 PEERS = ("ours", "flax", "torch", "torch-compile")
@@ -20,66 +21,6 @@ ENGINES = (*PEERS, "ours-vmix", *METHODS)  # those after the peers: for their ra
 DTYPES = ("float32", "bfloat16")
 PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent
 
-_SD15 = {
-    "unet": {
-        "sample_size": 64,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        "layers_per_block": 2,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 768,
-        "norm_num_groups": 32,
-    },
-    "vae": {
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "sample_size": 512,
-        "scaling_factor": 0.18215,
-    },
-    "scheduler": {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "prediction_type": "epsilon",
-    },
-    "text_length": 77,
-}
-_SDXL = {
-    "unet": {
-        "sample_size": 128,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": [320, 640, 1280],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 2,
-        "attention_head_dim": [5, 10, 20],
-        "transformer_layers_per_block": [1, 2, 10],
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "norm_num_groups": 32,
-    },
-    "vae": {**_SD15["vae"], "sample_size": 1024, "scaling_factor": 0.13025},  # type: ignore[dict-item]
-    "scheduler": _SD15["scheduler"],
-    "text_length": 77,
-}
 # Shrunk, for `--tiny`: 32 channels is the least that the fixed 32 groups of diffusers' Flax norms take.
 _TINY_UNET = {
     "sample_size": 8,
@@ -95,17 +36,15 @@ _TINY_VAE = {
     "layers_per_block": 1,
     "sample_size": 16,
 }
+_TINY_PLAIN = {
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 2,
+}
 _TINY = {
-    "mini": {
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "attention_head_dim": 2,
-    },
-    "sd15": {
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "attention_head_dim": 2,
-    },
+    "mini": _TINY_PLAIN,
+    "sd15": _TINY_PLAIN,
+    "sd21_base": _TINY_PLAIN,
     "sdxl": {
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
@@ -227,14 +166,19 @@ def plan(
 
 
 def configs(model: str, tiny: bool = False) -> dict[str, Any]:
-    """Return the diffusers configurations "unet", "vae", "scheduler" of a model, and its "text_length" in tokens."""
+    """Return the diffusers configurations "unet", "vae", "scheduler" of a model, and its "text_length" in tokens.
+
+    The model is mini or one of `jaxmix.released`.
+    """
     if model == "mini":
         parts = {name: json.loads((ASSETS / name / "config.json").read_text()) for name in ("unet", "vae")}
         parts["scheduler"] = json.loads((ASSETS / "scheduler" / "scheduler_config.json").read_text())
         text = json.loads((ASSETS / "text_encoder" / "config.json").read_text())
         found: dict[str, Any] = {**parts, "text_length": text["max_position_embeddings"]}
     else:
-        found = {"sd15": _SD15, "sdxl": _SDXL}[model]
+        found = {name: RELEASED[model][name] for name in ("unet", "vae")}
+        found["scheduler"] = RELEASED["sd15"]["scheduler"]  # the sampler that is timed is DDIM, SDXL's too
+        found["text_length"] = RELEASED[model]["text_encoder"]["max_position_embeddings"]
     if tiny:
         found = {
             **found,

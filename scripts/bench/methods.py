@@ -22,10 +22,10 @@ from jaxmix.pipeline.programs import Blend, Fusion, Job, denoise
 from jaxmix.samplers import make_solver
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError
-from scripts.bench_rows import Row, configs
+from scripts.bench.rows import Row, configs
 
 if TYPE_CHECKING:
-    from scripts.bench_programs import Program
+    from scripts.bench.programs import Program
 
 
 def method_program(engine: str, row: Row, plain: Program, unet: Any) -> Program:

@@ -7,16 +7,16 @@ machine or for another; `materialize` makes arguments of it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
-from scripts.bench_rows import METHODS, Row, added_width, configs
+from jaxmix.testing import quick_params
+from jaxmix.tuning.flops import model_flops
+from scripts.bench.rows import METHODS, Row, added_width, configs
 
 GUIDANCE = 7.5
 _CONSTANTS = {"t": 500, "time_ids": 512.0, "scale": GUIDANCE, "present": 1.0}  # inputs that are not noise
@@ -38,6 +38,10 @@ class Program:
 
         return jax.jit(self.fn).trace(*jax.tree.map(place, (self.params, self.inputs)))
 
+    def flops(self) -> float:
+        """Return the FLOPs of the program's products and convolutions, counted before it is compiled."""
+        return model_flops(jax.make_jaxpr(self.fn)(self.params, self.inputs))
+
 
 def program(engine: str, row: Row) -> Program:
     """Return the program of one of our engines or of "flax" for a row.
@@ -45,7 +49,7 @@ def program(engine: str, row: Row) -> Program:
     Raises ImportError if diffusers has no Flax models, and `InputError` for a row that a method has no part in.
     """
     if engine in METHODS:
-        from scripts.bench_methods import method_program
+        from scripts.bench.methods import method_program
 
         return method_program(engine, row, _ours(row), unet_of(row))
     return {"ours": _ours, "ours-vmix": _ours_with_vmix, "flax": _flax}[engine](row)
@@ -217,7 +221,7 @@ def _flax(row: Row) -> Program:
 
 
 def materialize(made: Program, seed: int = 0, params: Any = None) -> tuple[Any, dict[str, Any]]:
-    """Return device arrays for a program: weights by `random_params` (unless given), normals and fixed numbers."""
+    """Return device arrays for a program: weights by `quick_params` (unless given), normals and fixed numbers."""
     rng = np.random.default_rng(seed)
 
     def feed(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -225,54 +229,5 @@ def materialize(made: Program, seed: int = 0, params: Any = None) -> tuple[Any, 
             return jnp.full(x.shape, _CONSTANTS[name], x.dtype)
         return jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype)
 
-    weights = random_params(made.params, rng) if params is None else params
+    weights = quick_params(made.params, rng) if params is None else params
     return weights, {k: feed(k, v) for k, v in made.inputs.items()}
-
-
-def random_params(tree: Any, rng: np.random.Generator) -> Any:
-    """Fill a tree: kernels with normals of variance 1 / fan-in, scales with 1, biases with 0.
-
-    No leaf is drawn by itself: a million normals are drawn once and repeated, which makes billions in seconds.
-    """
-    base = rng.standard_normal(1_000_003, np.float32)
-
-    def fill(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-        last = str(getattr(path[-1], "key", path[-1]))
-        if x.ndim < 2:
-            return jnp.full(x.shape, 1.0 if last == "scale" else 0.0, x.dtype)
-        scaled = (base * math.prod(x.shape[:-1]) ** -0.5).astype(x.dtype)
-        return jax.device_put(np.resize(np.roll(scaled, int(rng.integers(base.size))), x.shape))
-
-    return jax.tree_util.tree_map_with_path(fill, tree)
-
-
-# FLOPs ----------------------------------------------------------------------------------------------------------------
-
-
-def count_flops(made: Program) -> int:
-    """Count the floating-point operations of a program's products and convolutions (a multiply-add is two)."""
-    return _flops(jax.make_jaxpr(made.fn)(made.params, made.inputs).jaxpr)
-
-
-def _flops(jaxpr: Any) -> int:
-    total = 0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contract, _), _ = params["dimension_numbers"]
-            inner = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-            total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // out_features
-        elif name == "cond":
-            total += max(_flops(branch.jaxpr) for branch in params["branches"])
-        elif name == "pallas_call":
-            pass  # a branch for another kind of device: what it does is counted in the others
-        elif name == "while":
-            raise ValueError("the number of rounds of a while loop is not in the program: it cannot be counted")
-        else:
-            rounds = params["length"] if name == "scan" else 1
-            total += rounds * sum(_flops(getattr(inner, "jaxpr", inner)) for inner in jaxprs_in_params(params))
-    return total

@@ -1,8 +1,8 @@
 """What each change of the layers and kernels gives: our programs with one of them undone, beside the program as it is.
 
-    python -m scripts.bench_changes --models sd15 --latents 16,32,64
-    python -m scripts.bench_changes --models mini --tasks unet,decode --latents 16 --batch 8 --rounds 9
-    python -m scripts.memory --models sdxl --tasks sample --batch 1 --engines ours --without products   # of a TPU
+    python -m scripts.bench.changes --models sd15 --latents 16,32,64
+    python -m scripts.bench.changes --models mini --tasks unet,decode --latents 16 --batch 8 --rounds 9
+    python -m scripts.bench.memory --models sdxl --tasks sample --batch 1 --engines ours --without products   # of a TPU
 
 All variants of a row are compiled in one process and called in turn with the same weights, A B C A B C, so that what
 else happens on the machine meets all of them. For CPUs: elsewhere the changes are not in the program.
@@ -24,11 +24,11 @@ import jax
 
 from jaxmix import command, kernels
 from jaxmix.models import layers
-from scripts import bench_rows
-from scripts.bench_programs import materialize, program
-from scripts.bench_rows import Row
-from scripts.bench_table import seconds, summary, table
-from scripts.bench_workers import machine
+from scripts.bench import rows as bench_rows
+from scripts.bench.programs import materialize, program
+from scripts.bench.rows import Row
+from scripts.bench.table import seconds, summary, table
+from scripts.bench.workers import machine
 
 CHANGES: dict[str, tuple[Any, str, Any]] = {  # name: (module, attribute, what it was before the change)
     "small-convolutions": (layers, "_SMALL_IMAGE", 0),

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxmix.types import InputError
-from scripts.bench_rows import ENGINES, Row, added_width, configs
+from scripts.bench.rows import ENGINES, Row, added_width, configs
 
 _ROUND = 0.3  # seconds: a round repeats shorter calls so long
 
@@ -64,7 +64,7 @@ class JaxEngine:
 
     def compile(self, row: Row) -> dict[str, Any]:
         """Trace, lower and compile without weights."""
-        from scripts.bench_programs import program
+        from scripts.bench.programs import program
 
         started = time.perf_counter()
         made = program(self.name, row)
@@ -75,7 +75,7 @@ class JaxEngine:
         """Compile, make the arguments, and return the call that runs the program and waits for it."""
         import jax
 
-        from scripts.bench_programs import materialize
+        from scripts.bench.programs import materialize
 
         before = row in self._programs
         told = {"compile_s": 0.0, "compiled_before": True} if before else self.compile(row)
@@ -260,10 +260,10 @@ def serve(engine: JaxEngine | TorchEngine, reply: Callable[[dict[str, Any]], Non
                 assert row is not None
                 reply(engine.compile(row))
             elif order["op"] == "count":
-                from scripts.bench_programs import count_flops, program
+                from scripts.bench.programs import program
 
                 assert row is not None
-                reply({"flops": count_flops(program("ours", row))})
+                reply({"flops": program("ours", row).flops()})
             else:
                 assert row is not None
                 call = None  # lets go of the last row's arrays

@@ -1,7 +1,7 @@
 """Peak memory and compile time of ours and of diffusers' Flax programs, without weights and without the device.
 
-    python -m scripts.memory --models sd15,sdxl --batch 1,4,8 --out memory.json      # bfloat16, compiled for a TPU v5p
-    python -m scripts.memory --target cpu --models sd15 --batch 1 --dtype float32    # trace, lower and compile seconds
+    python -m scripts.bench.memory --models sd15,sdxl --batch 1,4,8 --out memory.json  # bfloat16, for a TPU v5p
+    python -m scripts.bench.memory --target cpu --models sd15 --batch 1 --dtype float32      # seconds of each stage
 
 Peak bytes are the compiler's own: arguments (weights and inputs) + outputs + temporaries of one program on one device.
 Compiling for a TPU needs no TPU, only libtpu: pip install "jax[tpu]". Each program is compiled in a process of its own.
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxmix import command
-from scripts import bench_rows
-from scripts.bench_changes import CHANGES, without
-from scripts.bench_rows import Row
-from scripts.bench_table import seconds, table
+from scripts.bench import rows as bench_rows
+from scripts.bench.changes import CHANGES, without
+from scripts.bench.rows import Row
+from scripts.bench.table import seconds, table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAIR = ("ours", "flax")  # whose ratios the table has
 ENGINES = (*PAIR, "ours-vmix", *bench_rows.METHODS)
 TASKS = ("sample", "decode", "unet")
@@ -47,7 +47,7 @@ class Config:
         dtype: float32 or bfloat16.
         steps: sampling steps; memory does not depend on them.
         tiny: shrink every model, to see that the script works.
-        without: a change of ours to undo (see `scripts.bench_changes`); none if empty.
+        without: a change of ours to undo (see `scripts.bench.changes`); none if empty.
         effort: XLA's effort from -1 (fast compiling) to 1; -1 compiles SD 1.5 for a TPU in a tenth of the time.
         rounds: compilations of each program; the seconds are those of the fastest.
         timeout: seconds for one program.
@@ -77,7 +77,7 @@ def compile_one(engine: str, row: Row, target: str, undone: str) -> dict[str, An
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from scripts.bench_programs import program
+    from scripts.bench.programs import program
 
     sharding, platforms = None, None
     if target != "cpu":
@@ -123,7 +123,7 @@ def in_process(engine: str, row: Row, config: Config) -> dict[str, Any]:
     order = json.dumps(
         {"engine": engine, "row": dataclasses.asdict(row), "target": config.target, "without": config.without}
     )
-    arguments = [sys.executable, "-m", "scripts.memory", "--one", order]
+    arguments = [sys.executable, "-m", "scripts.bench.memory", "--one", order]
     try:
         done = subprocess.run(
             arguments, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=config.timeout

@@ -4,8 +4,8 @@ Each dimension's own measure against the base and against the same words in the 
 labelled scenes; object and style accuracy; the attention maps; ablations; a fine-tuned model. Pictures are kept under
 `out`, so an interrupted run goes on, and the tables of a finished one are printed again at once.
 
-    python -m scripts.effects_vmix --adapter mini-vmix --out runs/effects
-    python -m scripts.effects_vmix --adapter runs/vmix/adapter.safetensors --finetuned runs/pixel/pipeline
+    python -m scripts.effects.vmix --adapter mini-vmix --out runs/effects
+    python -m scripts.effects.vmix --adapter runs/vmix/adapter.safetensors --finetuned runs/pixel/pipeline
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 import jaxmix
 from jaxmix import command
 from jaxmix.types import InputError
-from scripts.effects_draw import Condition, Studio
-from scripts.effects_measures import (
+from scripts.effects.draw import Condition, Studio
+from scripts.effects.measures import (
     Measures,
     attention_distance,
     effects,
@@ -31,9 +31,9 @@ from scripts.effects_measures import (
     real_scenes,
     round_trip,
 )
-from scripts.effects_pictures import labelled_grid
-from scripts.effects_report import SCORES, Findings, as_json, markdown, report
-from scripts.effects_stats import Matrix, paired
+from scripts.effects.pictures import labelled_grid
+from scripts.effects.report import SCORES, Findings, as_json, markdown, report
+from scripts.effects.stats import Matrix, paired
 from train.scenes import DIMENSIONS
 from train.scorer import SIZE, load_scorer
 from train.segmenter import load_segmenter

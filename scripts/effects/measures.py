@@ -11,7 +11,7 @@ import numpy as np
 
 import jaxmix
 from jaxmix.control import Control, tile_rows
-from scripts.effects_stats import Matrix, paired, spread
+from scripts.effects.stats import Matrix, paired, spread
 from train.scenes import DIMENSIONS, LABEL_WORDS, Plan, Scenes, eval_prompts, measure
 from train.scorer import Scorer
 from train.segmenter import Segmenter, distance_from_middle

@@ -6,21 +6,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PEAK_TFLOPS = {  # dense bfloat16, from NVIDIA's data sheets; the first name that the device's contains counts
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-}
+from jaxmix.tuning.flops import data_sheet_rate
+
 _STEADY = 0.9  # a round with less than this share of the best round's cores was disturbed
 
 
 def peak_tflops(device: str, dtype: str) -> float | None:
-    """Return the dense matrix peak of a device in TFLOP/s, None where it is not known."""
-    if dtype != "bfloat16":
-        return None
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
+    """Return the dense matrix peak of a device in TFLOP/s for bfloat16, None for another dtype or an unknown device.
+
+    In float32 the engines run at precisions of their own (TF32 or not), of which no one peak is.
+    """
+    rate = data_sheet_rate(device, dtype) if dtype == "bfloat16" else None
+    return None if rate is None else rate / 1e12
 
 
 def summary(rounds: Sequence[Mapping[str, float]], cores: bool = True) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     npm install @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/fluent-emoji-flat@1.2.6 \
         @iconify-json/fluent-emoji-high-contrast@1.2.6 @iconify-json/noto@1.2.9
     pip install resvg-py pillow numpy
-    python scripts/build_atlas.py --npm node_modules
+    python -m scripts.mini.atlas --npm node_modules
 
 Writes `train/scenes/atlas.webp`, `atlas.json` and `LICENSES.md`. The result is committed, so nobody who trains or
 tests needs the packages. The order of OBJECTS matters: a model trained on n objects knows the first n, so the most
@@ -155,7 +155,7 @@ def licences(versions: dict[str, str]) -> str:
     lines = [
         "# Licences of the pictures in `atlas.webp`",
         "",
-        "Written by `scripts/build_atlas.py`. Every tile was rasterised, trimmed, scaled and compressed from the",
+        "Written by `scripts/mini/atlas.py`. Every tile was rasterised, trimmed, scaled and compressed from the",
         "package named here; the ink tiles also got white paper behind the drawing.",
         "",
         "| style | package | version | licence | copyright | source |",
@@ -180,7 +180,7 @@ def licences(versions: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the sprite atlas of the training scenes.")
     parser.add_argument("--npm", type=Path, default=Path("node_modules"), help="folder of the npm packages")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "train" / "scenes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "train" / "scenes")
     parser.add_argument("--quality", type=int, default=82, help="webp quality, 1-100")
     args = parser.parse_args()
     if len({name for _, name in OBJECTS}) != 100:

@@ -1,6 +1,6 @@
 """Encode captioned pictures once: latents and text states in ArrayRecord shards, for trainers that keep both frozen.
 
-    python -m scripts.cache_latents --pretrained_model_name_or_path MODEL --train_data_dir DIR --out CACHE \
+    python -m train.cache_latents --pretrained_model_name_or_path MODEL --train_data_dir DIR --out CACHE \
         --resolution 1024 --enable_bucket --labels '[color, lighting]'
 
 Shards appear whole or not at all. A run that was stopped goes on with the shards that are missing, and several runs may

@@ -11,34 +11,26 @@ import jaxmix
 from jaxmix.controls.vmix import abstract_params
 from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
 from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.released import RELEASED
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning import lora
-from scripts.bench_programs import vmix_config
-from scripts.bench_rows import configs
+from scripts.bench.programs import vmix_config
+from scripts.bench.rows import configs
 from train import vmix
-
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
-_OPEN_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-TEXT_ENCODERS: dict[str, list[dict[str, Any]]] = {
-    "sd15": [_CLIP_L],
-    "sd21": [_OPEN_CLIP_H | {"hidden_act": "gelu"}],
-    "sdxl": [_CLIP_L, _OPEN_CLIP_G | {"hidden_act": "gelu", "projection_dim": 1280, "projection": True}],
-}
-_SD21 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 
 
 def abstract_pipeline(model: str, dtype: Any, tiny: bool = False) -> Pipeline:
     """Return a pipeline of shapes in `dtype`, as the trainer loads the base."""
-    found = configs("sd15" if model == "sd21" else model, tiny)
-    unet = {**found["unet"], **(_SD21 if model == "sd21" and not tiny else {})}
-    texts = TEXT_ENCODERS[model]
+    name = "sd21_base" if model == "sd21" else model
+    found = configs(name, tiny)
+    unet = found["unet"]
+    texts = [config for part, config in RELEASED[name].items() if part.startswith("text_encoder")]
     if tiny:
         width = unet["cross_attention_dim"] // len(texts)
         small = {"vocab_size": 16, "hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1}
         small |= {"num_attention_heads": 2, "projection_dim": 16, "max_position_embeddings": found["text_length"]}
         texts = [{**text, **small, "eos_token_id": 15} for text in texts]
-    encoders = [CLIPTextModel(CLIPTextConfig(**text), dtype) for text in texts]
+    encoders = [CLIPTextModel(CLIPTextConfig.from_dict(text), dtype) for text in texts]
     modules = {
         "unet": UNet2DConditionModel(UNetConfig.from_dict(unet), dtype),
         "vae": AutoencoderKL(VAEConfig.from_dict(found["vae"]), dtype),

@@ -4,5 +4,5 @@
 # PYTHON names the interpreter, which has jax with CUDA, torch with CUDA, and diffusers (0.39 for its Flax models).
 set -euo pipefail
 out=$(mkdir -p "${1:-.}" && cd "${1:-.}" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 "${PYTHON:-python}" -m scripts.bench --preset gpu --out "$out/bench_gpu.json" "${@:2}" | tee "$out/bench_gpu.md"

@@ -13,9 +13,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from scripts.bench_rows import Row
+from scripts.bench.rows import Row
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class WorkerError(Exception):
@@ -46,7 +46,7 @@ class Worker:
         self.engine = engine
         self._log = (cache / f"{engine}.log").open("a")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.bench_engines", engine, device],
+            [sys.executable, "-m", "scripts.bench.engines", engine, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -1,8 +1,8 @@
 """What a VMix training step of SD 1.5, 2.1 or SDXL needs: parameters, bytes and FLOPs, without weights or the device.
 
-    python -m scripts.train_memory --model sd15 --topology v5e:2x2 --per_device_batch 8
-    python -m scripts.train_memory --model sdxl --topology v5e:4x4 --fsdp 4 --cached true
-    python -m scripts.train_memory --model sd15 --platform cpu --steps 3        # runs it here, with random weights
+    python -m scripts.bench.train_memory --model sd15 --topology v5e:2x2 --per_device_batch 8
+    python -m scripts.bench.train_memory --model sdxl --topology v5e:4x4 --fsdp 4 --cached true
+    python -m scripts.bench.train_memory --model sd15 --platform cpu --steps 3      # runs it here, with random weights
 
 The step is the trainer's own (`train.vmix`) with the keys of configs/vmix_MODEL.yaml, compiled from shapes alone.
 Compiling for a TPU needs no TPU, only libtpu: pip install "jax[tpu]". The status is 1 where the compiled step holds
@@ -31,15 +31,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmix import command
 from jaxmix.sharding import fsdp_specs, replicated, rows_over, train_mesh
+from jaxmix.testing import quick_params
 from jaxmix.tuning.flops import model_flops
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
-from scripts.bench_programs import random_params
-from scripts.train_shapes import abstract_adapter, abstract_batch, abstract_pipeline
+from scripts.bench.train_shapes import abstract_adapter, abstract_batch, abstract_pipeline
 from train import vmix
 from train.diffusion import make_loss
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 _UNUSED = ("decoder", "post_quant_conv")  # of the autoencoder: the step encodes, validation decodes
 
@@ -256,8 +256,8 @@ def checks(found: dict[str, Any]) -> dict[str, bool]:
 def run(step: Step, compiled: Any, steps: int) -> dict[str, Any]:
     """Run a compiled step on this machine with random weights; seconds of each step, and the process's peak memory."""
     rng = np.random.default_rng(0)
-    frozen = random_params(step.frozen, rng)
-    params = random_params(step.state.params, rng)
+    frozen = quick_params(step.frozen, rng)
+    params = quick_params(step.state.params, rng)
     rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), step.state.replace(params=None, ema=None))
     ema = None if step.state.ema is None else jax.tree.map(jnp.array, params)
     state = rest.replace(params=params, ema=ema)

@@ -24,10 +24,10 @@ from typing import Any, Literal
 
 from jaxmix import command
 from jaxmix.types import InputError
-from scripts import bench_rows
-from scripts.bench_rows import PARAMETERS, PRESETS, Row
-from scripts.bench_table import markdown, peak_tflops, summary
-from scripts.bench_workers import Worker, WorkerError, available_bytes, machine
+from scripts.bench import rows as bench_rows
+from scripts.bench.rows import PARAMETERS, PRESETS, Row
+from scripts.bench.table import markdown, peak_tflops, summary
+from scripts.bench.workers import Worker, WorkerError, available_bytes, machine
 
 _COMPILED = ("ours", "flax", "torch-compile", "ours-vmix", *bench_rows.METHODS)  # engines whose first call compiles
 _SLOW = 30.0  # seconds: the first run of so long a call is a round, not a warm-up

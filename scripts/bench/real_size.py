@@ -4,8 +4,8 @@ sd15 builds the model in torch diffusers, saves it, loads the file here, and pri
 seconds of both. sdxl makes bfloat16 weights leaf by leaf and prints seconds and memory. Each engine runs in a process
 of its own, so that its peak memory is its own. Nothing is downloaded.
 
-    python -m scripts.real_size sd15
-    python -m scripts.real_size sdxl --dtype bfloat16
+    python -m scripts.bench.real_size sd15
+    python -m scripts.bench.real_size sdxl --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,26 +29,13 @@ import numpy as np
 
 from jaxmix import command
 from jaxmix.models import AddedCond, UNet2DConditionModel, UNetConfig
-from jaxmix.types import InputError, Params
+from jaxmix.released import RELEASED
+from jaxmix.testing import quick_params
+from jaxmix.types import InputError
 from jaxmix.weights import load_tree
 
 RUNS = 3  # timed, after the first call
-CONFIGS = {
-    "sd15": UNetConfig(),
-    "sdxl": UNetConfig(
-        sample_size=128,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
-        cross_attention_dim=2048,
-        attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    ),
-}
+CONFIGS = {name: UNetConfig.from_dict(RELEASED[name]["unet"]) for name in ("sd15", "sdxl")}
 
 
 @dataclasses.dataclass
@@ -91,22 +78,6 @@ def inputs(cfg: UNetConfig, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return x, np.asarray([500], np.int32), context, added
 
 
-def random_params(target: Params, dtype: Any) -> Params:
-    """Return random weights leaf by leaf: products keep their scale, norms are the identity.
-
-    Values repeat after a prime number of them, because five gigabytes of fresh ones take longer than the forward.
-    """
-    block = np.random.default_rng(1).standard_normal(1_000_003, np.float32)
-
-    def leaf(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.Array:
-        if path[-1].key != "kernel":
-            return jnp.full(shape, path[-1].key == "scale", dtype)
-        scaled = (block / np.sqrt(np.prod(shape[:-1]))).astype(dtype)
-        return jnp.asarray(np.resize(scaled, shape))
-
-    return jax.tree_util.tree_map_with_path(lambda path, s: leaf(path, s.shape), target)
-
-
 def measure(run: Callable[[], np.ndarray]) -> Measured:
     """Time a forward, the first call apart."""
     seconds = []
@@ -142,7 +113,7 @@ def run_ours(model: str, side: int, dtype: str, folder: str | None) -> Measured:
     kind = jnp.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     unet = UNet2DConditionModel(CONFIGS[model], kind)
     target = unet.abstract_params()
-    params = load_tree(folder, target, kind) if folder else random_params(target, kind)
+    params = load_tree(folder, target, kind) if folder else quick_params(target, 1, kind)
     forward = jax.jit(lambda params, x, t, context, added: unet.apply({"params": params}, x, t, context, (), added))
     args = jax.device_put(inputs(CONFIGS[model], side))
     return measure(lambda: np.asarray(forward(params, *args)))

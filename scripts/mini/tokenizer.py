@@ -1,8 +1,8 @@
 """Prunes the CLIP byte-pair vocabulary to what the embedded model's captions and plain English need.
 
     pip download --no-deps open_clip_torch==3.3.0
-    python scripts/build_tokenizer.py --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --npm node_modules
-    python scripts/build_tokenizer.py --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --full
+    python -m scripts.mini.tokenizer --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --npm node_modules
+    python -m scripts.mini.tokenizer --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --full
 
 Writes a folder that `transformers.CLIPTokenizer` opens. In the pruned one every byte stays, so any text can still be
 written; a word that is covered is split exactly as the full vocabulary splits it, because all merges that build it are
@@ -18,18 +18,15 @@ import gzip
 import itertools
 import json
 import re
-import sys
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 FULL_MERGES = 49152 - 256 - 2
 MINI_MERGES = 49152 - 2 * 256 - 2  # what the embedded model was trained with: without the 256 rarest
 TEXT_LENGTH, FULL_TEXT_LENGTH = 32, 77
-ASSETS = Path(__file__).parents[1] / "jaxmix" / "assets"
+ASSETS = Path(__file__).parents[2] / "jaxmix" / "assets"
 BPE_FILE = "open_clip/bpe_simple_vocab_16e6.txt.gz"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import jaxmix
 from jaxmix import command
 from jaxmix.types import InputError
-from scripts.effects_measures import with_words
+from scripts.effects.measures import with_words
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,9 @@
 Paired differences with intervals, on cases that training never shows, against plain prompting, the papers' ablations
 and other baselines. Pictures are kept under `out`, so an interrupted run goes on.
 
-    python -m scripts.effects_training_free --out runs/effects_training_free
-    python -m scripts.effects_training_free --methods dense,aligned --cases 40
-    python -m scripts.effects_training_free --methods fusion --expert runs/pixel/pipeline
+    python -m scripts.effects.training_free --out runs/effects_training_free
+    python -m scripts.effects.training_free --methods dense,aligned --cases 40
+    python -m scripts.effects.training_free --methods fusion --expert runs/pixel/pipeline
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ import numpy as np
 import jaxmix
 from jaxmix import command
 from jaxmix.types import InputError
-from scripts import effects_fusion as fusion
-from scripts import effects_layouts as layouts
-from scripts import effects_styles as styles
-from scripts.effects_draw import digest
-from scripts.effects_measures import round_trip
-from scripts.effects_pictures import labelled_grid
-from scripts.effects_stats import paired
-from scripts.effects_vmix import load_model
+from scripts.effects import fusion, layouts, styles
+from scripts.effects.draw import digest
+from scripts.effects.measures import round_trip
+from scripts.effects.pictures import labelled_grid
+from scripts.effects.stats import paired
+from scripts.effects.vmix import load_model
 from train.scorer import load_scorer
 from train.segmenter import load_segmenter
 

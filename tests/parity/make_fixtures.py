@@ -2,7 +2,7 @@
 
 Needs the `parity` extra. The files are committed; run this again only when the set of fixtures changes.
 
-    python -m scripts.make_parity_fixtures
+    python -m tests.parity.make_fixtures
 """
 
 import json
@@ -13,21 +13,10 @@ import numpy as np
 import torch
 import transformers
 
-FOLDER = Path(__file__).parents[1] / "tests" / "parity" / "fixtures"
+from tests.parity.oracle import nhwc, perturbed
+
+FOLDER = Path(__file__).parent / "fixtures"
 STEPS, SCALE = 25, 7.5
-
-
-def perturbed(model: torch.nn.Module) -> torch.nn.Module:
-    """Move norms and biases away from ones and zeros, where a swap would go unnoticed."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model.eval()
-
-
-def nhwc(x: torch.Tensor) -> np.ndarray:
-    """Return a torch image batch as NHWC numpy."""
-    return x.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 @torch.no_grad()

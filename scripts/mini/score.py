@@ -5,7 +5,7 @@ autoencoder, then that of the pictures: object, style and background, each with
 a 95 % Wilson interval, for combinations that the model was trained on, for held-out style x object pairs, and for two
 objects.
 
-    python -m scripts.score_model --model mini --prompts 288
+    python -m scripts.mini.score --model mini --prompts 288
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.effects_measures import Measures
-from scripts.effects_stats import Effect, Matrix, Verdict, matrix_verdicts, paired, pooled, ratio
+from scripts.effects.measures import Measures
+from scripts.effects.stats import Effect, Matrix, Verdict, matrix_verdicts, paired, pooled, ratio
 from train.scenes import DIMENSIONS
 
 LIMIT = 0.01  # p-value below which an effect counts

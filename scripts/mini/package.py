@@ -1,7 +1,7 @@
 """Put a trained pipeline into the package as the embedded model, or a trained VMix adapter as the embedded adapter.
 
-python -m scripts.package_mini --pipeline runs/t2i/pipeline --vae runs/decoder/vae
-python -m scripts.package_mini --vmix runs/vmix/adapter.safetensors
+python -m scripts.mini.package --pipeline runs/t2i/pipeline --vae runs/decoder/vae
+python -m scripts.mini.package --vmix runs/vmix/adapter.safetensors
 """
 
 from __future__ import annotations
