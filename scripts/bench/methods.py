@@ -17,9 +17,9 @@ import numpy as np
 from jaxmix.control import Control
 from jaxmix.controls import dense_diffusion, style_aligned
 from jaxmix.controls.style_id import StyleIDControl
-from jaxmix.models.unet import AddedCond, sites, subtree
-from jaxmix.pipeline.programs import Blend, Fusion, Job, denoise
-from jaxmix.samplers import make_solver
+from jaxmix.models.unet import sites, subtree
+from jaxmix.pipeline.job import denoise
+from jaxmix.samplers import SaliencyBlend, make_solver
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError
 from scripts.bench.rows import Row, configs
@@ -95,14 +95,10 @@ def _fusion(row: Row, plain: Program, unet: Any) -> Program:
     third = jax.ShapeDtypeStruct((row.batch, *plain.inputs["context"].shape[1:]), plain.inputs["context"].dtype)
 
     def sample(params: Any, x: dict[str, Any]) -> jax.Array:
-        pair = x["context"].reshape(row.batch, 2, *x["context"].shape[1:])
-        added = None
-        if "text_embeds" in x:
-            both = [x[k].reshape(row.batch, 2, -1) for k in ("text_embeds", "time_ids")]
-            added = AddedCond(*(jnp.concatenate([y, y[:, 1:]], 1) for y in both))
+        from scripts.bench.programs import sampling_job
+
         ones = jnp.ones((row.batch,))
-        context = jnp.concatenate([pair, x["other"][:, None]], 1)
-        job = Job(x["latents"], context, x["scale"], added=added, blend=Blend(ones, ones, ones))
-        return denoise(unet, 0, None, params, make_solver("ddim", schedule, row.steps), job, (), Fusion())
+        job = sampling_job(unet, params, x, row.batch, guidance=(SaliencyBlend(ones, ones, ones),))
+        return denoise(job, make_solver("ddim", schedule, row.steps))
 
     return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, "other": third})

@@ -90,7 +90,8 @@ def _inputs(row: Row, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def _ours(row: Row) -> Program:
     from jaxmix.models import AutoencoderKL, VAEConfig
     from jaxmix.models.unet import AddedCond
-    from jaxmix.pipeline.programs import Job, decode, denoise
+    from jaxmix.pipeline.job import denoise
+    from jaxmix.pipeline.programs import decode
     from jaxmix.samplers import make_solver
     from jaxmix.schedule import NoiseSchedule
 
@@ -106,11 +107,8 @@ def _ours(row: Row) -> Program:
     schedule = NoiseSchedule.from_config(found["scheduler"])
     params = _cast(unet.abstract_params(), dtype)
 
-    def added(x: dict[str, Any], *lead: int) -> Any:
-        """Added conditioning of SDXL; ``lead`` splits its rows, as (images, branches) do."""
-        if "text_embeds" not in x:
-            return None
-        return AddedCond(*(x[k].reshape(*(lead or x[k].shape[:1]), -1) for k in ("text_embeds", "time_ids")))
+    def added(x: dict[str, Any]) -> Any:
+        return None if "text_embeds" not in x else AddedCond(x["text_embeds"], x["time_ids"])
 
     if row.task == "unet":
 
@@ -120,11 +118,24 @@ def _ours(row: Row) -> Program:
         return Program(step, params, inputs)
 
     def sample(params: Any, x: dict[str, Any], controls: Any = ()) -> jax.Array:
-        context = x["context"].reshape(row.batch, 2, *x["context"].shape[1:])
-        job = Job(x["latents"], context, x["scale"], added=added(x, row.batch, 2))
-        return denoise(unet, 0, None, params, make_solver("ddim", schedule, row.steps), job, controls)
+        return denoise(sampling_job(unet, params, x, row.batch, controls), make_solver("ddim", schedule, row.steps))
 
     return Program(sample, params, inputs)
+
+
+def sampling_job(unet: Any, params: Any, x: dict[str, Any], n: int, controls: Any = (), guidance: Any = ()) -> Any:
+    """Return the job of the sampler's inputs, as `_inputs` names them; "other" is a further prompt an image."""
+    from jaxmix.pipeline.job import Denoiser, Job
+    from jaxmix.rows import Text, tile
+    from jaxmix.samplers import ClassifierFree, stack
+
+    fields = [x[k].reshape(n, 2, *x[k].shape[1:]) if k in x else None for k in ("context", "text_embeds", "time_ids")]
+    if "other" in x:
+        # What SDXL is told besides is for the further prompt what it is for the first.
+        more = [x["other"][:, None], *(None if y is None else y[:, 1:] for y in fields[1:])]
+        fields = [None if y is None else jnp.concatenate([y, z], 1) for y, z in zip(fields, more, strict=True)]
+    model = Denoiser(unet, params, Text(*fields), tile(tuple(controls), n))
+    return Job(x["latents"], model, stack((ClassifierFree(x["scale"]), *guidance)))
 
 
 def vmix_config(unet: Any, params: Any, tokens: int, labels: Any = None) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmix
+from jaxmix.pipeline.text import encode_branches
 from jaxmix.samplers import Phase, make_solver, sample
 from jaxmix.samplers.fusion import blend, expert_mask, saliency
 from train.scenes import Scenes
@@ -109,7 +110,8 @@ def _both(pipe: jaxmix.Pipeline, expert: jaxmix.Pipeline, some: Sequence[Fused])
     """Return the parameters of both models, their contexts by the general model's text encoder, and the solver."""
     n, h, w = len(some), *pipe.latent_shape[:2]
     sizes = (h * pipe.vae.config.factor, w * pipe.vae.config.factor, 0, 0, 0, 0)
-    contexts = [pipe.condition(p, [None] * n, sizes)[0] for p in ([s.general for s in some], [s.expert for s in some])]
+    prompts = [s.general for s in some], [s.expert for s in some]
+    contexts = [encode_branches(pipe, [[None] * n, p], sizes).context for p in prompts]
     solver = make_solver(pipe.sampler, pipe.schedule, pipe.default_steps)
     return [p.params["unet"] for p in (pipe, expert)], contexts, solver
 
@@ -149,4 +151,4 @@ def _blended(
 
 def arguments(fusion: Mapping[str, Any], some: Sequence[Fused], expert: jaxmix.Pipeline) -> dict[str, Any]:
     """Return what a condition hands to `Pipeline.generate`."""
-    return {"fusion": jaxmix.MagicFusion([one.expert for one in some], expert, **fusion)}
+    return {"methods": (jaxmix.MagicFusion([one.expert for one in some], expert, **fusion),)}

@@ -8,12 +8,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from PIL import Image
 
 import jaxmix
-from jaxmix.control import Site, gate, per_row
+from jaxmix import DenseDiffusion
+from jaxmix.control import Site
 from jaxmix.controls.dense_diffusion import DenseDiffusionControl
+from jaxmix.rows import dataclass, gate, per_row
 from jaxmix.types import Array
 from train.scenes import Scenes
 from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
@@ -81,7 +82,7 @@ def cases(n: int, seed: int, count: int, worded: bool = False) -> list[Case]:
     return found
 
 
-@struct.dataclass
+@dataclass
 class PaintWithWords(jaxmix.Control):
     """eDiff-I's paint-with-words (arXiv 2211.01324, section 5): words get more attention where they are painted.
 
@@ -91,8 +92,8 @@ class PaintWithWords(jaxmix.Control):
 
     region: dict[str, Array] = per_row()
     weight: Array = gate()
-    sigmas: Array = struct.field(default_factory=lambda: jnp.ones((1000,)))
-    sigma: Array = struct.field(default_factory=lambda: jnp.ones(()))
+    sigmas: Array = dataclasses.field(default_factory=lambda: jnp.ones((1000,)))
+    sigma: Array = dataclasses.field(default_factory=lambda: jnp.ones(()))
 
     def at(self, step: Array, t: Array) -> PaintWithWords:
         """Look up the noise."""
@@ -117,7 +118,7 @@ def paint_with_words(pipe: jaxmix.Pipeline, control: DenseDiffusionControl, weig
     return PaintWithWords(region, jnp.full((rows,), weight), sigmas, sites=r"\.attn2$")
 
 
-@struct.dataclass
+@dataclass
 class FixedRange(DenseDiffusionControl):
     """Ablation: scores move by a fixed amount and not by a part of the way to their row's extremes."""
 
@@ -132,27 +133,27 @@ class FixedRange(DenseDiffusionControl):
         return x + alpha[:, None, :, None] * jnp.where(together, 1.0, -1.0)
 
 
+class FixedRangeLayout(DenseDiffusion):
+    """DenseDiffusion with that control."""
+
+    def control(self, pipe: Any, placed: Any) -> FixedRange:
+        """Return the control of placed layouts."""
+        made = super().control(pipe, placed)
+        return FixedRange(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+
+
 Draw = Callable[[Sequence[Case]], dict[str, Any]]
 
 
 def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
     """Return what each condition hands to `Pipeline.generate` for cases."""
 
-    def dense(**options: Any) -> Draw:
-        def arguments(some: Sequence[Case]) -> dict[str, Any]:
-            made = jaxmix.dense_diffusion(pipe, [c.caption for c in some], [c.segments for c in some], **options)
-            return {"controls": (made.control,), "context": made.context}
-
-        return arguments
+    def dense(kind: type[DenseDiffusion] = DenseDiffusion, **options: Any) -> Draw:
+        return lambda some: {"methods": (kind([c.segments for c in some], **options),)}
 
     def painted(some: Sequence[Case]) -> dict[str, Any]:
         made = jaxmix.dense_diffusion(pipe, [c.caption for c in some], [c.segments for c in some])
         return {"controls": (paint_with_words(pipe, made.control),)}
-
-    def fixed(some: Sequence[Case]) -> dict[str, Any]:
-        made = jaxmix.dense_diffusion(pipe, [c.caption for c in some], [c.segments for c in some])
-        control = FixedRange(**{f.name: getattr(made.control, f.name) for f in dataclasses.fields(made.control)})
-        return {"controls": (control,), "context": made.context}
 
     return {
         "plain prompt": lambda some: {},
@@ -160,7 +161,7 @@ def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
         "DenseDiffusion": dense(),
         "without cross-attention": dense(cross=0.0),
         "without self-attention": dense(self_=0.0),
-        "without the value range": fixed,
+        "without the value range": dense(FixedRangeLayout),
         "without the area": dense(area=0.0),
         "without splicing": dense(splice=False),
         "in all steps": dense(window=(0.0, 1.0)),

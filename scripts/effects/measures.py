@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmix
-from jaxmix.control import Control, tile_rows
+from jaxmix.control import Control
+from jaxmix.rows import tile
 from scripts.effects.stats import Matrix, paired, spread
 from train.scenes import DIMENSIONS, LABEL_WORDS, Plan, Scenes, eval_prompts, measure
 from train.scorer import Scorer
@@ -121,8 +122,8 @@ def attention_distance(
     noised latents: those of x0 (n, h, w, c), the base's own. Conditional rows alone.
     """
     n = len(captions)
-    context = base.encode_prompt(captions)
-    tiled = tuple(tile_rows(c, n) for c in controls)
+    context = base.encode_prompt(captions).context
+    tiled = tile(tuple(controls), n)
 
     @jax.jit
     def maps(params: Any, x: jax.Array, t: jax.Array, context: jax.Array, live: tuple[Control, ...]) -> Any:

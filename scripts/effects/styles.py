@@ -10,7 +10,7 @@ import numpy as np
 
 import jaxmix
 from jaxmix.methods.style_aligned import style_aligned
-from jaxmix.methods.style_id import draw_pairs, style_id_sites
+from jaxmix.methods.style_id import style_id_sites
 from train.scenes import Plan, Scenes
 from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
 from train.scorer import Scorer
@@ -177,9 +177,10 @@ def transfer(
     both = np.concatenate([some.content[rows], some.style[rows]])
     found = pipe.invert(both, steps=steps, label=label, record=style_id_sites(pipe, pairing))
     count = len(some.content[rows])
-    arguments = {"seeds": [0] * count, "steps": steps, "sampler": "ddim", "output": "uint8"}
     numbers = [(i, count + i) for i in range(count)]
-    return np.stack([draw_pairs(pipe, found, numbers, arguments, **options) for options in transfers], 1)
+    request = jaxmix.Request(prompts=[""] * count, seeds=[0] * count, steps=steps, sampler="ddim")
+    methods = [jaxmix.StyleID(found=found, pairs=numbers, **options) for options in transfers]
+    return np.stack([pipe.draw(request, (method,)) for method in methods], 1)
 
 
 def edges(images: np.ndarray) -> np.ndarray:

@@ -75,7 +75,9 @@ def test_paint_with_words_raises_the_scores_of_painted_words(mini):
 def test_a_fixed_range_moves_scores_by_the_strength_itself(mini):
     case = layouts.cases(1, 3, 2)[0]
     arguments = layouts.conditions(mini)["without the value range"]([case])
-    control = arguments["controls"][0].at(jnp.asarray(0), jnp.asarray(900))
+    request = jaxmix.Request(prompts=[case.caption])
+    (control,) = arguments["methods"][0].sketch(mini, request).controls
+    control = control.at(jnp.asarray(0), jnp.asarray(900))
     x = jnp.zeros((1, 1, 256, control.tokens.shape[1]))
     change = np.asarray(control.logits(Site("a.attn2", 1, (16, 16)), x))[0, 0]
     alpha = 0.9**5 * (1 - np.asarray(control.area["16x16"])[0])
