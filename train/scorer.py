@@ -74,7 +74,8 @@ class SceneNet(nn.Module):
 
     def setup(self) -> None:
         self.convs = [
-            nn.Conv(width, (3, 3), strides=2 if i < 3 else 1, name=f"convs.{i}") for i, width in enumerate(self.channels)
+            nn.Conv(width, (3, 3), strides=2 if i < 3 else 1, name=f"convs.{i}")
+            for i, width in enumerate(self.channels)
         ]
         self.norms = [nn.GroupNorm(8, name=f"norms.{i}") for i in range(len(self.channels))]
         sizes = dict(zip(HEADS, (self.objects, self.styles, self.backgrounds), strict=True))
