@@ -3,7 +3,7 @@
 from .atlas import Atlas
 from .backgrounds import BACKGROUNDS
 from .captions import BACKGROUND_WORDS, LABEL_WORDS, RELATIONS, STYLE_WORDS, label_phrase
-from .layout import PLACES, place_of, relation_of
+from .layout import PLACES, place_of, relation_of, told
 from .photometric import DIMENSIONS, apply_labels, measure, off_centre
 from .plan import Plan
 from .prompts import eval_prompts
@@ -32,4 +32,5 @@ __all__ = [
     "off_centre",
     "place_of",
     "relation_of",
+    "told",
 ]
