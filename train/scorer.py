@@ -163,12 +163,12 @@ def load_scorer(path: str | Path = WEIGHTS) -> Scorer:
     return dataclasses.replace(scorer, params=load_tree(path, target))
 
 
-def accuracy(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of pictures judged right, against rows of `eval_prompts` (or scenes) of as many objects each.
+def judge(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], Any]:
+    """Judge pictures against rows of `eval_prompts` (or scenes); gives what is right of each, (n,) bool.
 
-    `object` asks the most probable objects (as many as the row has) to be the row's, `any_object` at least one of
-    them, `style` and `background` the most probable one to be right, `all` everything. Also the same by class under
-    `object_by_name`, `style_by_name`, `background_by_name`.
+    `object` asks the most probable objects (as many as the row has different ones) to be the row's, `any_object` at
+    least one of them, `style` and `background` the most probable one to be right, `all` everything. Then the same by
+    class, {head: {name: [bool, ...]}}.
     """
     said = scorer(images)
     styles = [scorer.styles[i] for i in said["style"].argmax(-1)]
@@ -186,8 +186,15 @@ def accuracy(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any
             by_name["object"].setdefault(name, []).append(name in found)
         for head in ("style", "background"):
             by_name[head].setdefault(row[f"{head}_name"], []).append(right[head][-1])
+    arrays = {head: np.array(values, bool) for head, values in right.items()}
+    arrays["all"] = np.logical_and.reduce([arrays[head] for head in HEADS])
+    return arrays, by_name
+
+
+def accuracy(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Shares of pictures judged right, see `judge`, and by class under object_by_name and the like."""
+    right, by_name = judge(scorer, images, rows)
     result: dict[str, Any] = {head: float(np.mean(values)) for head, values in right.items()}
-    result["all"] = float(np.mean([all(v) for v in zip(*(right[head] for head in HEADS), strict=True)]))
     for head, classes in by_name.items():
         result[f"{head}_by_name"] = {name: float(np.mean(values)) for name, values in sorted(classes.items())}
     return result
