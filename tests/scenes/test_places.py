@@ -292,6 +292,14 @@ def test_wrong_settings_of_places_are_named(settings, message):
         Scenes(**settings)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_an_object_too_big_for_a_place_stays_inside_the_picture(place):
+    scenes = anywhere(split="all")
+    plan = Plan("cartoon", (5,), "white", size_word="big", places=(place,))
+    whole = scenes.atlas.sprite("cartoon", 5, round(SIZE * 22 / 32)).mask.sum()
+    assert all(scenes.render(plan, np.random.default_rng(i))[1][0].sum() >= whole for i in range(20))
+
+
 def test_places_that_cannot_be_are_named():
     plan = Plan("flat", (1, 2), "white", places=("in the middle", "in the middle"))
     with pytest.raises(InputError, match="places: found"):

@@ -125,7 +125,7 @@ def one_at(place: str, extent: Extent, size: int, rng: np.random.Generator) -> l
     else:
         axis, direction = SIDES[place]
         far = SAID_FAR * size + 1
-        along = far + rng.random() * max(room[axis] - far, 0)
+        along = min(far + rng.random() * max(room[axis] - far, 0), room[axis])
         shift[axis] = direction * along
         shift[1 - axis] = (2 * rng.random() - 1) * min(SAID_ASPECT * along, room[1 - axis])
     return [_box(extent, room[0] + shift[0], room[1] + shift[1])]
