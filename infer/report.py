@@ -10,7 +10,7 @@ from pathlib import Path
 from infer.gallery import Item, Picture, write_contact_sheet, write_gallery
 from infer.manifest import Manifest
 from infer.measure import CompileClock
-from infer.method import Method
+from infer.methods.registry import Methods
 from infer.rows import BadRow, Row
 
 
@@ -39,7 +39,7 @@ def write_overview(
     manifest: Manifest,
     times: Times,
     cuts: dict[Row, str],
-    method: Method,
+    methods: Methods,
 ) -> None:
     """Write gallery.html and contact_sheet.png over all rows of the job, drawn now or before."""
     items = []
@@ -54,12 +54,14 @@ def write_overview(
             shown["id"] = row.id
         if row.image is not None:
             shown["from"] = f"{Path(row.image).name}, strength {row.strength:g}"
-        if row.labels is not None:
-            shown["VMix"] = f"{row.labels} x {row.vmix_scale:g}"
-        inputs = method.inputs(row, out)
+        here = methods.of(row)
+        inputs = [picture for method in here for picture in method.inputs(row, out)]
+        for method in here:
+            shown |= method.shown(row)
         label = "result" if inputs else ""
         picture = Picture(row.file_name, record["width"], record["height"], label)
-        items.append(Item(method.caption(row), [*inputs, picture], shown | method.shown(row)))
+        caption = row.prompt or next(filter(None, (method.caption(row) for method in here)), "")
+        items.append(Item(caption, [*inputs, picture], shown))
     items += [Item("", error=str(failed)) for failed in bad]
     facts = {"model": model, "images": str(len(rows))}
     if bad:

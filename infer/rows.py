@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import functools
+import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ MAX_SEED = 2**32 - 1
 class Defaults:
     """What a row gets where it says nothing itself: the flags of the command line; row k draws with `seed` + k.
 
-    None: the model's own. `image` and `mask` are paths of pictures; `labels` and `vmix_scale` belong to a VMix adapter.
+    None: the model's own. `image` and `mask` are paths of pictures.
     """
 
     negative_prompt: str = ""
@@ -34,20 +37,20 @@ class Defaults:
     image: str | None = None
     mask: str | None = None
     strength: float = 0.8
-    labels: str | None = None
-    vmix_scale: float | None = None
 
 
 @dataclass(frozen=True)
 class Field:
     """A field that a method adds to the rows: how it is checked, and what a row gets that does not name it.
 
-    Values are hashable; `stored` turns one into what JSON holds.
+    Values are hashable; `stored` turns one into what JSON holds. A row that has a field which is `enough` may do
+    without a prompt.
     """
 
     check: Callable[[str, Any], Any]
     default: Any = None
     stored: Callable[[Any], Any] = lambda value: value
+    enough: bool = False
 
 
 Fields = Mapping[str, Field]
@@ -58,7 +61,7 @@ class Row(Defaults):
     """One image to draw.
 
     `number` is the row's place in its file, from 0; `where` names it in messages. What is None is filled in by
-    `complete`. `extra` holds the fields that a method added, and what of them goes into the settings.
+    `complete`. `extra` holds the fields that methods added, and `named` which fields the row itself says.
     """
 
     number: int
@@ -66,11 +69,15 @@ class Row(Defaults):
     prompt: str
     id: str | None = None
     extra: tuple[tuple[str, Any], ...] = ()
-    stored: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    named: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __getitem__(self, key: str) -> Any:
         """Return a field that a method added."""
         return dict(self.extra)[key]
+
+    def change(self, **extra: Any) -> Row:
+        """Return the row with other values of fields that methods added."""
+        return replace(self, extra=tuple((dict(self.extra) | extra).items()))
 
     def complete(self, **defaults: Any) -> Row:
         """Return the row with the defaults of the model where neither the row nor the command line said anything."""
@@ -88,18 +95,18 @@ class Row(Defaults):
         return f"{self.number:04d}_seed{self.seed}.png"
 
     def settings(self) -> dict[str, Any]:
-        """Return what the image depends on, as it is written into the PNG and the manifest."""
+        """Return what of the plain fields the image depends on, as it is written into the PNG and the manifest."""
         held = asdict(self)
-        for key in ("where", "extra", "stored"):
+        for key in ("where", "extra", "named"):
             del held[key]
         if self.image is None:
             del held["strength"]
         if not held["guidance_rescale"]:
             del held["guidance_rescale"]
-        for key in ("image", "mask", "labels", "vmix_scale"):  # only where they are used
+        for key in ("image", "mask"):  # only where they are used
             if held[key] is None:
                 del held[key]
-        return {"row": held.pop("number"), "prompt": held.pop("prompt"), **held, **self.stored}
+        return {"row": held.pop("number"), "prompt": held.pop("prompt"), **held}
 
 
 @dataclass(frozen=True)
@@ -118,22 +125,34 @@ FIELDS = ("prompt", "id", *(field.name for field in fields(Defaults)))
 
 
 def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None) -> tuple[list[Row], list[BadRow]]:
-    """Read a .txt (one prompt a line) or .jsonl file (one object a line) into good and bad rows.
+    """Read a .txt (one prompt a line), .jsonl (one object a line) or .csv file into good and bad rows.
 
-    An object's keys are FIELDS and those that a method `added`.
+    An object's keys, or the names in the first line of a .csv file, are FIELDS and those that methods `added`.
 
     Raises InputError where the file as a whole is no use: missing, empty, not text, or of another kind.
     """
     path = Path(path)
     kinds = {".txt": _from_text, ".jsonl": _from_json}
-    if path.suffix not in kinds:
-        raise InputError(f"{path}: expected a .txt or .jsonl file of prompts, found '{path.suffix or 'no suffix'}'")
+    if path.suffix not in (*kinds, ".csv"):
+        raise InputError(
+            f"{path}: expected a .txt, .jsonl or .csv file of prompts, found '{path.suffix or 'no suffix'}'"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such prompt file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from None
+    if path.suffix == ".csv":
+        table = csv.reader(io.StringIO(text, newline=""))
+        names = [name.strip() for name in next(table, [])]
+        if not any(names) or len(set(names)) < len(names):
+            raise InputError(f"{path}: found the first line {','.join(names)!r}, expected a field's name a column")
+        cells = ((f"{path.name}:{table.line_num}", line) for line in table)
+        try:
+            return _collect(cells, functools.partial(_from_cells, names), defaults, added or {})
+        except csv.Error as error:
+            raise InputError(f"{path}: line {table.line_num}: not a table: {error}") from None
     lines = text.split("\n")  # splitlines() would also split at U+2028, which JSON strings may hold
     if lines[-1] == "":
         lines.pop()
@@ -141,6 +160,10 @@ def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None)
         raise InputError(f"{path}: the prompt file is empty")
     contents = ((f"{path.name}:{number + 1}", line.removesuffix("\r")) for number, line in enumerate(lines))
     return _collect(contents, kinds[path.suffix], defaults, added or {})
+
+
+class Cell(str):
+    """A value in a .csv file: text, or a number or a list written as in JSON."""
 
 
 def rows_of_prompts(
@@ -193,38 +216,57 @@ def _from_json(line: str) -> dict[str, Any]:
     except RecursionError:
         raise InputError("not a row: nested too deeply") from None
     if not isinstance(content, dict):
-        raise InputError(f'expected an object like {{"prompt": "..."}}, found {_kind(content)}')
+        raise InputError(f'expected an object like {{"prompt": "..."}}, found {kind_of(content)}')
     return content
+
+
+def _from_cells(names: list[str], cells: list[str]) -> dict[str, Any]:
+    if not cells or len(cells) > len(names):
+        raise InputError(f"found {len(cells)} cells, expected one for each of the {len(names)} columns")
+    return {name: Cell(cell) for name, cell in zip(names, cells, strict=False) if cell.strip()}
 
 
 def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults, added: Fields) -> Row:
     for key in content:
         if key not in FIELDS and key not in added:
             raise InputError(f"unknown field '{key}'{near_misses(key, (*FIELDS, *added))}")
-    if "prompt" not in content and "prompt" not in added:
-        raise InputError("no field 'prompt'")
     given = {key: value for key, value in content.items() if value is not None}
-    flags = {**vars(defaults), "seed": defaults.seed + number}
-    values: dict[str, Any] = {key: value for key in FIELDS if (value := given.get(key, flags.get(key))) is not None}
-    values["prompt"] = content.get("prompt", "")  # null is no prompt, elsewhere it is nothing said
-    checked: dict[str, Any] = {key: _CHECKS[key](key, value) for key, value in values.items()}
     extra = {}
     for key, one in added.items():
-        if key == "prompt":  # only says that a row may do without one
-            continue
         value = given.get(key, one.default)
-        extra[key] = None if value is None else one.check(key, value)
-    stored = {key: added[key].stored(value) for key, value in extra.items() if value is not None}
-    row = Row(number=number, where=where, **checked, extra=tuple(extra.items()), stored=stored)
+        extra[key] = None if value is None else _checked(one.check, key, value)
+    if not any(one.enough and extra[key] is not None for key, one in added.items()):
+        if "prompt" not in content:
+            raise InputError("no field 'prompt'")
+        given["prompt"] = content["prompt"]  # null is no prompt, elsewhere it is nothing said
+    flags = {"prompt": "", **vars(defaults), "seed": defaults.seed + number}
+    values: dict[str, Any] = {key: given[key] if key in given else flags.get(key) for key in FIELDS}
+    checked: dict[str, Any] = {
+        key: _checked(_CHECKS[key], key, value) for key, value in values.items() if value is not None or key == "prompt"
+    }
+    row = Row(number=number, where=where, **checked, extra=tuple(extra.items()), named=frozenset(given))
     if row.mask is not None and row.image is None:
         raise InputError("mask: found a mask without an image, expected the image to repaint")
     return row
 
 
+def _checked(check: Callable[[str, Any], Any], key: str, value: Any) -> Any:
+    if not isinstance(value, Cell):
+        return check(key, value)
+    try:
+        return check(key, str(value))
+    except InputError as error:
+        try:
+            read = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            raise error from None
+        return check(key, read)
+
+
 def check_text(key: str, value: Any) -> str:
     """Return `value` if it is text that a PNG and a manifest can hold."""
     if not isinstance(value, str):
-        raise InputError(f"{key}: expected text, found {_kind(value)}")
+        raise InputError(f"{key}: expected text, found {kind_of(value)}")
     if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InputError(f"{key}: holds a character that is not text (NUL or half a surrogate pair)")
     return value
@@ -233,7 +275,7 @@ def check_text(key: str, value: Any) -> str:
 def check_seed(key: str, value: Any) -> int:
     """Return `value` if it is a whole number from 0 to 2^32 - 1."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SEED:
-        raise InputError(f"{key}: expected a whole number from 0 to {MAX_SEED}, found {_kind(value)}")
+        raise InputError(f"{key}: expected a whole number from 0 to {MAX_SEED}, found {kind_of(value)}")
     return value
 
 
@@ -241,35 +283,35 @@ def check_steps(key: str, value: Any, most: int | None = None) -> int:
     """Return `value` if it is a whole number of denoising steps, at least 1 and at most `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
         expected = "of at least 1" if most is None else f"from 1 to {most}"
-        raise InputError(f"{key}: expected a whole number {expected}, found {_kind(value)}")
+        raise InputError(f"{key}: expected a whole number {expected}, found {kind_of(value)}")
     return value
 
 
 def check_number(key: str, value: Any) -> float:
     """Return `value` as a float if it is a finite number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{key}: expected a number, found {_kind(value)}")
+        raise InputError(f"{key}: expected a number, found {kind_of(value)}")
     return float(value)
 
 
 def check_share(key: str, value: Any) -> float:
     """Return `value` as a float if it is a number from 0 to 1."""
     if not 0 <= check_number(key, value) <= 1:
-        raise InputError(f"{key}: expected a number from 0 to 1, found {_kind(value)}")
+        raise InputError(f"{key}: expected a number from 0 to 1, found {kind_of(value)}")
     return float(value)
 
 
 def check_pixels(key: str, value: Any) -> int:
     """Return `value` if it is a whole number of pixels; the model's own limits are checked once it is known."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{key}: expected a whole number of pixels, found {_kind(value)}")
+        raise InputError(f"{key}: expected a whole number of pixels, found {kind_of(value)}")
     return value
 
 
 def check_sampler(key: str, value: Any) -> str:
     """Return `value` if it is the name of a sampler."""
     if value not in SAMPLERS:
-        raise InputError(f"{key}: found {_kind(value)}, expected one of {', '.join(SAMPLERS)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected one of {', '.join(SAMPLERS)}")
     return value
 
 
@@ -280,19 +322,12 @@ def check_file(key: str, value: Any) -> str:
     return value
 
 
-def check_labels(key: str, value: Any) -> str:
-    """Return labels as "all", "none" or comma-separated names, from such text or a list of names."""
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        value = ",".join(value) or "none"
-    return check_text(key, value)
-
-
 def check_id(key: str, value: Any) -> str:
     """Return `value` as text if it is a name (text or a whole number)."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:
-        raise InputError(f"{key}: expected a name, found {_kind(value)}")
+        raise InputError(f"{key}: expected a name, found {kind_of(value)}")
     return check_text(key, value)
 
 
@@ -310,21 +345,10 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "image": check_file,
     "mask": check_file,
     "strength": check_share,
-    "labels": check_labels,
-    "vmix_scale": check_number,
 }
 
 
-def buckets(rows: Iterable[Row], program: Callable[[Row], Any] = lambda row: None) -> Iterator[list[Row]]:
-    """Yield the rows that share a compiled program (and `program`), in order of first appearance."""
-    held: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        assert row.steps is not None, "complete() the rows first"
-        held.setdefault((row.program, program(row)), []).append(row)
-    yield from held.values()
-
-
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     names = {bool: "a truth value", str: "text", list: "a list", dict: "an object", type(None): "null"}
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return repr(value)

@@ -20,6 +20,8 @@ from jaxmix.rows import numbers
 from jaxmix.samplers import Unguided
 from jaxmix.types import AnyArray, Array, InputError
 
+_BESIDE = "StyleID: found controls beside rows of pictures, expected stored features with them"
+
 
 def style_id_sites(pipe: Pipeline, pairing: str = "reference") -> str:
     """Return the pattern of the attn1 that StyleID edits: those of the last two up blocks with attention.
@@ -165,6 +167,8 @@ class StyleID(Method):
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add a control of the same sites and claims, and the guidance."""
+        if request.controls and not self.stored:
+            raise InputError(_BESIDE)
         control = style_id_rows(pipe, [(0, 0)], pairing=self.pairing)
         return request.add(controls=(control,), guidance=() if self.guided else (Unguided(),))
 
@@ -182,7 +186,7 @@ class StyleID(Method):
             control: Any = style_id(found, found, pairs, **strengths)
             return dataclasses.replace(request.add(controls=(control,)), latents=start)
         if before:
-            raise InputError("StyleID: found controls beside rows of pictures, expected stored features with them")
+            raise InputError(_BESIDE)
         n, seen = request.n, found.seen()
         rows = jnp.stack([found.noise[c], found.noise[s], start], 1).reshape(3 * n, *start.shape[1:])
         courses = jnp.stack([seen[c], seen[s]], 1).reshape(2 * n, *seen.shape[1:])

@@ -168,6 +168,10 @@ class Mix(Method):
         if self.adapter.lora is not None:
             Merge(self.adapter.lora, self.lora).check(pipe, request)
 
+    def sketch(self, pipe: Pipeline, request: Request) -> Request:
+        """Add the control."""
+        return request.add(controls=(self.adapter.bind(pipe, self.labels, self.scale),))
+
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the LoRA to the weights and the mixed values to the controls."""
         control = self.adapter.bind(pipe, self.labels, self.scale)

@@ -180,12 +180,8 @@ class Pipeline(Parts):
             raise InputError(f"output={output!r}: expected 'uint8', 'float' or 'latent'")
         if callback is not None:
             raise InputError("callback: found one, expected None: nothing calls it yet")
-        for method in methods:
-            if not isinstance(method, Method):
-                raise InputError(f"methods: found {type(method).__name__}, expected a method such as MagicFusion")
+        request = self.check(request, methods)
         methods = sorted(methods, key=lambda method: method.when)
-        request = request.checked(self)
-        self._check(request, methods)
         done: list[np.ndarray] = []
         waiting: tuple[Array, np.ndarray] | None = None
         for batch in self._batches(request, methods, mesh, batch_size):
@@ -200,9 +196,16 @@ class Pipeline(Parts):
         assert waiting is not None, "a request has an image"
         return np.concatenate([*done, _finish(*waiting, output)])
 
-    def _check(self, request: Request, methods: Sequence[Method]) -> None:
-        """Raise what can be known before anything is compiled."""
-        sketch = request
+    def check(self, request: Request, methods: Sequence[Method] = ()) -> Request:
+        """Return the request with everything filled in; raises `InputError` for all that `draw` would raise it for.
+
+        Nothing is compiled: a job of many requests can find what is wrong with any before it draws the first.
+        """
+        for method in methods:
+            if not isinstance(method, Method):
+                raise InputError(f"methods: found {type(method).__name__}, expected a method such as MagicFusion")
+        request = sketch = request.checked(self)
+        methods = sorted(methods, key=lambda method: method.when)
         wide = next((m for m in methods if getattr(m, "adds_rows", False)), None)
         beside = [type(m).__name__ for m in methods if m is not wide and m.when > WEIGHTS]
         if wide is not None and beside:
@@ -219,6 +222,7 @@ class Pipeline(Parts):
                 assert request.steps is not None
                 shape = (request.n, request.steps + 1, *request.hw(self), self.latent_shape[-1])
                 of_shape("pinned.states", edit.states, shape)
+        return request
 
     def check_controls(self, controls: Sequence[Control], hw: tuple[int, int]) -> None:
         """Raise `InputError` for controls that do not fit the UNet at latents of size ``hw``, or each other."""
@@ -241,8 +245,9 @@ class Pipeline(Parts):
         """Return the latents of a batch, and which of its rows count."""
         part, pipe, n = request.take(batch.rows), self, request.n
         for method in methods:
+            if method.when > WEIGHTS:  # all edits at once: one set is kept, and part of it would take its place
+                pipe = self.merged(part.weights)
             part = method.take(batch, n).apply(pipe, part)
-            pipe = self.merged(part.weights)
         pipe = self.merged(part.weights)
         pipe.check_controls(part.controls, part.hw(pipe))
         assert part.steps is not None and part.sampler is not None

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.generate import Config, choose_mesh, collect_rows, draw, main
+from infer.generate import Config, main
+from infer.job import choose_mesh, collect_rows, draw
 from infer.manifest import Manifest
 from infer.measure import CompileClock
+from infer.methods.registry import Methods
 from infer.png import read_settings, setting_chunks, write_png
 from jaxmix.command import parse
 from jaxmix.schedule import NoiseSchedule
@@ -34,11 +36,12 @@ class StandIn:
     def tokenize(self, prompts):
         return None, [" ".join(prompt.split()[5:]) for prompt in prompts]
 
-    def generate(self, prompts, seeds, steps, guidance_scale, negative_prompts, output, **settings):
-        assert output == "latent" and len(prompts) == len(seeds) == len(guidance_scale) == len(negative_prompts)
-        self.calls.append((steps, list(seeds)))
-        self.settings = settings
-        return np.array([np.full((4, 4, 2), (seed * 7 + steps) % 256) for seed in seeds], np.float32)
+    def draw(self, request, methods, mesh, output):
+        assert output == "latent" and not methods
+        assert len(request.prompts) == len(request.seeds) == len(request.guidance_scale) == len(request.negatives)
+        self.calls.append((request.steps, list(request.seeds)))
+        self.request = request
+        return np.array([np.full((4, 4, 2), (seed * 7 + request.steps) % 256) for seed in request.seeds], np.float32)
 
     def decode(self, latents, mesh, tile):
         return np.repeat(latents.repeat(4, 1).repeat(4, 2)[..., :1], 3, axis=-1).astype(np.uint8)
@@ -49,8 +52,9 @@ def job(tmp_path, text, name="p.jsonl", pipe=None, **settings):
     path.write_text(text)
     config = Config(prompts=str(path), out=str(tmp_path / "out"), **settings)
     pipe = pipe or StandIn()
-    rows, bad = collect_rows(config)
-    return draw(config, rows, bad, lambda: pipe), pipe, tmp_path / "out"
+    methods = Methods(config)
+    rows, bad = collect_rows(config, methods)
+    return draw(config, rows, bad, lambda: pipe, None, methods), pipe, tmp_path / "out"
 
 
 def lines_of(out):
@@ -203,7 +207,7 @@ def test_a_single_image_takes_a_single_device():
 
 
 def test_the_built_in_prompts_are_all_good():
-    rows, bad = collect_rows(Config())
+    rows, bad = collect_rows(Config(), Methods(Config()))
     assert len(rows) == 24 and not bad
 
 
@@ -235,8 +239,8 @@ def test_sizes_and_pictures_reach_the_pipeline(tmp_path):
     status, pipe, out = job(tmp_path, json.dumps(row))
     assert status == 0
     # The picture is 13 x 9, which is cut down to multiples of the factor 4.
-    assert pipe.settings["images"].shape == (1, 8, 12, 3) and pipe.settings["masks"].shape == (1, 8, 12)
-    named = {key: pipe.settings[key] for key in ("sampler", "height", "width", "strength", "guidance_rescale")}
+    assert pipe.request.images.shape == (1, 8, 12, 3) and pipe.request.masks.shape == (1, 8, 12)
+    named = {key: getattr(pipe.request, key) for key in ("sampler", "height", "width", "strength", "guidance_rescale")}
     assert named == {"sampler": "euler", "height": 8, "width": 12, "strength": 0.5, "guidance_rescale": [0.7]}
     assert lines_of(out)[0]["image"] == settings["image"]
 

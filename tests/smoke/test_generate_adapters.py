@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import jaxmix
-from infer.adapters import parse_loras
 from infer.generate import Config, main
+from infer.methods.lora import check_loras
 from infer.png import read_settings
 from jaxmix.command import run
 from jaxmix.pipeline.job import denoise
@@ -103,7 +103,7 @@ def test_a_scale_is_filled_in_for_rows_that_resume(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--labels", "color"], "without an adapter"),
+        (["--labels", "color"], "--labels: found 'color' without 'vmix' in any row, expected it there or --vmix"),
         (["--vmix", "VMIX", "--labels", "colour"], "'colour' is not known, expected all, none or some of color, light"),
         (["--vmix", "no.safetensors"], "no such file"),
         (["--vmix", "STYLE"], "expected a VMix adapter written by jaxmix"),
@@ -127,9 +127,11 @@ def test_a_mistake_is_one_line_and_status_two(files, tmp_path, capsys, flags, wo
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-def test_lora_flags_are_read_as_path_and_strength():
-    assert parse_loras("a.safetensors:0.5, b.safetensors") == (("a.safetensors", 0.5), ("b.safetensors", 1.0))
-    assert parse_loras("gs://bucket/a.safetensors") == (("gs://bucket/a.safetensors", 1.0),)
-    assert parse_loras(None) == ()
+def test_loras_are_read_as_path_and_strength():
+    both = (("a.safetensors", 0.5), ("b.safetensors", 1.0))
+    assert check_loras("lora", "a.safetensors:0.5, b.safetensors") == both
+    assert check_loras("lora", ["a.safetensors:0.5", "b.safetensors"]) == both
+    assert check_loras("lora", "gs://bucket/a.safetensors") == (("gs://bucket/a.safetensors", 1.0),)
+    assert check_loras("lora", "") == check_loras("lora", []) == ()
     with pytest.raises(InputError, match="finite"):
-        parse_loras("a.safetensors:inf")
+        check_loras("lora", "a.safetensors:inf")

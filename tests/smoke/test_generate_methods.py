@@ -125,7 +125,7 @@ def test_groups_are_drawn_in_one_batch_and_resumed_whole(files, tmp_path, capsys
     out = tmp_path / "out"
     status, first = go(style_aligned, files, out, rows, batch_size=3)
     assert status == 0 and len([n for n in first if n[0] == "0"]) == 6
-    assert "6 images in 3 batches of 3" in capsys.readouterr().out  # two groups do not fit
+    assert "6 images in 3 batches of 2" in capsys.readouterr().out  # two groups do not fit
     (out / "0003_seed3.png").unlink()
     status, again = go(style_aligned, files, out, rows, batch_size=3, resume=True)
     assert "2 images with" in capsys.readouterr().out  # its group alone
@@ -148,8 +148,11 @@ def test_a_picture_as_reference_is_reconstructed_and_shown(files, tmp_path, caps
         got
     )
     assert read_settings(tmp_path / "out" / "0000_seed0.png")["score_shift"] == 0.7
-    status, _ = go(style_aligned, files, tmp_path / "bad", rows, sampler="euler", dry_run=True, **flags | {"offset": 0})
-    assert status == 2 and "expected ddim, found euler" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no row can be drawn"):
+        go(style_aligned, files, tmp_path / "bad", rows, sampler="euler", dry_run=True, **flags | {"offset": 0})
+    said = capsys.readouterr().err
+    assert "expected ddim, found euler" in said
+    assert ":1: group 0: its first row cannot be drawn, in whose style this one was to be" in said
 
 
 def test_bad_groups_are_listed(files, tmp_path, capsys):
@@ -212,7 +215,7 @@ def test_two_models_and_two_prompts_are_fused(files, tmp_path):
 
 def test_fusing_refuses_what_it_cannot_blend(files, tmp_path, capsys, tiny_pipeline):
     with pytest.raises(InputError, match="nothing to blend"):
-        fuse.Config(prompt="a dog")
+        go(fuse, files, tmp_path / "none", prompt="a dog")
     status, _ = go(
         fuse, files, tmp_path / "a", [{"prompt": "a dog"}, {"prompt": "a dog", "expert_prompt": "a car"}], dry_run=True
     )

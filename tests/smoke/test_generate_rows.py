@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from infer.rows import BadRow, Defaults, Row, buckets, read_rows, rows_of_prompts
+from infer.generate import Config
+from infer.methods.registry import Methods
+from infer.rows import BadRow, Defaults, Row, read_rows, rows_of_prompts
 from jaxmix.types import InputError
 
 
@@ -68,7 +70,9 @@ def test_a_bad_row_says_why_and_the_others_stay(tmp_path, line, reason):
     [
         ("p.txt", "", "is empty"),
         ("p.txt", b"caf\xe9\n", "not UTF-8 text (byte 3"),
-        ("p.csv", "a cat", "expected a .txt or .jsonl"),
+        ("p.csv", "prompt,prompt\na cat,a dog\n", "expected a field's name a column"),
+        ("p.csv", "", "expected a field's name a column"),
+        ("p.xlsx", "a cat", "expected a .txt, .jsonl or .csv"),
         ("p", "a cat", "no suffix"),
     ],
 )
@@ -81,6 +85,15 @@ def test_a_file_of_no_use_is_one_error(tmp_path, name, text, found):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.txt: no such prompt file"):
         read_rows(tmp_path / "gone.txt", Defaults())
+
+
+METHODS = Methods(Config())
+
+
+def buckets(rows):
+    """The rows of each bucket, where no row has a group."""
+    held = [dataclasses.replace(row, extra=tuple((key, None) for key in METHODS.fields)) for row in rows]
+    return [bucket.rows for bucket in METHODS.buckets(held)]
 
 
 def test_buckets_hold_rows_of_equal_steps(tmp_path):
@@ -126,3 +139,26 @@ def test_the_new_fields_say_what_they_expect(tmp_path, field, reason):
 def test_an_empty_prompt_flag_is_a_bad_row():
     rows, bad = rows_of_prompts([" "], Defaults())
     assert not rows and str(bad[0]) == "--prompt: empty line, expected a prompt"
+
+
+def test_a_table_holds_text_and_what_json_writes_and_an_empty_cell_names_nothing(tmp_path):
+    text = 'prompt,seed,steps,id,labels,segments\r\n"a cat, asleep",7,,5,"color,light",\r\n'
+    text += 'a dog,,3,,,"a dog @ 0,0,1,1"\r\n'
+    path = tmp_path / "p.csv"
+    path.write_bytes((text + "\r\nx,1,2,3,4,5,6\r\nx,seven\r\n").encode())
+    rows, bad = read_rows(path, Defaults(steps=9), METHODS.fields)
+    first, second = rows
+    assert (first.prompt, first.seed, first.steps, first.id, first["labels"]) == (
+        "a cat, asleep",
+        7,
+        9,
+        "5",
+        "color,light",
+    )
+    assert (second.seed, second.steps, second["labels"], second["segments"][0].box) == (1, 3, "all", (0, 0, 1, 1))
+    assert first.named == {"prompt", "seed", "id", "labels"}
+    assert [str(row) for row in bad] == [
+        "p.csv:4: found 0 cells, expected one for each of the 6 columns",
+        "p.csv:5: found 7 cells, expected one for each of the 6 columns",
+        'p.csv:6: seed: expected a whole number from 0 to 4294967295, found text "seven"',
+    ]

@@ -1,0 +1,120 @@
+"""LoRAs (arXiv 2106.09685) in a job: files that are merged into the model's weights, each with its strength."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+from infer.methods.method import Batch, Method
+from infer.methods.method import Flags as Base
+from infer.rows import Field, Row, check_text, kind_of
+from jaxmix.types import InputError
+
+Merges = tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(Base):
+    """LoRAs for rows that name none.
+
+    Attributes:
+        lora: LoRA: files (diffusers, PEFT or kohya) to merge into the model, PATH[:STRENGTH][,PATH[:STRENGTH]...]; a
+            strength of 1 (no unit) is as trained, and the default
+    """
+
+    lora: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse strengths that are not numbers."""
+        super().__post_init__()
+        check_loras("--lora", self.lora or [])
+
+    def method(self) -> Method:
+        """Return the method under these flags."""
+        return LoRA(self)
+
+
+class LoRA(Method):
+    """Rows with LoRAs."""
+
+    name = "lora"
+    switches = ("lora",)
+    adapter = True
+
+    def __init__(self, flags: Flags) -> None:
+        self.flags = flags
+        self.fields = {"lora": Field(check_loras, flags.lora, _texts)}
+        self._opened: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Look for the flag's files: what is wrong with them is wrong with the whole job."""
+        for path, _ in check_loras("--lora", self.flags.lora or []):
+            self.lora(path)
+
+    def lora(self, path: str) -> Any:
+        """Return a LoRA, which is opened once, so that the weights that it makes are known to be the same."""
+        import jaxmix
+
+        if path not in self._opened:
+            try:
+                self._opened[path] = jaxmix.LoRA.load(path)
+            except InputError as error:
+                raise InputError(f"lora: {error}") from None
+        return self._opened[path]
+
+    def open(self, pipe: Any) -> None:
+        """Refuse the flag's files where they do not fit the model."""
+        for path, _ in check_loras("--lora", self.flags.lora or []):
+            self.lora(path).read(pipe)
+
+    def on(self, row: Row) -> bool:
+        """A row of LoRAs all at strength 0 is one without."""
+        return bool(_live(row["lora"]))
+
+    def weights(self, row: Row) -> Hashable:
+        """Say what is merged."""
+        return _live(row["lora"])
+
+    def plan(self, row: Row) -> str:
+        """Name the files."""
+        return "lora " + " + ".join(f"{Path(path).name}:{strength:g}" for path, strength in _live(row["lora"]))
+
+    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+        """Return each LoRA at its strength; rows of one batch have the same."""
+        return [self.lora(path).on(strength) for path, strength in _live(batch.rows[0]["lora"])]
+
+    def shown(self, row: Row) -> dict[str, str]:
+        """Say the files."""
+        return {"LoRA": ", ".join(f"{Path(path).stem} x {strength:g}" for path, strength in row["lora"])}
+
+
+def _live(loras: Merges | None) -> Merges:
+    return tuple((path, strength) for path, strength in loras or () if strength != 0)
+
+
+def _texts(loras: Merges) -> list[str]:
+    return [f"{path}:{strength:g}" for path, strength in loras]
+
+
+def check_loras(key: str, value: Any) -> Merges:
+    """Read "PATH[:STRENGTH][,PATH[:STRENGTH]...]", or a list of such; the strength is 1 where none is given."""
+    if isinstance(value, (list, tuple)):
+        return tuple(one for item in value for one in check_loras(key, item))
+    if not isinstance(value, str):
+        raise InputError(f'{key}: found {kind_of(value)}, expected text such as "style.safetensors:0.8", or a list')
+    found = []
+    for item in check_text(key, value).split(","):
+        if not item.strip():
+            continue
+        path, colon, strength = item.strip().rpartition(":")
+        try:
+            number = float(strength) if colon else 1.0
+        except ValueError:
+            path, number = item.strip(), 1.0  # a colon that belongs to the path
+        if not math.isfinite(number):
+            raise InputError(f"{key}: found {item.strip()!r}, expected a finite strength behind the colon")
+        found.append((path if colon and path else item.strip(), number))
+    return tuple(found)
