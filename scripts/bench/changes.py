@@ -25,7 +25,8 @@ import jax
 from jaxmix import command, kernels
 from jaxmix.models import layers
 from scripts.bench import rows as bench_rows
-from scripts.bench.programs import materialize, program
+from scripts.bench.ours import materialize
+from scripts.bench.programs import program
 from scripts.bench.rows import Row
 from scripts.bench.table import seconds, summary, table
 from scripts.bench.workers import machine

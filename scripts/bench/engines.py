@@ -75,7 +75,7 @@ class JaxEngine:
         """Compile, make the arguments, and return the call that runs the program and waits for it."""
         import jax
 
-        from scripts.bench.programs import materialize
+        from scripts.bench.ours import materialize
 
         before = row in self._programs
         told = {"compile_s": 0.0, "compiled_before": True} if before else self.compile(row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,8 @@ from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import SaliencyBlend, make_solver
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError
+from scripts.bench.ours import Program, sampling_job
 from scripts.bench.rows import Row, configs
-
-if TYPE_CHECKING:
-    from scripts.bench.programs import Program
 
 
 def method_program(engine: str, row: Row, plain: Program, unet: Any) -> Program:
@@ -95,8 +93,6 @@ def _fusion(row: Row, plain: Program, unet: Any) -> Program:
     third = jax.ShapeDtypeStruct((row.batch, *plain.inputs["context"].shape[1:]), plain.inputs["context"].dtype)
 
     def sample(params: Any, x: dict[str, Any]) -> jax.Array:
-        from scripts.bench.programs import sampling_job
-
         ones = jnp.ones((row.batch,))
         job = sampling_job(unet, params, x, row.batch, guidance=(SaliencyBlend(ones, ones, ones),))
         return denoise(job, make_solver("ddim", schedule, row.steps))

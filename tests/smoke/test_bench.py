@@ -11,7 +11,8 @@ import pytest
 
 from jaxmix.types import InputError
 from scripts.bench.changes import CHANGES, without
-from scripts.bench.programs import Program, program
+from scripts.bench.ours import Program
+from scripts.bench.programs import program
 from scripts.bench.rows import MODELS, PRESETS, Row, configs, names, numbers, plan
 from scripts.bench.table import markdown, peak_tflops, ratio, summary
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxmix.types import InputError
-from scripts.bench.programs import materialize, program
+from scripts.bench.ours import materialize
+from scripts.bench.programs import program
 from scripts.bench.rows import METHODS, Row
 
 ROW = Row("mini", "sample", 8, 2, "float32", 2, tiny=True)
