@@ -82,7 +82,8 @@ def test_a_lora_is_read_for_the_pipeline_it_meets_and_merged_once(tmp_path, tiny
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ((object(),), "methods: found object, expected a method"),
+        ((object(),), r"methods: found object, expected one such as MagicFusion\(\.\.\.\)"),
+        (LoRA(), r"methods: found LoRA, expected LoRA\.on\(\.\.\.\)"),
         ((StyleAligned([3]),), r"groups: found sizes \[3\], expected that they sum to the 2 images"),
         ((StyleAligned([2], strength=[1.0]),), "StyleAligned.strength: found 1 values"),
         ((DenseDiffusion([[Segment("a cow", HALF)]] * 2),), "the phrase is not in the prompt 'a dog'"),
