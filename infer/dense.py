@@ -7,7 +7,7 @@ Examples: python -m infer.dense --prompt "a 3d render of a cat left of a car" --
           python -m infer.dense --prompts rows.jsonl --out gallery      (rows with "segments", see infer/README.md)
 """
 
-from infer.generate import Config
+from infer.flags import Config
 from infer.job import job
 from jaxmix.command import run
 

@@ -6,7 +6,7 @@ Examples: python -m infer.fuse --expert FOLDER --prompt "a 3d render of a cat" -
           python -m infer.fuse --prompts rows.jsonl --mode 1 --switch 850      (rows with "expert_prompt")
 """
 
-from infer.generate import Config
+from infer.flags import Config
 from infer.job import job
 from jaxmix.command import run
 from jaxmix.types import InputError

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from infer.flags import Config
 from infer.manifest import Manifest
 from infer.measure import CompileClock
 from infer.methods import method as made
@@ -23,9 +24,6 @@ from jaxmix.command import enable_compilation_cache, progress
 from jaxmix.pipeline.batches import pack
 from jaxmix.samplers import image_to_image_start, make_solver
 from jaxmix.types import InputError
-
-if TYPE_CHECKING:
-    from infer.generate import Config
 
 BUILTIN_PROMPTS = Path(__file__).with_name("prompts.txt")
 

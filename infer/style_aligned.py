@@ -7,7 +7,7 @@ Examples: python -m infer.style_aligned --prompts rows.txt --out gallery        
           python -m infer.style_aligned --reference picture.png --reference-prompt "a cat" --prompts rows.txt
 """
 
-from infer.generate import Config
+from infer.flags import Config
 from infer.job import job
 from jaxmix.command import run
 

@@ -8,7 +8,7 @@ Examples: python -m infer.style_transfer --content photos/ --style paintings/ --
 
 import dataclasses
 
-from infer.generate import Config as Plain
+from infer.flags import Config as Plain
 from infer.job import job
 from jaxmix.command import run
 

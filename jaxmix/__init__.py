@@ -16,7 +16,7 @@ from jaxmix.samplers import Guidance, LatentEdit
 from jaxmix.sharding import data_mesh
 from jaxmix.types import InputError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KV",

@@ -205,7 +205,9 @@ def _config_type(main: Callable[[Any], int | None]) -> type:
 def _program_name(main: Callable[[Any], int | None]) -> str:
     module = inspect.getmodule(main)
     spec = getattr(module, "__spec__", None)  # under `python -m` __name__ is '__main__', the spec keeps the real name
-    return f"python -m {spec.name}" if spec is not None else Path(sys.argv[0]).name
+    if spec is None:
+        return Path(sys.argv[0]).name
+    return "python -m " + spec.name.removesuffix(".__main__")  # which a package run by its name has besides
 
 
 def _version() -> str:

@@ -32,7 +32,8 @@ from jaxmix.weights.safetensors import read_header
 from jaxmix.weights.store import save_tree
 from train.scenes import BACKGROUNDS, HELD_OUT_STYLE, STYLES, Scenes
 
-SIZE = 64
+SIZE = 64  # of the pictures that the shipped judges see
+CHANNELS = (32, 64, 128, 128)
 WEIGHTS = Path(__file__).parent / "scenes" / "scorer.safetensors"
 HEADS = ("object", "style", "background")
 
@@ -45,6 +46,9 @@ class Config(FitConfig):
         output_dir: folder for checkpoints and logs.
         weights: the safetensors file to write, or with `evaluate` to read.
         objects: number of objects to tell apart, counted from the start of the atlas.
+        size: width and height of the pictures, pixels; weights that were trained know their own.
+        channels: width of each convolution; all but the last halve the picture.
+        scenes: further arguments of train.scenes.Scenes, such as the arrangement, for training and accuracy.
         blur: share of the training pictures that are blurred a little, as a decoder blurs.
         noise: largest standard deviation of the noise added to training pictures, in [0, 1].
         evaluate: train nothing; print the accuracy of `weights` on real scenes.
@@ -54,6 +58,9 @@ class Config(FitConfig):
     output_dir: str = "runs/scorer"
     weights: str = str(WEIGHTS)
     objects: int = 24
+    size: int = SIZE
+    channels: list[int] = dataclasses.field(default_factory=lambda: list(CHANNELS))
+    scenes: dict[str, Any] = dataclasses.field(default_factory=dict)
     blur: float = 0.5
     noise: float = 0.03
     evaluate: bool = False
@@ -63,18 +70,19 @@ class Config(FitConfig):
 class SceneNet(nn.Module):
     """A strided CNN with three heads.
 
-    Takes images (b, 64, 64, 3) in [0, 1]; gives logits {"object": (b, o), "style": (b, s), "background": (b, k)}.
+    Takes images (b, n, n, 3) in [0, 1]; gives logits {"object": (b, o), "style": (b, s), "background": (b, k)}.
     Style is read from fine texture too, so its head also sees the means of the early layers.
     """
 
     objects: int
     styles: int
     backgrounds: int
-    channels: tuple[int, ...] = (32, 64, 128, 128)
+    channels: tuple[int, ...] = CHANNELS
 
     def setup(self) -> None:
+        last = len(self.channels) - 1
         self.convs = [
-            nn.Conv(width, (3, 3), strides=2 if i < 3 else 1, name=f"convs.{i}")
+            nn.Conv(width, (3, 3), strides=2 if i < last else 1, name=f"convs.{i}")
             for i, width in enumerate(self.channels)
         ]
         self.norms = [nn.GroupNorm(8, name=f"norms.{i}") for i in range(len(self.channels))]
@@ -99,6 +107,14 @@ class SceneNet(nn.Module):
         return {head: layer(features) for head, layer in self.heads.items()}
 
 
+def check_images(images: np.ndarray, size: int) -> np.ndarray:
+    """Return pictures as an array, or say that they are not uint8 (b, size, size, 3)."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise InputError(f"images: found {images.dtype} {images.shape}, expected uint8 (b, {size}, {size}, 3)")
+    return images
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
     """A trained SceneNet with the names of its classes, in the order of its probabilities."""
@@ -107,19 +123,19 @@ class Scorer:
     objects: tuple[str, ...]
     styles: tuple[str, ...]
     backgrounds: tuple[str, ...]
+    size: int = SIZE
+    channels: tuple[int, ...] = CHANNELS
 
     @property
     def net(self) -> SceneNet:
-        return SceneNet(len(self.objects), len(self.styles), len(self.backgrounds))
+        return SceneNet(len(self.objects), len(self.styles), len(self.backgrounds), self.channels)
 
     def __call__(self, images: np.ndarray, batch_size: int = 128) -> dict[str, np.ndarray]:
         """Probabilities {"object": (b, o) each by itself, "style": (b, s), "background": (b, k) summing to one}.
 
-        `images` is uint8 (b, 64, 64, 3).
+        `images` is uint8 (b, size, size, 3).
         """
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
-            raise InputError(f"images: found {images.dtype} {images.shape}, expected uint8 (b, {SIZE}, {SIZE}, 3)")
+        images = check_images(images, self.size)
         parts = []
         for start in range(0, len(images), batch_size):
             rows = images[start : start + batch_size]
@@ -134,20 +150,25 @@ def _judge(net: SceneNet, params: Any, images: jax.Array) -> dict[str, jax.Array
     return {head: jax.nn.sigmoid(x) if head == "object" else jax.nn.softmax(x) for head, x in logits.items()}
 
 
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """Return what a file of weights says of its network: names and numbers, lists of them as tuples."""
+    found = {k: json.loads(v) for k, v in read_header(path).metadata.items() if k != "format"}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+
+
 def load_scorer(path: str | Path = WEIGHTS) -> Scorer:
-    """Loads a trained scorer; its class names are in the file."""
-    names = {key: tuple(json.loads(value)) for key, value in read_header(path).metadata.items() if key != "format"}
-    scorer = Scorer(None, names["objects"], names["styles"], names["backgrounds"])
-    target = jax.eval_shape(scorer.net.init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    """Loads a trained scorer; its class names are in the file, and its size and channels if they are not the usual."""
+    scorer = Scorer(None, **read_facts(path))
+    target = jax.eval_shape(scorer.net.init, jax.random.key(0), jnp.zeros((1, scorer.size, scorer.size, 3)))["params"]
     return dataclasses.replace(scorer, params=load_tree(path, target))
 
 
-def accuracy(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of pictures judged right, against rows of `eval_prompts` (or scenes) of as many objects each.
+def judge(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], Any]:
+    """Judge pictures against rows of `eval_prompts` (or scenes); gives what is right of each, (n,) bool.
 
-    `object` asks the most probable objects (as many as the row has) to be the row's, `any_object` at least one of
-    them, `style` and `background` the most probable one to be right, `all` everything. Also the same by class under
-    `object_by_name`, `style_by_name`, `background_by_name`.
+    `object` asks the most probable objects (as many as the row has different ones) to be the row's, `any_object` at
+    least one of them, `style` and `background` the most probable one to be right, `all` everything. Then the same by
+    class, {head: {name: [bool, ...]}}.
     """
     said = scorer(images)
     styles = [scorer.styles[i] for i in said["style"].argmax(-1)]
@@ -165,16 +186,23 @@ def accuracy(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any
             by_name["object"].setdefault(name, []).append(name in found)
         for head in ("style", "background"):
             by_name[head].setdefault(row[f"{head}_name"], []).append(right[head][-1])
+    arrays = {head: np.array(values, bool) for head, values in right.items()}
+    arrays["all"] = np.logical_and.reduce([arrays[head] for head in HEADS])
+    return arrays, by_name
+
+
+def accuracy(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Shares of pictures judged right, see `judge`, and by class under object_by_name and the like."""
+    right, by_name = judge(scorer, images, rows)
     result: dict[str, Any] = {head: float(np.mean(values)) for head, values in right.items()}
-    result["all"] = float(np.mean([all(v) for v in zip(*(right[head] for head in HEADS), strict=True)]))
     for head, classes in by_name.items():
         result[f"{head}_by_name"] = {name: float(np.mean(values)) for name, values in sorted(classes.items())}
     return result
 
 
-def make_scenes(objects: int, seed: int, **shares: Any) -> Scenes:
+def make_scenes(objects: int, seed: int, size: int = SIZE, **settings: Any) -> Scenes:
     """Scenes of everything the scorer must know: all combinations, and the style that generators never see."""
-    return Scenes(size=SIZE, objects=objects, styles=(*STYLES, HELD_OUT_STYLE), seed=seed, split="all", **shares)
+    return Scenes(size=size, objects=objects, styles=(*STYLES, HELD_OUT_STYLE), seed=seed, split="all", **settings)
 
 
 def make_batches(cfg: Config) -> Callable[[int], Iterator[Any]]:
@@ -190,21 +218,24 @@ def make_batches(cfg: Config) -> Callable[[int], Iterator[Any]]:
             "background": np.int32(scene["background"]),
         }
 
-    dataset = make_dataset(make_scenes(cfg.objects, cfg.seed + 1), cfg.train_batch_size, cfg.seed, row)
+    dataset = make_dataset(
+        make_scenes(cfg.objects, cfg.seed + 1, cfg.size, **cfg.scenes), cfg.train_batch_size, cfg.seed, row
+    )
     return lambda step: iterate(dataset, step, cfg.dataloader_num_workers)
 
 
 def augment(images: jax.Array, key: jax.Array, blur: float, noise: float) -> jax.Array:
-    """Blurs a share of the images (b, h, w, 3) by up to about one pixel and adds noise of a random strength."""
+    """Blurs a share of the images (b, h, w, 3) by up to about a 64th of the width and adds noise."""
     which, how_much, how_noisy, grain = jax.random.split(key, 4)
     rows = (images.shape[0], 1, 1, 1)
     soft = images
+    step = max(images.shape[1] // SIZE, 1)
     for axis in (1, 2):
         pad = [(0, 0)] * 4
-        pad[axis] = (1, 1)
+        pad[axis] = (step, step)
         wide = jnp.pad(soft, pad, mode="edge")
         n = images.shape[axis]
-        parts = [jax.lax.slice_in_dim(wide, k, k + n, axis=axis) for k in range(3)]
+        parts = [jax.lax.slice_in_dim(wide, k * step, k * step + n, axis=axis) for k in range(3)]
         soft = 0.25 * parts[0] + 0.5 * parts[1] + 0.25 * parts[2]
     share = jax.random.uniform(how_much, rows) * (jax.random.uniform(which, rows) < blur)
     strength = noise * jax.random.uniform(how_noisy, rows)
@@ -231,18 +262,20 @@ def make_loss(net: SceneNet, cfg: Config) -> Callable[..., tuple[jax.Array, dict
 def evaluate(cfg: Config) -> dict[str, Any]:
     """Print the accuracy of a scorer on real scenes that it was not trained on; return that of neutral ones."""
     scorer = load_scorer(cfg.weights)
-    kinds = {
+    kinds: dict[str, dict[str, float]] = {
         "one object, neutral": {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0},
         "one object, with aesthetic labels": {"two_objects": 0.0, "three_objects": 0.0, "labelled": 1.0},
         "two objects, neutral": {"two_objects": 1.0, "three_objects": 0.0, "labelled": 0.0},
     }
+    if cfg.scenes.get("arrangement") == "anywhere":
+        kinds["three objects, neutral"] = {"two_objects": 0.0, "three_objects": 1.0, "labelled": 0.0}
     results = []
     for kind, shares in kinds.items():
-        scenes = make_scenes(len(scorer.objects), 990_001 + cfg.seed, **shares)
+        scenes = make_scenes(len(scorer.objects), 990_001 + cfg.seed, scorer.size, **{**cfg.scenes, **shares})
         rows = [scenes[i] for i in range(cfg.eval_scenes)]
         result = accuracy(scorer, np.stack([row["image"] for row in rows]), rows)
         shown = ", ".join(f"{head} {100 * result[head]:.2f} %" for head in (*HEADS, "all"))
-        print(f"{kind}, {len(rows)} fresh real scenes: {shown}")
+        print(f"{kind}, {len(rows)} fresh real scenes: {shown}", flush=True)
         results.append(result)
     for head in HEADS:
         classes = results[0][f"{head}_by_name"]
@@ -256,9 +289,9 @@ def main(cfg: Config) -> int:
     if cfg.evaluate:
         evaluate(cfg)
         return 0
-    scenes = make_scenes(cfg.objects, cfg.seed)
-    net = SceneNet(cfg.objects, len(scenes.styles), len(BACKGROUNDS))
-    params = jax.jit(net.init)(jax.random.key(cfg.seed), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    scenes = make_scenes(cfg.objects, cfg.seed, cfg.size, **cfg.scenes)
+    net = SceneNet(cfg.objects, len(scenes.styles), len(BACKGROUNDS), tuple(cfg.channels))
+    params = jax.jit(net.init)(jax.random.key(cfg.seed), jnp.zeros((1, cfg.size, cfg.size, 3)))["params"]
     optimizer = make_optimizer(cfg)
     state, complete = fit(
         cfg,
@@ -270,8 +303,9 @@ def main(cfg: Config) -> int:
     )
     if not complete:
         return 0
-    names = {"objects": scenes.object_names, "styles": scenes.styles, "backgrounds": BACKGROUNDS}
-    save_tree(state.averaged, cfg.weights, jnp.float16, {key: json.dumps(value) for key, value in names.items()})
+    facts: dict[str, Any] = {"objects": scenes.object_names, "styles": scenes.styles, "backgrounds": BACKGROUNDS}
+    facts.update(size=cfg.size, channels=cfg.channels)
+    save_tree(state.averaged, cfg.weights, jnp.float16, {key: json.dumps(value) for key, value in facts.items()})
     print(f"wrote {cfg.weights}, {Path(cfg.weights).stat().st_size / 1e6:.2f} MB")
     evaluate(cfg)
     return 0

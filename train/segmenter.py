@@ -1,5 +1,8 @@
 """Train and apply the judge of composition: a small network that says where the objects of a picture stand.
 
+With `by_name` it also says on a coarse grid which object is where, so that places and relations that a caption names
+can be read from a picture.
+
 It is trained on real scenes alone, labelled ones included, and never sees a generated picture. What it is worth on
 fresh real scenes, and on the same after a round trip through the embedded model's autoencoder, is printed with
 
@@ -10,7 +13,9 @@ fresh real scenes, and on the same after a round trip through the embedded model
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +33,13 @@ from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
 from jaxmix.weights.load import load_tree
 from jaxmix.weights.store import save_tree
-from train.scenes import off_centre
-from train.scorer import SIZE, augment, make_scenes
+from train.scenes import off_centre, place_of, relation_of, told
+from train.scorer import SIZE, augment, check_images, make_scenes, read_facts
 
 WEIGHTS = Path(__file__).parent / "scenes" / "segmenter.safetensors"
+CHANNELS = (24, 40, 56)
+PATCHES = 32  # patches of a side; what a patch shows is read and written at once
+CELLS = PATCHES // 2  # cells of a side, in which objects have names
 PRESENT = 0.5  # probability from which a row or column counts as one that an object reaches
 
 
@@ -43,10 +51,15 @@ class Config(FitConfig):
         output_dir: folder for checkpoints and logs.
         weights: the safetensors file to write, or with `evaluate` to read.
         objects: number of objects on the training pictures, counted from the start of the atlas.
+        by_name: tell them apart too.
+        size: width and height of the pictures, pixels; weights that were trained know their own.
+        channels: width of the network at a whole, a half and a quarter of its grid of patches.
+        scenes: further arguments of train.scenes.Scenes, such as the arrangement, for training and accuracy.
         labelled: share of the training pictures with aesthetic labels (blurred, dark, dull, off-centre ...).
         blur: share of the training pictures that are blurred a little, as a decoder blurs.
         noise: largest standard deviation of the noise added to training pictures, in [0, 1].
         profile_weight: weight of the loss of the rows and columns against that of the pixels.
+        name_weight: weight of the loss of the names against that of the pixels.
         evaluate: train nothing; print what `weights` are worth on real scenes.
         eval_scenes: fresh scenes of each kind for that.
     """
@@ -54,27 +67,42 @@ class Config(FitConfig):
     output_dir: str = "runs/segmenter"
     weights: str = str(WEIGHTS)
     objects: int = 96
+    by_name: bool = False
+    size: int = SIZE
+    channels: list[int] = dataclasses.field(default_factory=lambda: list(CHANNELS))
+    scenes: dict[str, Any] = dataclasses.field(default_factory=dict)
     labelled: float = 0.6
     blur: float = 0.7
     noise: float = 0.03
     profile_weight: float = 1.0
+    name_weight: float = 1.0
     evaluate: bool = False
     eval_scenes: int = 1000
 
 
 class SegmentNet(nn.Module):
-    """A small U-Net on 2x2 patches: images (b, 64, 64, 3) in [0, 1] to mask logits (b, 64, 64)."""
+    """A small U-Net on 32x32 patches: images (b, n, n, 3) in [0, 1] to mask logits (b, n, n).
 
-    channels: tuple[int, ...] = (24, 40, 56)
+    With `names` also to logits (b, 16, 16, names + 1) of which object a cell of the picture shows, none first.
+    """
+
+    names: int = 0
+    channels: tuple[int, ...] = CHANNELS
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         def layer(x: jax.Array, width: int, name: str, stride: int = 1) -> jax.Array:
             x = nn.Conv(width, (3, 3), strides=stride, name=f"{name}.conv")(x)
             return nn.relu(nn.GroupNorm(8, name=f"{name}.norm")(x))
 
         b, h, w, c = images.shape
-        x = (images * 2.0 - 1.0).reshape(b, h // 2, 2, w // 2, 2, c).swapaxes(2, 3).reshape(b, h // 2, w // 2, 4 * c)
+        p = h // PATCHES
+        x = (
+            (images * 2.0 - 1.0)
+            .reshape(b, h // p, p, w // p, p, c)
+            .swapaxes(2, 3)
+            .reshape(b, h // p, w // p, p * p * c)
+        )
         skips = []
         for i, width in enumerate(self.channels):
             x = layer(x, width, f"down.{i}", stride=1 if i == 0 else 2)
@@ -82,41 +110,62 @@ class SegmentNet(nn.Module):
         # An object can be as large as the picture: here each place sees nearly all of it.
         for i in range(2):
             x = x + layer(x, self.channels[-1], f"mid.{i}")
+        cells = None
         for i, width in reversed(list(enumerate(self.channels[:-1]))):
             x = x.repeat(2, 1).repeat(2, 2)
             x = layer(jnp.concatenate([x, skips[i]], -1), width, f"up.{i}")
-        x = nn.Conv(4, (3, 3), name="out")(x)
-        return x.reshape(b, h // 2, w // 2, 2, 2).swapaxes(2, 3).reshape(b, h, w)
+            if i == 1 and self.names:
+                cells = nn.Conv(self.names + 1, (3, 3), name="names")(layer(x, 2 * width, "cells"))
+        x = nn.Conv(p * p, (3, 3), name="out")(x)
+        return x.reshape(b, h // p, w // p, p, p).swapaxes(2, 3).reshape(b, h, w), cells
 
 
 @dataclasses.dataclass(frozen=True)
 class Segmenter:
-    """A trained SegmentNet: probabilities that each pixel belongs to an object."""
+    """A trained SegmentNet: probabilities that each pixel belongs to an object, and each cell to one by name."""
 
     params: Any
+    size: int = SIZE
+    channels: tuple[int, ...] = CHANNELS
+    names: tuple[str, ...] = ()
+
+    @property
+    def net(self) -> SegmentNet:
+        return SegmentNet(len(self.names), self.channels)
 
     def __call__(self, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
-        """Probabilities (b, 64, 64) float32 for images uint8 (b, 64, 64, 3)."""
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
-            raise InputError(f"images: found {images.dtype} {images.shape}, expected uint8 (b, {SIZE}, {SIZE}, 3)")
+        """Probabilities (b, size, size) float32 for images uint8 (b, size, size, 3)."""
+        return self._apply(images, batch_size)[0]
+
+    def by_name(self, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
+        """Probabilities (b, 16, 16, names) float32 that a cell of an image shows an object, in the order of `names`."""
+        if not self.names:
+            raise InputError("by_name: found a segmenter without names, expected one that was trained with by_name")
+        return self._apply(images, batch_size)[1][..., 1:]
+
+    def _apply(self, images: np.ndarray, batch_size: int) -> list[Any]:
+        images = check_images(images, self.size)
         parts = []
         for start in range(0, len(images), batch_size):
             rows = images[start : start + batch_size]
             padded = np.concatenate([rows, np.zeros((batch_size - len(rows), *rows.shape[1:]), np.uint8)])
-            parts.append(np.asarray(_segment(self.params, padded)))
-        return np.concatenate(parts)[: len(images)]
+            parts.append(jax.device_get(_segment(self.net, self.params, padded)))
+        joined = [p if p[0] is None else np.concatenate(p)[: len(images)] for p in zip(*parts, strict=True)]
+        return joined
 
 
-@jax.jit
-def _segment(params: Any, images: jax.Array) -> jax.Array:
-    return jax.nn.sigmoid(SegmentNet().apply({"params": params}, images.astype(jnp.float32) / 255.0))
+@functools.partial(jax.jit, static_argnums=0)
+def _segment(net: SegmentNet, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    pixels, cells = net.apply({"params": params}, images.astype(jnp.float32) / 255.0)
+    return jax.nn.sigmoid(pixels), None if cells is None else jax.nn.softmax(cells)
 
 
 def load_segmenter(path: str | Path = WEIGHTS) -> Segmenter:
-    """Loads a trained segmenter."""
-    target = jax.eval_shape(SegmentNet().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
-    return Segmenter(load_tree(path, target))
+    """Loads a trained segmenter; its size, channels and names are in the file if they are not the usual."""
+    segmenter = Segmenter(None, **read_facts(path))
+    images = jnp.zeros((1, segmenter.size, segmenter.size, 3))
+    target = jax.eval_shape(segmenter.net.init, jax.random.key(0), images)["params"]
+    return dataclasses.replace(segmenter, params=load_tree(path, target))
 
 
 def middle(probabilities: np.ndarray) -> np.ndarray:
@@ -142,15 +191,51 @@ def distance_from_middle(probabilities: np.ndarray) -> np.ndarray:
     return np.hypot(*(middle(probabilities) - np.array([h, w]) / 2).T) / w
 
 
+def stands(segmenter: Segmenter, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Say whether the objects of pictures stand where their captions say, one value a picture.
+
+    Rows are those of `eval_prompts`: `object_names`, `places`, `facts`. place: every object is at its place, 1 or 0,
+    NaN where no place is said; relation: all facts hold, likewise. An object that is not found stands nowhere.
+    """
+    whole, named = middle(segmenter(images)), segmenter.by_name(images)
+    found: dict[str, list[float]] = {"place": [], "relation": []}
+    for i, row in enumerate(rows):
+        maps = [named[i, ..., segmenter.names.index(name)] for name in row["object_names"]]
+        where = [whole[i]] if len(maps) == 1 else list(middle(np.stack(maps)) * segmenter.size / named.shape[1])
+        where = [w / segmenter.size - 0.5 for w in where]
+        places = [place_of(*w) == place for w, place in zip(where, row["places"], strict=False) if np.isfinite(w).all()]
+        found["place"].append(float(sum(places) == len(where)) if row["places"] else np.nan)
+        said = []
+        for a, b, relation in row["facts"]:
+            known = np.isfinite(where[a]).all() and np.isfinite(where[b]).all()
+            said.append(known and relation_of(*(where[b] - where[a])) == (relation, True))
+        found["relation"].append(float(all(said)) if said else np.nan)
+    return {name: np.array(values) for name, values in found.items()}
+
+
 def make_batches(cfg: Config) -> Callable[[int], Iterator[Any]]:
-    """Return step -> iterator over batches of pictures and the masks of their objects, (b, 64, 64) bool."""
+    """Return step -> iterator over batches of pictures and the masks of their objects, (b, n, n) bool.
+
+    With `by_name` also how much of each cell each object covers, (b, 3, 16, 16), and which objects they are, (b, 3).
+    """
 
     def row(scene: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return {"image": scene["image"], "mask": scene["masks"].any(0)}
+        found = {"image": scene["image"], "mask": scene["masks"].any(0)}
+        if cfg.by_name:
+            masks, side = scene["masks"], cfg.size // CELLS
+            covered = masks.reshape(len(masks), CELLS, side, CELLS, side).mean((2, 4), dtype=np.float32)
+            found |= {"covered": covered, "objects": scene["objects"]}
+        return found
 
-    shares = {"two_objects": 0.25, "three_objects": 0.05, "labelled": cfg.labelled}
-    dataset = make_dataset(make_scenes(cfg.objects, cfg.seed + 1, **shares), cfg.train_batch_size, cfg.seed, row)
+    shares = {"two_objects": 0.25, "three_objects": 0.05, "labelled": cfg.labelled, **cfg.scenes}
+    scenes = make_scenes(cfg.objects, cfg.seed + 1, cfg.size, **shares)
+    dataset = make_dataset(scenes, cfg.train_batch_size, cfg.seed, row)
     return lambda step: iterate(dataset, step, cfg.dataloader_num_workers)
+
+
+def make_net(cfg: Config) -> SegmentNet:
+    """Return the network of a config."""
+    return SegmentNet(cfg.objects if cfg.by_name else 0, tuple(cfg.channels))
 
 
 def make_loss(cfg: Config) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
@@ -161,11 +246,18 @@ def make_loss(cfg: Config) -> Callable[..., tuple[jax.Array, dict[str, jax.Array
 
     def loss_fn(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         images = augment(batch["image"].astype(jnp.float32) / 255.0, key, cfg.blur, cfg.noise)
-        logits, mask = SegmentNet().apply({"params": params}, images), batch["mask"]
+        (logits, cells), mask = make_net(cfg).apply({"params": params}, images), batch["mask"]
         # The edges of the bounding box hang on single pixels, which the mean over all pixels hardly sees.
         profiles = jnp.stack([entropy(logits.max(axis), mask.max(axis)) for axis in (1, 2)]).mean()
         losses = {"pixel_loss": entropy(logits, mask), "profile_loss": profiles}
-        return losses["pixel_loss"] + cfg.profile_weight * profiles, losses
+        total = losses["pixel_loss"] + cfg.profile_weight * profiles
+        if cells is not None:
+            names = jax.nn.one_hot(batch["objects"], cfg.objects)  # of no object, -1, all zeros
+            shares = jnp.einsum("bkyx,bko->byxo", batch["covered"], names)
+            shares = jnp.concatenate([1.0 - shares.sum(-1, keepdims=True), shares], -1)
+            losses["name_loss"] = optax.softmax_cross_entropy(cells, shares).mean()
+            total += cfg.name_weight * losses["name_loss"]
+        return total, losses
 
     return loss_fn
 
@@ -192,21 +284,31 @@ def scores(segmenter: Segmenter, images: np.ndarray, rows: Sequence[dict[str, An
 
 
 def evaluate(cfg: Config) -> dict[str, dict[str, float]]:
-    """Print and return the scores on real scenes of the embedded model's objects, as they are and round-tripped."""
+    """Print and return the scores on real scenes of the embedded model's objects.
+
+    As they are, and round-tripped through the embedded model's autoencoder where that has the segmenter's size.
+    """
     segmenter, pipe = load_segmenter(cfg.weights), jaxmix.load("mini")
-    kinds = {
+    round_trip = pipe.latent_shape[0] * pipe.vae.config.factor == segmenter.size
+    kinds: dict[str, dict[str, float]] = {
         "one object, neutral": {"two_objects": 0.0, "labelled": 0.0},
         "one object, with aesthetic labels": {"two_objects": 0.0, "labelled": 1.0},
         "two objects, neutral": {"two_objects": 1.0, "labelled": 0.0},
     }
+    if cfg.scenes.get("arrangement") == "anywhere":
+        kinds["three objects, neutral"] = {"two_objects": 0.0, "three_objects": 1.0, "labelled": 0.0}
     results = {}
     for kind, shares in kinds.items():
-        scenes = make_scenes(24, 990_002 + cfg.seed, three_objects=0.0, **shares)
+        settings = {**cfg.scenes, "three_objects": 0.0, **shares}
+        scenes = make_scenes(24, 990_002 + cfg.seed, segmenter.size, **settings)
         rows = [scenes[i] for i in range(cfg.eval_scenes)]
         images = np.stack([row["image"] for row in rows])
-        batches = [images[i : i + 50] for i in range(0, len(images), 50)]
-        decoded = np.concatenate([pipe.decode(pipe.encode_images(batch)) for batch in batches])
-        for name, pictures in ((kind, images), (f"{kind}, after the autoencoder", decoded)):
+        shown = {kind: images}
+        if round_trip:
+            batches = [images[i : i + 50] for i in range(0, len(images), 50)]
+            decoded = np.concatenate([pipe.decode(pipe.encode_images(batch)) for batch in batches])
+            shown[f"{kind}, after the autoencoder"] = decoded
+        for name, pictures in shown.items():
             results[name] = found = scores(segmenter, pictures, rows)
             print(
                 f"{name}, {len(rows)} fresh real scenes: IoU {found['iou']:.3f}, centre of the bounding box off by "
@@ -214,7 +316,25 @@ def evaluate(cfg: Config) -> dict[str, dict[str, float]]:
                 f"{found['correlation']:.3f}, nothing found in {100 * found['lost']:.1f} %",
                 flush=True,
             )
+    if segmenter.names:
+        for count in (1, 2, 3):
+            results[f"places of {count}"] = said = place_accuracy(segmenter, count, cfg.eval_scenes, cfg.seed)
+            print(
+                f"{count} objects where the caption says: " + ", ".join(f"{k} {100 * v:.2f} %" for k, v in said.items())
+            )
     return results
+
+
+def place_accuracy(segmenter: Segmenter, count: int, n: int, seed: int) -> dict[str, float]:
+    """Return the share of n fresh real scenes of `count` objects on which the words for places and relations hold."""
+    shares = {"two_objects": float(count == 2), "three_objects": float(count == 3), "labelled": 0.0, "counts": 0.0}
+    scenes = make_scenes(
+        len(segmenter.names), 990_003 + seed, segmenter.size, arrangement="anywhere", place_words=1.0, **shares
+    )
+    rows = [scenes[i] for i in range(n)]
+    rows = [{**row, "facts": told(row["relation"], row["places"], count)} for row in rows]
+    found = stands(segmenter, np.stack([row["image"] for row in rows]), rows)
+    return {name: float(np.nanmean(values)) for name, values in found.items() if np.isfinite(values).any()}
 
 
 def main(cfg: Config) -> int:
@@ -223,7 +343,9 @@ def main(cfg: Config) -> int:
     if cfg.evaluate:
         evaluate(cfg)
         return 0
-    params = jax.jit(SegmentNet().init)(jax.random.key(cfg.seed), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    if cfg.size % (2 * PATCHES):
+        raise InputError(f"size: found {cfg.size}, expected a multiple of {2 * PATCHES}")
+    params = jax.jit(make_net(cfg).init)(jax.random.key(cfg.seed), jnp.zeros((1, cfg.size, cfg.size, 3)))["params"]
     optimizer = make_optimizer(cfg)
     state, complete = fit(
         cfg,
@@ -235,7 +357,9 @@ def main(cfg: Config) -> int:
     )
     if not complete:
         return 0
-    save_tree(state.averaged, cfg.weights, jnp.float16)
+    names = make_scenes(cfg.objects, cfg.seed).object_names if cfg.by_name else ()
+    facts = {"size": cfg.size, "channels": cfg.channels, "names": names}
+    save_tree(state.averaged, cfg.weights, jnp.float16, {key: json.dumps(value) for key, value in facts.items()})
     print(f"wrote {cfg.weights}, {Path(cfg.weights).stat().st_size / 1e3:.0f} kB")
     evaluate(cfg)
     return 0

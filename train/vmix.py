@@ -46,7 +46,7 @@ class Config(PictureConfig, DiffusionConfig):
         rank: of the LoRA; 0 trains none.
         lora_alpha: the LoRA is scaled by lora_alpha / rank; null for rank.
         lora_targets: regular expression, searched in the names of the UNet's modules.
-        train_data_dir: pictures with a metadata.jsonl, WebDataset tars, or a cache by scripts.cache_latents.
+        train_data_dir: pictures with a metadata.jsonl, WebDataset tars, or a cache by train.cache_latents.
         text_column: of the metadata, the caption.
         image_column: of the metadata, the picture's file.
         scenes: arguments of train.scenes.Scenes, instead of train_data_dir.

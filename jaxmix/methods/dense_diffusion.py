@@ -61,9 +61,7 @@ def dense_diffusion(
     method = DenseDiffusion(layouts, cross, self_, area, window, sites, splice, strict)
     placed = place(pipe, prompts, layouts)
     context = np.array(pipe.encode_prompt(prompts).context)
-    return DenseLayout(
-        method._control(pipe, placed), jnp.asarray(_splice(pipe, context, placed) if splice else context)
-    )
+    return DenseLayout(method.control(pipe, placed), jnp.asarray(_splice(pipe, context, placed) if splice else context))
 
 
 def place(pipe: Pipeline, prompts: Sequence[str], layouts: Sequence[Sequence[Segment]]) -> Placed:
@@ -143,12 +141,12 @@ class DenseDiffusion(Method):
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control, which needs no text encoder."""
-        return request.add(controls=(self._control(pipe, place(pipe, request.prompts, self.layouts)),))
+        return request.add(controls=(self.control(pipe, place(pipe, request.prompts, self.layouts)),))
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control, and put the states of the phrases into those of the prompts."""
         placed = place(pipe, request.prompts, self.layouts)
-        request = request.add(controls=(self._control(pipe, placed),))
+        request = request.add(controls=(self.control(pipe, placed),))
         if not self.splice:
             return request
         text = request.states(pipe)
@@ -156,7 +154,8 @@ class DenseDiffusion(Method):
         spliced = dataclasses.replace(text, context=text.context.at[:, 1].set(context))
         return dataclasses.replace(request, text=spliced)
 
-    def _control(self, pipe: Pipeline, placed: Placed) -> dense.DenseDiffusionControl:
+    def control(self, pipe: Pipeline, placed: Placed) -> dense.DenseDiffusionControl:
+        """Return the control of placed layouts."""
         return dense.bind(
             placed.masks,
             placed.owners,

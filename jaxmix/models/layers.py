@@ -148,7 +148,7 @@ def _convolve_beside_jvp(stride: int, padding: Padding, primals: Any, tangents: 
 
 def _convolve_by_product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     # Where there are few pixels and many channels, reading the kernel is all the work, and XLA:CPU's convolutions take
-    # many times as long as one product of patches with the kernel (scripts.bench_changes, SD 1.5 at 16x16).
+    # many times as long as one product of patches with the kernel (scripts.bench.changes, SD 1.5 at 16x16).
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     h, w = ((side - 3) // stride + 1 for side in x.shape[1:3])
     patches = [

@@ -31,15 +31,15 @@ def pack(n: int, batch_size: int | None, devices: int, groups: Sequence[int] | N
     device. A device's share is filled up with its last group again as often as it fits, which then has its last image
     again. Raises `InputError` for groups that are not the ``n`` images, or too large for a share.
     """
-    together = -(-min(batch_size or n, n) // devices) * devices
     if groups is None:
+        together = -(-min(batch_size or n, n) // devices) * devices
         for first in range(0, n, together):
             some = np.minimum(np.arange(first, first + together), n - 1)
             yield Batch(some, np.arange(min(together, n - first)), (1,) * together)
         return
     if sum(groups) != n or min(groups) < 1:
         raise InputError(f"groups: found sizes {list(groups)}, expected that they sum to the {n} images")
-    share = together // devices
+    share = -(-(batch_size or n) // devices)
     if max(groups) > share:
         if batch_size is not None:
             raise InputError(
@@ -55,6 +55,7 @@ def pack(n: int, batch_size: int | None, devices: int, groups: Sequence[int] | N
         if shares[-1] and sum(groups[k] for k in shares[-1]) + groups[g] > share:
             shares.append([])
         shares[-1].append(g)
+    share = max(sum(groups[k] for k in held) for held in shares)  # no more than is needed
     counted = len(shares)
     shares += [shares[-1]] * (-len(shares) % devices)
     for first in range(0, len(shares), devices):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from jaxmix.pipeline.batches import Batch, of_shape, pack, to_uint8
 from jaxmix.pipeline.inverted import Inverted, invert_rows
 from jaxmix.pipeline.job import Denoiser, Job, denoise
 from jaxmix.pipeline.parts import Parts
-from jaxmix.pipeline.request import WEIGHTS, Method, Request, Sizes, WeightEdit, common_groups
+from jaxmix.pipeline.renamed import translate
+from jaxmix.pipeline.request import WEIGHTS, Method, Request, Sizes, WeightEdit, common_groups, ordered
 from jaxmix.pipeline.saving import save_pipeline
 from jaxmix.rows import Text
 from jaxmix.samplers import (
@@ -36,7 +36,6 @@ from jaxmix.samplers import (
     FromImage,
     Inpaint,
     Pin,
-    Unguided,
     make_solver,
     seed_array,
     stack,
@@ -45,7 +44,6 @@ from jaxmix.sharding import DATA
 from jaxmix.types import AnyArray, Array, InputError
 
 OUTPUTS = ("uint8", "float", "latent")
-_RENAMED = ("pinned", "fusion", "context", "start", "guided", "original_size", "crop", "target_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +96,9 @@ class Pipeline(Parts):
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
-        controls: Sequence[Control] = (),
+        controls: Control | Sequence[Control] = (),
         *,
-        methods: Sequence[Method] = (),
+        methods: Method | Sequence[Method] = (),
         negative_prompts: Sequence[str | None] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -146,17 +144,17 @@ class Pipeline(Parts):
             strength=strength,
             masks=masks,
             latents=latents,
-            controls=tuple(controls),
+            controls=(controls,) if isinstance(controls, Control) else tuple(controls),
         )
         if renamed:
-            request, methods = self._renamed(request, tuple(methods), renamed)
+            request, methods = translate(self, request, methods, renamed)
         how: dict[str, Any] = {"mesh": mesh, "output": output, "batch_size": batch_size, "tile": tile}
         return self.draw(request, methods, **how, callback=callback, progress=progress)
 
     def draw(
         self,
         request: Request,
-        methods: Sequence[Method] = (),
+        methods: Method | Sequence[Method] = (),
         *,
         mesh: Mesh | None = None,
         output: str = "uint8",
@@ -180,8 +178,8 @@ class Pipeline(Parts):
             raise InputError(f"output={output!r}: expected 'uint8', 'float' or 'latent'")
         if callback is not None:
             raise InputError("callback: found one, expected None: nothing calls it yet")
+        methods = ordered(methods)
         request = self.check(request, methods)
-        methods = sorted(methods, key=lambda method: method.when)
         done: list[np.ndarray] = []
         waiting: tuple[Array, np.ndarray] | None = None
         for batch in self._batches(request, methods, mesh, batch_size):
@@ -196,16 +194,13 @@ class Pipeline(Parts):
         assert waiting is not None, "a request has an image"
         return np.concatenate([*done, _finish(*waiting, output)])
 
-    def check(self, request: Request, methods: Sequence[Method] = ()) -> Request:
+    def check(self, request: Request, methods: Method | Sequence[Method] = ()) -> Request:
         """Return the request with everything filled in; raises `InputError` for all that `draw` would raise it for.
 
         Nothing is compiled: a job of many requests can find what is wrong with any before it draws the first.
         """
-        for method in methods:
-            if not isinstance(method, Method):
-                raise InputError(f"methods: found {type(method).__name__}, expected a method such as MagicFusion")
+        methods = ordered(methods)
         request = sketch = request.checked(self)
-        methods = sorted(methods, key=lambda method: method.when)
         wide = next((m for m in methods if getattr(m, "adds_rows", False)), None)
         beside = [type(m).__name__ for m in methods if m is not wide and m.when > WEIGHTS]
         if wide is not None and beside:
@@ -358,41 +353,6 @@ class Pipeline(Parts):
         ``dtype`` (such as ``jnp.float16``) casts the weights on the way.
         """
         save_pipeline(self, path, dtype)
-
-    # The last release ----------------------------------------------------------------------------------------------
-
-    def _renamed(
-        self, request: Request, methods: tuple[Method, ...], renamed: dict[str, Any]
-    ) -> tuple[Request, tuple[Method, ...]]:
-        """Return the request and methods that the keywords of the last release stand for."""
-        if unknown := sorted(set(renamed) - set(_RENAMED)):
-            raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
-        warnings.warn(
-            f"generate({', '.join(f'{name}=' for name in renamed)}) is now said by methods=, or by Pipeline.draw of a "
-            "Request; the keyword goes with the next release",
-            DeprecationWarning,
-            stacklevel=3,
-        )
-        if renamed.get("fusion") is not None:
-            methods = (*methods, renamed["fusion"])
-        if renamed.get("pinned") is not None:
-            request = request.add(edits=(renamed["pinned"],))
-        if renamed.get("guided") is False:
-            request = request.add(guidance=(Unguided(),))
-        if renamed.get("start"):
-            request = dataclasses.replace(request, span=(renamed["start"], None))
-        told_sizes = [renamed.get(name) for name in ("original_size", "crop", "target_size")]
-        if any(told_sizes):
-            full = request.checked(self)
-            assert full.sizes is not None
-            sizes = Sizes(*(tuple(a or b) for a, b in zip(told_sizes, full.sizes, strict=True)))
-            request = dataclasses.replace(request, sizes=sizes)
-        if renamed.get("context") is not None:
-            states = request.checked(self).states(self)
-            context = of_shape("context", renamed["context"], states.context[:, 1].shape)
-            spliced = dataclasses.replace(states, context=states.context.at[:, 1].set(context))
-            request = dataclasses.replace(request, text=spliced)
-        return request, methods
 
 
 def _finish(x: Array, kept: np.ndarray, output: str) -> np.ndarray:

@@ -289,6 +289,20 @@ def is_list(value: Any) -> bool:
     return not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__len__")
 
 
+def ordered(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
+    """Return methods, or a single one, in the order in which they are applied.
+
+    Raises `InputError` for what is no method.
+    """
+    given: Any = (methods,) if isinstance(methods, Method) or not hasattr(methods, "__iter__") else tuple(methods)
+    for method in given:
+        if not isinstance(method, Method):
+            kind = type(method).__name__
+            hint = f"{kind}.on(...)" if hasattr(method, "on") else "one such as MagicFusion(...)"
+            raise InputError(f"methods: found {kind}, expected {hint}")
+    return tuple(sorted(given, key=lambda method: method.when))
+
+
 def common_groups(methods: Sequence[Method], n: int) -> Sequence[int] | None:
     """Return the groups in which the images must be drawn; raises `InputError` where methods want different ones."""
     found: list[tuple[str, list[int]]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,9 @@ def save_folder(pipe: Parts, folder: str | Path, dtype: Any = None) -> None:
         save_tree(pipe.params[part], folder / part / _FILES[part], dtype=dtype)
         write_config(getattr(pipe, part).config.to_dict(), folder / part / "config.json")
     write_config(pipe.schedule.to_config(), folder / "scheduler" / "scheduler_config.json")
-    _save_tokenizer(pipe.tokenizer, folder / "tokenizer")
+    _save_tokenizer(pipe.tokenizer, folder / "tokenizer", pipe.text_encoder.config.max_position_embeddings)
     if pipe.text_encoder_2 is not None:
-        _save_tokenizer(pipe.tokenizer_2, folder / "tokenizer_2")
+        _save_tokenizer(pipe.tokenizer_2, folder / "tokenizer_2", pipe.text_encoder_2.config.max_position_embeddings)
     save_extras(pipe.extras, folder)
     write_config(_index(pipe), folder / "model_index.json")
 
@@ -85,8 +86,13 @@ def _index(pipe: Parts) -> dict[str, Any]:
     }
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path, length: int) -> None:
     if not isinstance(tokenizer, (str, Path)):
         tokenizer.save_pretrained(str(folder))
     elif Path(tokenizer).resolve() != folder.resolve():
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    config = folder / "tokenizer_config.json"
+    found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    # diffusers pads to this length and not to the encoder's; a tokenizer may be trained with a longer encoder.
+    if found.get("model_max_length", length) != length:
+        config.write_text(json.dumps({**found, "model_max_length": length}, indent=2) + "\n", encoding="utf-8")

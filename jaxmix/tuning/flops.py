@@ -1,4 +1,4 @@
-"""How much of a device a training step uses: FLOPs of a step, peak rates, memory of a compiled program."""
+"""How much of a device a program uses: its FLOPs, the peak rates of devices, memory once it is compiled."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _PEAKS = (
     ("TPU v4", 275.0, 275.0),
     ("H200", 989.4, 494.7),
     ("H100 PCIe", 756.0, 378.0),
+    ("H100 NVL", 835.5, 417.7),
     ("H100", 989.4, 494.7),
     ("A100", 312.0, 156.0),
 )
@@ -46,13 +47,20 @@ def peak(devices: Sequence[Any], dtype: Any) -> Peak:
     and now, which a busy machine lowers. The virtual devices of a CPU share it: it counts once a process.
     """
     kind = devices[0].device_kind
-    for name, half, single in _PEAKS:
-        if name.lower() in kind.lower():
-            rate = half if jnp.dtype(dtype) == jnp.bfloat16 else single
-            return Peak(rate * 1e12 * len(devices), f"{len(devices)} x {kind}")
+    rate = data_sheet_rate(kind, dtype)
+    if rate is not None:
+        return Peak(rate * len(devices), f"{len(devices)} x {kind}")
     on_cpu = devices[0].platform == "cpu"
     count = len({d.process_index for d in devices}) if on_cpu else len(devices)
     return Peak(_measured_rate() * count, f"measured float32 matrix product, {count} x {kind}")
+
+
+def data_sheet_rate(kind: str, dtype: Any) -> float | None:
+    """Return the dense FLOP/s of one device of a kind for products in `dtype`, None for a kind not in the table."""
+    for name, half, single in _PEAKS:
+        if name.lower() in kind.lower():
+            return 1e12 * (half if jnp.dtype(dtype) == jnp.bfloat16 else single)
+    return None
 
 
 def _measured_rate(size: int = 1024, repeats: int = 3) -> float:

@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmix.released import RELEASED
 from jaxmix.types import InputError
 from jaxmix.weights.single_file_kinds import Shapes
 from jaxmix.weights.single_file_names import UNET, VAE, is_open_clip, text_prefixes
 
-_SCALING = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
+_MODELS = {"sd1": "sd15", "sd2": "sd21_base", "sdxl": "sdxl"}  # whose values a family takes where shapes are silent
 _PER_BLOCK = ("attention_head_dim", "transformer_layers_per_block")
 _DEFAULTS = {
     "attention_head_dim": 8,
@@ -62,7 +63,8 @@ _FULL_OPEN_CLIP, _USED_OPEN_CLIP = 24, 23  # Stable Diffusion 2 reads the state 
 def read_configs(where: str, family: str, shapes: Shapes, prediction_type: str) -> dict[str, dict[str, Any]]:
     """Returns the config of every part; raises InputError for shapes that no supported model has."""
     # Only Stable Diffusion 2 has two sizes: v prediction was trained at 768 pixels, epsilon at 512.
-    size = {"sd1": 64, "sd2": 96 if prediction_type == "v_prediction" else 64, "sdxl": 128}[family]
+    model = "sd21" if family == "sd2" and prediction_type == "v_prediction" else _MODELS[family]
+    size = RELEASED[model]["unet"]["sample_size"]
     unet = _unet(where, family, shapes, size)
     vae = _vae(where, family, shapes)
     vae["sample_size"] = size * 2 ** (len(vae["block_out_channels"]) - 1)
@@ -91,18 +93,7 @@ def read_configs(where: str, family: str, shapes: Shapes, prediction_type: str) 
 
 def scheduler_config(family: str, prediction_type: str, zero_terminal_snr: bool) -> dict[str, Any]:
     """Returns the `scheduler_config.json` of a family: one noise schedule for all of them."""
-    config: dict[str, Any] = {
-        "_class_name": "EulerDiscreteScheduler" if family == "sdxl" else "DDIMScheduler",
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "prediction_type": prediction_type,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-    }
-    if family != "sdxl":
-        config |= {"clip_sample": False, "set_alpha_to_one": False}
+    config = {**RELEASED[_MODELS[family]]["scheduler"], "prediction_type": prediction_type}
     if zero_terminal_snr:
         # The last timestep, where there is no signal, must be visited (arXiv 2305.08891).
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -210,7 +201,7 @@ def _vae(where: str, family: str, shapes: Shapes) -> dict[str, Any]:
         "layers_per_block": len(_indices(shapes, f"{VAE}encoder.down.0.block.")),
         "latent_channels": _shape(where, shapes, f"{VAE}decoder.conv_in.weight")[1],
         "norm_num_groups": math.gcd(32, *channels),
-        "scaling_factor": _SCALING[family],
+        "scaling_factor": RELEASED[_MODELS[family]]["vae"]["scaling_factor"],
         "use_quant_conv": f"{VAE}quant_conv.weight" in shapes,
         "use_post_quant_conv": f"{VAE}post_quant_conv.weight" in shapes,
         "mid_block_add_attention": f"{VAE}decoder.mid.attn_1.q.weight" in shapes,

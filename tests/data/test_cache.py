@@ -13,8 +13,8 @@ from jaxmix.command import parse
 from jaxmix.rows import Text
 from jaxmix.tuning.data import make_dataset
 from jaxmix.types import InputError
-from scripts import cache_latents
 from tests.data.made import DIMENSIONS, make_folder, make_tars, row, spoil
+from train import cache_latents
 from train.data import ImageFolder, LatentCache, PictureConfig, Pictures, open_batches, open_source
 from train.data.cache import decode_record, encode_record
 
@@ -183,7 +183,7 @@ def test_a_stopped_run_keeps_its_finished_shards_and_gives_the_same_cache(
         cache_latents.main(cfg)
     (finished,) = tmp_path.glob("*.array_record")
     before = finished.stat().st_mtime_ns
-    with pytest.raises(InputError, match=r"it is not finished: run scripts.cache_latents again"):
+    with pytest.raises(InputError, match=r"it is not finished: run train.cache_latents again"):
         open_source(tmp_path)
     monkeypatch.setattr(cache_latents, "encode_record", encode)
     cache_latents.main(cfg)

@@ -212,7 +212,7 @@ def test_what_a_path_holds_is_told_apart(tmp_path):
         (tmp_path / "empty", "found an empty folder, expected pictures with a metadata.jsonl, tars, or a cache"),
         (tmp_path / "other", r"found a\.parquet, expected"),
         (tmp_path / "other" / "a.parquet", "this is a file"),
-        (tmp_path / "half", "it is not finished: run scripts.cache_latents again"),
+        (tmp_path / "half", "it is not finished: run train.cache_latents again"),
     ]:
         with pytest.raises(InputError, match=words):
             open_source(path)

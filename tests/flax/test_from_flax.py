@@ -17,6 +17,7 @@ import pytest
 
 from jaxmix.models import AddedCond, AutoencoderKL, UNet2DConditionModel, UNetConfig
 from jaxmix.pipeline.loading import from_flax
+from jaxmix.testing import random_params
 from jaxmix.types import InputError
 from jaxmix.weights import load_tree, read_config
 
@@ -79,18 +80,9 @@ def fast_jit(fn):
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def random_params(module):
+def params_of(module):
     """Random parameters in the module's own tree; its shapes are found without running it."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if path[-1].key == "kernel":
-            return (rng.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))).astype(np.float32)
-        around = 1.0 if path[-1].key == "scale" else 0.0
-        return (around + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    shapes = jax.eval_shape(module.init_weights, jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(draw, flax.core.unfreeze(shapes))
+    return random_params(flax.core.unfreeze(jax.eval_shape(module.init_weights, jax.random.key(0))))
 
 
 def inputs(name):
@@ -125,7 +117,7 @@ def difference(ours, theirs):
 @pytest.mark.parametrize("name", list(UNETS))
 def test_an_adopted_unet_gives_the_same_output(name, monkeypatch):
     theirs = FlaxUNet2DConditionModel(**UNETS[name])
-    params = random_params(theirs)
+    params = params_of(theirs)
     ours, our_params = from_flax(theirs, {"params": params})
     assert isinstance(ours, UNet2DConditionModel)
     found = our_output(ours, our_params, name)
@@ -144,7 +136,7 @@ def test_an_adopted_unet_gives_the_same_output(name, monkeypatch):
 
 def test_an_adopted_vae_gives_the_same_output():
     theirs = FlaxAutoencoderKL(**VAE)
-    params = random_params(theirs)
+    params = params_of(theirs)
     ours, our_params = from_flax(theirs, flax.core.freeze(params))
     assert isinstance(ours, AutoencoderKL)
     image = np.random.default_rng(2).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
@@ -167,7 +159,7 @@ def test_an_adopted_vae_gives_the_same_output():
 
 def test_precision_of_parameters_and_of_computation_are_kept():
     theirs = FlaxAutoencoderKL(**VAE, dtype=jnp.bfloat16)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_params(theirs))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params_of(theirs))
     ours, our_params = from_flax(theirs, params)
     assert ours.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(our_params)} == {jnp.dtype(jnp.bfloat16)}
@@ -176,7 +168,7 @@ def test_precision_of_parameters_and_of_computation_are_kept():
 @pytest.mark.parametrize(("cls", "config"), [(FlaxUNet2DConditionModel, UNETS["sdxl"]), (FlaxAutoencoderKL, VAE)])
 def test_folders_that_flax_saved_load_to_the_same_parameters(cls, config, tmp_path):
     theirs = cls(**config)
-    params = random_params(theirs)
+    params = params_of(theirs)
     theirs.save_pretrained(tmp_path, params=params)
     assert read_config(tmp_path)["_class_name"] == cls.__name__
     ours, expected = from_flax(theirs, params)
@@ -186,7 +178,7 @@ def test_folders_that_flax_saved_load_to_the_same_parameters(cls, config, tmp_pa
 
 def test_what_cannot_be_adopted_is_named():
     theirs = FlaxUNet2DConditionModel(**UNETS["sd1"])
-    params = random_params(theirs)
+    params = params_of(theirs)
     with pytest.raises(InputError, match="from_flax: found a Dense, expected a FlaxUNet2DConditionModel or"):
         from_flax(flax.linen.Dense(3), params)
     with pytest.raises(InputError, match=r"FlaxUNet2DConditionModel params: does not fit the model: .*1 missing"):
@@ -199,7 +191,7 @@ def test_what_cannot_be_adopted_is_named():
 
 
 def test_a_config_from_flax_is_written_for_torch():
-    ours, _ = from_flax(theirs := FlaxUNet2DConditionModel(**UNETS["sd2"]), random_params(theirs))
+    ours, _ = from_flax(theirs := FlaxUNet2DConditionModel(**UNETS["sd2"]), params_of(theirs))
     again = UNetConfig.from_dict(ours.config.to_dict())
     assert again == ours.config
     assert ours.config.to_dict()["_class_name"] == "UNet2DConditionModel"

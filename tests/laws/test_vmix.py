@@ -14,9 +14,9 @@ from jaxmix.control import KV, QKV, attend
 from jaxmix.controls import vmix as maths
 from jaxmix.models.unet import sites
 from jaxmix.pipeline.job import denoise
+from jaxmix.testing import moved
 from jaxmix.tuning import lora
 from jaxmix.weights import read_header
-from tests.families import sdxl
 
 LABELS = {"color": ("vibrant color", "[V]"), "light": ("bright light", "[S]"), "focus": ("sharp focus", "[T]")}
 
@@ -29,11 +29,8 @@ def fresh(tiny_pipeline):
 @pytest.fixture(scope="module")
 def trained(fresh):
     """An adapter with every learnt array moved away from its start."""
-    leaves, tree = jax.tree.flatten(fresh.params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    params = {**jax.tree.unflatten(tree, moved), "aes_emb": fresh.params["aes_emb"]}
-    return VMix(fresh.config, params)
+    params = moved(fresh.params, jax.random.key(1), 0.3)
+    return VMix(fresh.config, {**params, "aes_emb": fresh.params["aes_emb"]})
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +209,8 @@ def test_rows_that_do_not_fit_the_prompts_are_an_error(tiny_pipeline, fresh):
 # Stable Diffusion XL --------------------------------------------------------------------------------------------------
 
 
-def test_labels_of_sdxl_are_both_encoders_states_before_the_last_layer_at_the_end_of_the_text(tiny_pipeline):
-    pipe = sdxl(tiny_pipeline)
+def test_labels_of_sdxl_are_both_encoders_states_before_the_last_layer_at_the_end_of_the_text(tiny_sdxl):
+    pipe = tiny_sdxl
     adapter = VMix.init(jax.random.key(0), pipe, LABELS)
     assert adapter.config.context_dim == 16 + 24 and {c for _, c in adapter.config.sites} == {32}
     for i, pair in enumerate(LABELS.values()):
@@ -228,11 +225,11 @@ def test_labels_of_sdxl_are_both_encoders_states_before_the_last_layer_at_the_en
             np.testing.assert_allclose(adapter.params["aes_emb"][i, j], np.concatenate(parts), atol=1e-5)
 
 
-def test_an_adapter_of_one_family_on_another_is_one_clear_line(tiny_pipeline, fresh):
+def test_an_adapter_of_one_family_on_another_is_one_clear_line(tiny_sdxl, fresh):
     message = "made for a UNet with 4 attn2 of 16 text channels, found one with 8 of 40"
     for use in (fresh.bind, fresh.apply_lora):
         with pytest.raises(InputError, match=message):
-            use(sdxl(tiny_pipeline))
+            use(tiny_sdxl)
 
 
 # The LoRA that is trained along ---------------------------------------------------------------------------------------

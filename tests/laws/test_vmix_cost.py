@@ -11,8 +11,8 @@ from jaxmix import VMix
 from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import make_solver
 from jaxmix.types import InputError
-from scripts.bench_programs import count_flops, program
-from scripts.bench_rows import Row
+from scripts.bench.programs import program
+from scripts.bench.rows import Row
 from tests.jobs import plain_job
 
 LABELS = {"color": ("vibrant color", "[V]"), "focus": ("sharp focus", "[T]")}
@@ -135,7 +135,7 @@ def test_the_loop_is_written_without_vmix():
 
 def test_the_flops_of_vmix_do_not_grow_with_the_steps():
     def flops(engine, steps):
-        return count_flops(program(engine, Row("sdxl", "sample", 8, 1, "float32", steps, tiny=True)))
+        return program(engine, Row("sdxl", "sample", 8, 1, "float32", steps, tiny=True)).flops()
 
     extra = [flops("ours-vmix", steps) - flops("ours", steps) for steps in (2, 7)]
     assert extra[0] == extra[1] > 0

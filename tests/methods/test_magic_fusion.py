@@ -10,7 +10,7 @@ import pytest
 from jaxmix import InputError, MagicFusion, Request
 from jaxmix.samplers import Unguided
 from jaxmix.samplers.fusion import blend, expert_mask, saliency
-from tests.families import random_like
+from jaxmix.testing import random_params
 from tests.laws.controls import make
 
 from . import by_hand
@@ -98,7 +98,7 @@ OTHER = ["a fish by the sea", "an apple"]
 
 @pytest.fixture(scope="module")
 def expert(tiny_pipeline):
-    params = {**tiny_pipeline.params, "unet": random_like(tiny_pipeline.unet.abstract_params())}
+    params = {**tiny_pipeline.params, "unet": random_params(tiny_pipeline.unet, 5, single=True)}
     return dataclasses.replace(tiny_pipeline, params=params)
 
 

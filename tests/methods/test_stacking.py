@@ -11,8 +11,8 @@ import jaxmix
 from jaxmix import DenseDiffusion, InputError, MagicFusion, Segment, StyleAligned, StyleID
 from jaxmix.methods.style_id import style_id_sites
 from jaxmix.pipeline.job import denoise
+from jaxmix.testing import moved
 from jaxmix.tuning import lora
-from tests.families import moved
 
 README = Path(__file__).parents[2] / "jaxmix" / "README.md"
 PROMPTS, SEEDS, STEPS = ["a red car on the snow", "a dog"], [1, 2], 2

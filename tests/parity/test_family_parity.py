@@ -16,6 +16,7 @@ from jaxmix.models import (
     VAEConfig,
 )
 from jaxmix.models.unet import norm_sites, sites
+from jaxmix.released import RELEASED
 from jaxmix.weights import read_config
 from jaxmix.weights.names import flatten, match, to_torch_key, to_torch_shape
 from tests.parity.oracle import assert_close, loaded, nhwc, run
@@ -24,51 +25,34 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-# The config.json files of the released models, key by key.
+# What the config.json files of the released models hold besides `RELEASED`, key by key: together they are the files.
 SD21_UNET = {
-    "_class_name": "UNet2DConditionModel",
+    **RELEASED["sd21"]["unet"],
     "_diffusers_version": "0.10.0.dev0",
     "act_fn": "silu",
-    "attention_head_dim": [5, 10, 20, 20],
-    "block_out_channels": [320, 640, 1280, 1280],
     "center_input_sample": False,
-    "cross_attention_dim": 1024,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "downsample_padding": 1,
     "dual_cross_attention": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
     "mid_block_scale_factor": 1,
     "norm_eps": 1e-05,
-    "norm_num_groups": 32,
     "num_class_embeds": None,
     "only_cross_attention": False,
-    "out_channels": 4,
-    "sample_size": 96,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "use_linear_projection": True,
     "upcast_attention": True,
 }
 SDXL_UNET = {
-    "_class_name": "UNet2DConditionModel",
+    **RELEASED["sdxl"]["unet"],
     "_diffusers_version": "0.19.0.dev0",
     "act_fn": "silu",
-    "addition_embed_type": "text_time",
     "addition_embed_type_num_heads": 64,
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20],
     "attention_type": "default",
-    "block_out_channels": [320, 640, 1280],
     "center_input_sample": False,
     "class_embed_type": None,
     "class_embeddings_concat": False,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
-    "cross_attention_dim": 2048,
     "cross_attention_norm": None,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "downsample_padding": 1,
     "dropout": 0.0,
     "dual_cross_attention": False,
@@ -76,100 +60,51 @@ SDXL_UNET = {
     "encoder_hid_dim_type": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
     "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "norm_eps": 1e-05,
-    "norm_num_groups": 32,
     "num_attention_heads": None,
     "num_class_embeds": None,
     "only_cross_attention": False,
-    "out_channels": 4,
-    "projection_class_embeddings_input_dim": 2816,
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
     "reverse_transformer_layers_per_block": None,
-    "sample_size": 128,
     "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
     "timestep_post_act": None,
-    "transformer_layers_per_block": [1, 2, 10],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "upcast_attention": None,
-    "use_linear_projection": True,
 }
 SD21_VAE = {
-    "_class_name": "AutoencoderKL",
+    **{key: value for key, value in RELEASED["sd21"]["vae"].items() if key != "scaling_factor"},  # not in that file
     "_diffusers_version": "0.10.0.dev0",
     "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 768,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-SDXL_VAE = SD21_VAE | {
+SDXL_VAE = {
+    **RELEASED["sdxl"]["vae"],
     "_diffusers_version": "0.20.0.dev0",
-    "force_upcast": True,
+    "act_fn": "silu",
     "latents_mean": None,
     "latents_std": None,
     "mid_block_add_attention": True,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
     "shift_factor": None,
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
 _TEXT = {
     "attention_dropout": 0.0,
-    "bos_token_id": 0,
     "dropout": 0.0,
-    "eos_token_id": 2,
-    "hidden_act": "gelu",
     "initializer_factor": 1.0,
     "initializer_range": 0.02,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "pad_token_id": 1,
     "torch_dtype": "float16",
     "transformers_version": "4.32.0.dev0",
-    "vocab_size": 49408,
 }
-SD21_TEXT = _TEXT | {
-    "architectures": ["CLIPTextModel"],
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 23,
-    "projection_dim": 512,
-}
-SDXL_TEXT = _TEXT | {
-    "architectures": ["CLIPTextModel"],
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "projection_dim": 768,
-}
-SDXL_TEXT_2 = _TEXT | {
-    "architectures": ["CLIPTextModelWithProjection"],
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_attention_heads": 20,
-    "num_hidden_layers": 32,
-    "projection_dim": 1280,
-}
+SD21_TEXT = _TEXT | RELEASED["sd21"]["text_encoder"]
+SDXL_TEXT = _TEXT | RELEASED["sdxl"]["text_encoder"]
+SDXL_TEXT_2 = _TEXT | RELEASED["sdxl"]["text_encoder_2"]
 
 _SMALL = {
     "sample_size": 16,
@@ -298,7 +233,7 @@ def torch_text(config):
     return kind(transformers.CLIPTextConfig(**{k: v for k, v in config.items() if k != "torch_dtype"}))
 
 
-RELEASED = {
+PARTS = {
     "sd21 unet": (UNet2DConditionModel, UNetConfig, SD21_UNET, torch_unet, 865_910_724),
     "sd21 vae": (AutoencoderKL, VAEConfig, SD21_VAE, torch_vae, 83_653_863),
     "sd21 text_encoder": (CLIPTextModel, CLIPTextConfig, SD21_TEXT, torch_text, 340_387_840),
@@ -309,9 +244,9 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("part", RELEASED)
+@pytest.mark.parametrize("part", PARTS)
 def test_every_tensor_of_the_released_models_is_used_once_with_the_right_shape(part):
-    kind, config_kind, config, build, count = RELEASED[part]
+    kind, config_kind, config, build, count = PARTS[part]
     ours = kind(config_kind.from_dict(config))
     with torch.device("meta"):
         theirs = build(config)
@@ -334,9 +269,9 @@ def test_every_tensor_of_the_released_models_is_used_once_with_the_right_shape(p
             assert theirs.get_submodule(s.name).heads == s.heads
 
 
-@pytest.mark.parametrize("part", RELEASED)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_released_config_survives_being_written_and_read(part):
-    _, kind, config, _, _ = RELEASED[part]
+    _, kind, config, _, _ = PARTS[part]
     read = kind.from_dict(config)
     written = read.to_dict()
     assert kind.from_dict(written) == read

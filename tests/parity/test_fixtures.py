@@ -1,6 +1,6 @@
 """The same comparisons from committed files, so that they run where there is no torch.
 
-``python -m scripts.make_parity_fixtures`` wrote them with torch diffusers and transformers.
+``python -m tests.parity.make_fixtures`` wrote them with torch diffusers and transformers.
 """
 
 import functools

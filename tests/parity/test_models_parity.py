@@ -14,8 +14,9 @@ from jaxmix.models import (
     UNetConfig,
     VAEConfig,
 )
+from jaxmix.released import RELEASED
+from jaxmix.testing import random_params
 from jaxmix.weights.names import flatten, match, to_torch_key, to_torch_shape
-from scripts.bench_programs import random_params
 from tests.parity.oracle import assert_close, loaded, nhwc, run
 
 torch = pytest.importorskip("torch")
@@ -108,7 +109,7 @@ def test_text_encoder_agrees(tmp_path, act):
 def test_bfloat16_stays_close_to_float32_with_and_without_remat():
     config = UNetConfig.from_dict({**UNET, "layers_per_block": 1})
     x, context = jax.random.normal(jax.random.key(0), (2, 16, 16, 4)), jax.random.normal(jax.random.key(1), (2, 7, 24))
-    params = random_params(UNet2DConditionModel(config).abstract_params(), np.random.default_rng(2))
+    params = random_params(UNet2DConditionModel(config), 2)
     full = run(UNet2DConditionModel(config), params, x, 400, context)
     for remat in (False, True):
         half = run(UNet2DConditionModel(config, jnp.bfloat16, remat), params, x, 400, context)
@@ -119,12 +120,12 @@ def test_bfloat16_stays_close_to_float32_with_and_without_remat():
 
 SD15 = {
     "unet": (
-        UNet2DConditionModel(UNetConfig()),
+        UNet2DConditionModel(UNetConfig.from_dict(RELEASED["sd15"]["unet"])),
         lambda: diffusers.UNet2DConditionModel(cross_attention_dim=768),
         859_520_964,
     ),
     "vae": (
-        AutoencoderKL(VAEConfig()),
+        AutoencoderKL(VAEConfig.from_dict(RELEASED["sd15"]["vae"])),
         lambda: diffusers.AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -134,7 +135,7 @@ SD15 = {
         83_653_863,
     ),
     "text_encoder": (
-        CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)),
+        CLIPTextModel(CLIPTextConfig.from_dict(RELEASED["sd15"]["text_encoder"])),
         lambda: transformers.CLIPTextModel(
             transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
         ),

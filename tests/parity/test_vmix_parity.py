@@ -14,10 +14,10 @@ import pytest
 from jaxmix import VMix
 from jaxmix.models import UNet2DConditionModel, UNetConfig
 from jaxmix.schedule import NoiseSchedule
+from jaxmix.testing import TINY_SDXL_UNET
 from jaxmix.tuning.loss import draw_timesteps
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.weights.names import flatten
-from tests.families import SDXL_UNET, sdxl
 from tests.parity.oracle import loaded
 from tests.parity.vmix_oracle import BETAS, Adapter, Oracle, Record
 from train.diffusion import make_loss
@@ -70,7 +70,7 @@ CASES = {
         {"snr_gamma": 5.0, "noise_offset": 0.1, "gradient_accumulation_steps": 2, "lora_targets": LINEARS},
     ),
     "sdxl": (
-        SDXL_UNET,
+        TINY_SDXL_UNET,
         "epsilon",
         {"snr_gamma": 3.0, "weighting_scheme": "logit_normal", "gradient_checkpointing": True, "lora_targets": LINEARS},
     ),
@@ -182,7 +182,7 @@ def problem(request, tiny_pipeline, tmp_path_factory):
     params = loaded(theirs, ours, tmp_path_factory.mktemp("unet"))
     theirs.requires_grad_(False).double()
     schedule = NoiseSchedule.from_config({**BETAS, "prediction_type": prediction_type})
-    pipe = sdxl(tiny_pipeline) if request.param == "sdxl" else tiny_pipeline
+    pipe = request.getfixturevalue("tiny_sdxl" if request.param == "sdxl" else "tiny_pipeline")
     pipe = dataclasses.replace(pipe, unet=ours, params={**pipe.params, "unet": params}, schedule=schedule)
     batch, empty = make_batch(pipe, np.random.default_rng(0))
     cfg = OracleConfig(**COMMON, **options, scaling=pipe.vae.config.scaling_factor, empty=empty)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
+from jaxmix.testing import random_params
 from jaxmix.weights import load_tree, read_config, save_tree, write_config
 
 torch = pytest.importorskip("torch")
@@ -31,11 +32,6 @@ def small_text_encoder():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.CLIPTextConfig(vocab_size=99, bos_token_id=97, eos_token_id=98, pad_token_id=98, **sizes)
     return transformers.CLIPTextModel(config), lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config))
-
-
-def random_params(ours):
-    draw = np.random.default_rng(0).standard_normal
-    return jax.tree.map(lambda leaf: draw(leaf.shape, leaf.dtype), ours.abstract_params())
 
 
 MODELS = [small_unet, small_vae, small_text_encoder]

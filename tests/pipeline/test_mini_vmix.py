@@ -34,7 +34,7 @@ def test_at_strength_0_it_is_the_embedded_model_bit_for_bit(pipe, adapter):
 
 
 def test_each_label_moves_its_own_measure_up(pipe, adapter):
-    """Saturation and luminance, whose effect is large on any few pictures; scripts.effects_vmix measures the rest."""
+    """Saturation and luminance, whose effect is large on any few pictures; scripts.effects.vmix measures the rest."""
     merged = adapter.apply_lora(pipe)
     labels = [labels for labels in ("none", "color", "light") for _ in CAPTIONS]
     drawn = merged.generate(CAPTIONS * 3, [*SEEDS] * 3, controls=(adapter.bind(merged, labels),), batch_size=24)

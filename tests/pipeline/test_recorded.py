@@ -13,7 +13,7 @@ import pytest
 import jaxmix
 from jaxmix import DenseDiffusion, MagicFusion, Request, Segment, StyleAligned, hold
 from jaxmix.samplers import Unguided
-from tests.families import moved
+from jaxmix.testing import moved
 
 RECORDED = Path(__file__).with_name("recorded.npz")
 PROMPTS = ["a red car on the snow", "a dog"]

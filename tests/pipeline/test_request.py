@@ -11,8 +11,8 @@ from jaxmix import DenseDiffusion, InputError, LoRA, MagicFusion, Request, Segme
 from jaxmix.pipeline.batches import pack
 from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import Unguided
+from jaxmix.testing import moved
 from jaxmix.tuning import lora
-from tests.families import moved
 
 HALF = np.pad(np.ones((16, 8), bool), ((0, 0), (0, 8)))
 
@@ -34,7 +34,7 @@ def test_a_request_says_all_that_an_image_depends_on(tiny_pipeline):
 @pytest.mark.parametrize(
     ("n", "size", "devices", "groups"),
     [(5, None, 1, None), (5, 2, 1, None), (5, 2, 2, None), (7, 4, 1, (3, 2, 2)), (7, None, 2, (3, 2, 2)),
-     (8, 3, 1, (2,) * 4), (4, None, 2, (2, 2)), (6, 8, 4, (3, 3))],
+     (8, 3, 1, (2,) * 4), (4, None, 2, (2, 2)), (6, 12, 4, (3, 3)), (5, 3, 1, (3, 2))],
 )  # fmt: skip
 def test_batches_are_of_one_size_and_hold_every_image_once_and_every_group_whole(n, size, devices, groups):
     batches = list(pack(n, size, devices, groups))
@@ -73,7 +73,7 @@ def test_a_lora_is_read_for_the_pipeline_it_meets_and_merged_once(tmp_path, tiny
 
     monkeypatch.setattr(module, "merge", lambda *a, real=module.merge: calls.append(a) or real(*a))
     got = tiny_pipeline.draw(request, (found.on(0.5),), output="latent", batch_size=1)
-    np.testing.assert_allclose(got, merged, atol=1e-5)
+    np.testing.assert_allclose(got, merged, atol=2e-4)  # batches of other sizes round otherwise
     assert len(calls) == 1, "once for both batches"
     with pytest.raises(InputError, match="no such file"):
         LoRA.load(tmp_path / "another.safetensors")
@@ -82,7 +82,8 @@ def test_a_lora_is_read_for_the_pipeline_it_meets_and_merged_once(tmp_path, tiny
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ((object(),), "methods: found object, expected a method"),
+        ((object(),), r"methods: found object, expected one such as MagicFusion\(\.\.\.\)"),
+        (LoRA(), r"methods: found LoRA, expected LoRA\.on\(\.\.\.\)"),
         ((StyleAligned([3]),), r"groups: found sizes \[3\], expected that they sum to the 2 images"),
         ((StyleAligned([2], strength=[1.0]),), "StyleAligned.strength: found 1 values"),
         ((DenseDiffusion([[Segment("a cow", HALF)]] * 2),), "the phrase is not in the prompt 'a dog'"),

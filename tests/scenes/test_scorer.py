@@ -1,12 +1,16 @@
 """The judge of generated scenes: right about real ones, and loud about what it cannot judge."""
 
+import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmix import command
 from jaxmix.types import InputError
+from jaxmix.weights.store import save_tree
 from train import scorer as scorer_module
 from train.scenes import BACKGROUNDS, STYLES, Scenes
 
@@ -66,3 +70,31 @@ def test_two_steps_train_a_scorer_that_loads(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 0
     assert scorer_module.load_scorer(tmp_path / "s.safetensors").objects == Scenes(objects=6).object_names
     assert "one object, neutral, 8 fresh real scenes: object" in capsys.readouterr().out
+
+
+def test_a_scorer_of_another_size_is_read_back_from_its_file_alone(tmp_path):
+    net = scorer_module.SceneNet(4, 5, len(BACKGROUNDS), (8, 8, 8))
+    params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    facts = {"objects": ["a", "b", "c", "d"], "styles": list("vwxyz"), "backgrounds": BACKGROUNDS}
+    facts |= {"size": 32, "channels": [8, 8, 8]}
+    file = tmp_path / "s.safetensors"
+    save_tree(params, file, jnp.float16, {key: json.dumps(value) for key, value in facts.items()})
+    found = scorer_module.load_scorer(file)
+    assert (found.size, found.channels, found.objects) == (32, (8, 8, 8), ("a", "b", "c", "d"))
+    assert found(np.zeros((2, 32, 32, 3), np.uint8))["style"].shape == (2, 5)
+    with pytest.raises(InputError, match=r"\(1, 64, 64, 3\), expected uint8 \(b, 32, 32, 3\)"):
+        found(np.zeros((1, 64, 64, 3), np.uint8))
+
+
+def test_a_counted_object_is_one_class():
+    """Of "two cats" the judge says that there is a cat; it does not count."""
+    rows = [{"object_names": ("cat", "cat"), "style_name": "3d", "background_name": "sea"}]
+
+    class Sure:
+        objects, styles, backgrounds = ("dog", "cat"), ("3d",), ("sea",)
+
+        def __call__(self, images):
+            return {"object": np.array([[0.1, 0.9]]), "style": np.ones((1, 1)), "background": np.ones((1, 1))}
+
+    right, _ = scorer_module.judge(Sure(), np.zeros((1, 4, 4, 3), np.uint8), rows)
+    assert {name: values.tolist() for name, values in right.items()} == {name: [True] for name in right}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from train.scenes import LABEL_WORDS, Scenes, label_phrase
+from train.scenes.captions import plural
 
 FOLDER = Path(__file__).parents[2] / "jaxmix" / "assets" / "mini" / "tokenizer"
 
@@ -36,6 +37,20 @@ def test_every_caption_fits_the_text_length(tokenizer):
             plan = scenes.plan(np.random.Generator(np.random.Philox(key=[0, i])))
             texts.append(", ".join(filter(None, [scenes.caption(plan), label_phrase(plan.labels)])))
         assert max(len(ids) for ids in tokenizer(texts).input_ids) <= 32
+
+
+def test_captions_of_places_fit_the_longer_text_length(tokenizer):
+    scenes = Scenes(
+        size=32, arrangement="anywhere", two_objects=0.1, three_objects=0.8, place_words=1.0, labelled=1.0, counts=0.1
+    )
+    texts = []
+    for i in range(3000):
+        plan = scenes.plan(np.random.Generator(np.random.Philox(key=[0, i])))
+        texts.append(", ".join(filter(None, [scenes.caption(plan), label_phrase(plan.labels)])))
+    assert 32 < max(len(ids) for ids in tokenizer(texts, verbose=False).input_ids) <= 48
+    for word in ("left", "right", "top", "bottom", "middle", "two", "three", "row", "above"):
+        assert tokenizer.tokenize(word) == [f"{word}</w>"]
+    assert all(len(tokenizer.tokenize(plural(name))) <= 4 for name in Scenes().object_names)
 
 
 def test_words_of_captions_are_whole_pieces(tokenizer):

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from jaxmix.types import InputError
-from scripts.bench_programs import count_flops, materialize, program
-from scripts.bench_rows import METHODS, Row
+from scripts.bench.ours import materialize
+from scripts.bench.programs import program
+from scripts.bench.rows import METHODS, Row
 
 ROW = Row("mini", "sample", 8, 2, "float32", 2, tiny=True)
 
@@ -14,7 +15,7 @@ ROW = Row("mini", "sample", 8, 2, "float32", 2, tiny=True)
 @pytest.mark.parametrize("engine", METHODS)
 def test_a_method_changes_what_is_drawn_by_a_fitting_amount_of_work(engine):
     plain, made = program("ours", ROW), program(engine, ROW)
-    work = count_flops(made) / count_flops(plain)
+    work = made.flops() / plain.flops()
     low, high = {"ours-fusion": (1.4, 1.55), "ours-aligned": (1.0, 1.3)}.get(engine, (1.0, 1.05))
     assert low <= work <= high
     pictures = [np.asarray(jax.jit(p.fn)(*materialize(p))) for p in (plain, made)]

@@ -1,4 +1,4 @@
-"""scripts.effects_vmix: its statistics, its measures on real labelled scenes, and runs on a tiny model."""
+"""scripts.effects.vmix: its statistics, its measures on real labelled scenes, and runs on a tiny model."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ import jaxmix
 from jaxmix import command
 from jaxmix.models import UNet2DConditionModel
 from jaxmix.types import InputError
-from scripts import effects_vmix
-from scripts.effects_draw import Condition, Studio
-from scripts.effects_measures import (
+from scripts.effects import vmix as effects_vmix
+from scripts.effects.draw import Condition, Studio
+from scripts.effects.measures import (
     attention_distance,
     effects,
     make_prompts,
@@ -23,7 +23,7 @@ from scripts.effects_measures import (
     real_scenes,
     with_words,
 )
-from scripts.effects_stats import Effect, matrix_verdicts, paired, pooled, ratio
+from scripts.effects.stats import Effect, matrix_verdicts, paired, pooled, ratio
 from train.scenes import DIMENSIONS, measure
 from train.scorer import load_scorer
 from train.segmenter import load_segmenter

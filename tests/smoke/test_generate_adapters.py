@@ -15,9 +15,9 @@ from infer.png import read_settings
 from jaxmix.command import run
 from jaxmix.pipeline.job import denoise
 from jaxmix.pipeline.loading import ASSETS
+from jaxmix.testing import moved
 from jaxmix.tuning import lora
 from jaxmix.types import InputError
-from tests.families import moved
 
 LABELS = {"color": ("vivid colors", "[V]"), "light": ("bright", "[S]")}
 NAME = "0000_seed0.png"

@@ -13,8 +13,8 @@ from infer.layouts import check_segments, picture
 from infer.png import read_settings
 from jaxmix.command import run
 from jaxmix.pipeline.loading import ASSETS
+from jaxmix.testing import random_params
 from jaxmix.types import InputError
-from tests.families import random_like
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def files(tiny_pipeline, tmp_path_factory):
     path = tmp_path_factory.mktemp("methods")
     whole = dataclasses.replace(tiny_pipeline, tokenizer=ASSETS / "mini" / "tokenizer")
     whole.save(path / "model")
-    other = {**whole.params, "unet": random_like(whole.unet.abstract_params())}
+    other = {**whole.params, "unet": random_params(whole.unet, 5, single=True)}
     dataclasses.replace(whole, params=other).save(path / "expert")
     half = np.zeros((16, 16), np.uint8)
     half[:, :8] = 255

@@ -1,4 +1,4 @@
-"""scripts.train_memory: counts and bytes of the trainer's own step, on the real shapes and on shrunk models."""
+"""scripts.bench.train_memory: counts and bytes of the trainer's own step, on the real shapes and on shrunk models."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxmix.types import InputError
-from scripts.train_memory import (
+from scripts.bench.train_memory import (
     GIB,
     Config,
     checks,
@@ -19,7 +19,7 @@ from scripts.train_memory import (
     size,
     trainer_config,
 )
-from scripts.train_shapes import abstract_adapter, abstract_pipeline
+from scripts.bench.train_shapes import abstract_adapter, abstract_pipeline
 from train import vmix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +102,7 @@ def test_a_shrunk_step_runs_and_holds_everything_once(tmp_path):
     out = tmp_path / "memory.json"
     keys = {**SMALL, "model": "sd15", "latents": 8, "steps": 2, "out": str(out)}
     flags = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()]
-    command = [sys.executable, "-m", "scripts.train_memory", *flags]
+    command = [sys.executable, "-m", "scripts.bench.train_memory", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads(out.read_text())

@@ -12,6 +12,7 @@ from jaxmix.models import AutoencoderKL, VAEConfig
 from jaxmix.types import InputError
 from train import text_to_image
 from train.autoencoder import export
+from train.scenes import Scenes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -33,12 +34,12 @@ def vae_folder(tmp_path_factory):
     return folder
 
 
-def shrunk(folder, vae_folder, **changes):
-    cfg = parse(text_to_image.main, ["--config", str(CONFIGS / "mini_text_to_image.yaml"), "--output_dir", str(folder)])
+def shrunk(folder, vae_folder, config="mini_text_to_image.yaml", **changes):
+    cfg = parse(text_to_image.main, ["--config", str(CONFIGS / config), "--output_dir", str(folder)])
     blocks = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
     blocks["up_block_types"] = ["UpBlock2D", "CrossAttnUpBlock2D"]
     size = {"sample_size": 8, "block_out_channels": [16, 16], "cross_attention_dim": 16, "norm_num_groups": 4}
-    size["layers_per_block"] = 1
+    size |= {"layers_per_block": 1, "in_channels": 4, "out_channels": 4}
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     base = {
         "pretrained_vae_model_name_or_path": str(vae_folder),
@@ -115,8 +116,17 @@ def test_the_share_of_dropped_captions_is_the_configured_one():
     assert np.mean(np.asarray(ids) == 0) == pytest.approx(0.1, abs=0.02)
 
 
-def test_the_validation_prompts_fit_the_text_length(vae_folder, tmp_path):
-    cfg = shrunk(tmp_path, vae_folder)
+def test_the_second_version_is_saved_with_a_tokenizer_that_pads_to_the_encoders_length(tmp_path, vae_folder):
+    cfg = shrunk(tmp_path, vae_folder, "mini2_text_to_image.yaml")
+    assert Scenes(**cfg.scenes)[0]["image"].shape == (16, 16, 3) and cfg.scenes["arrangement"] == "anywhere"
+    text_to_image.make_pipeline(cfg).save(tmp_path)
+    assert jaxmix.load(tmp_path).tokenize(["a cat"])[0].shape == (1, 48)
+    assert text_to_image.load_tokenizer(str(tmp_path / "tokenizer")).model_max_length == 48
+
+
+@pytest.mark.parametrize("config", ["mini_text_to_image.yaml", "mini2_text_to_image.yaml"])
+def test_the_validation_prompts_fit_the_text_length(vae_folder, tmp_path, config):
+    cfg = shrunk(tmp_path, vae_folder, config)
     tokenizer = text_to_image.load_tokenizer(cfg.tokenizer)
     for prompt in cfg.validation_prompts:
         assert len(tokenizer(prompt)["input_ids"]) <= cfg.text_encoder["max_position_embeddings"]

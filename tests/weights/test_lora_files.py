@@ -10,10 +10,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmix import InputError, LoRA
 from jaxmix.models import UNet2DConditionModel, UNetConfig
+from jaxmix.testing import TINY_SDXL_UNET
 from jaxmix.tuning import lora as low_rank
 from jaxmix.weights import read_header
 from jaxmix.weights.lora_files import METADATA, read_lora, write_lora
-from tests.families import SDXL_UNET
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
@@ -159,7 +159,7 @@ def test_every_naming_of_the_text_encoder_is_read(tiny_pipeline, tmp_path, key):
 
 
 def test_the_original_layout_of_sdxl_names_every_module_and_comes_back(tmp_path):
-    unet = UNet2DConditionModel(UNetConfig.from_dict(SDXL_UNET))
+    unet = UNet2DConditionModel(UNetConfig.from_dict(TINY_SDXL_UNET))
     shapes = {
         "unet": {module: leaf.shape for module, (_, leaf) in low_rank.targets(unet.abstract_params()).items()},
         "text_encoder": {TEXT: (16, 16)},

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
+from jaxmix.testing import random_params
 from jaxmix.types import InputError
 from jaxmix.weights import load_tree
 from jaxmix.weights.single_file import (
@@ -132,8 +133,7 @@ def targets():
 @pytest.fixture(scope="module")
 def params(targets):
     """Random float16 parameters of the same shapes."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float16) * np.float16(0.05), targets)
+    return jax.tree.map(np.asarray, random_params(targets, dtype=np.float16))
 
 
 def extra_tensors(family):

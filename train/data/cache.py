@@ -103,7 +103,7 @@ class CacheIndex:
         except ValueError as error:
             raise InputError(f"{path}: not readable as JSON: {error}") from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise InputError(f"{path}: not the index of a cache of latents, expected one by scripts.cache_latents")
+            raise InputError(f"{path}: not the index of a cache of latents, expected one by train.cache_latents")
         if found.get("version") != VERSION:
             raise InputError(f"{path}: version: found {found.get('version')}, expected {VERSION}; make the cache anew")
         fields = {field.name: found[field.name] for field in dataclasses.fields(cls)}
@@ -113,7 +113,7 @@ class CacheIndex:
 
 
 class LatentCache:
-    """The rows of a folder that `scripts.cache_latents` wrote, a `BatchSource` with one picture size a batch.
+    """The rows of a folder that `train.cache_latents` wrote, a `BatchSource` with one picture size a batch.
 
     A row has "latents_mean" and "latents_std" (h, w, c) float16, the moments of the autoencoder's posterior, not
     scaled; "context" (s, d) and, for SDXL, "pooled" (p,) float16; "labels", "id", and "time_ids" float32 (6,) as
@@ -127,8 +127,8 @@ class LatentCache:
         self.folder = Path(folder).expanduser()
         if not (self.folder / INDEX).is_file():
             unfinished = any(self.folder.glob("*.array_record"))
-            hint = "; it is not finished: run scripts.cache_latents again" if unfinished else ""
-            raise InputError(f"{folder}: no {INDEX} here, expected a cache by scripts.cache_latents{hint}")
+            hint = "; it is not finished: run train.cache_latents again" if unfinished else ""
+            raise InputError(f"{folder}: no {INDEX} here, expected a cache by train.cache_latents{hint}")
         self.index = CacheIndex.read(self.folder / INDEX)
         self._labels = None if labels is None else frozenset(labels)
         for label in labels or ():

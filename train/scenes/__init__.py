@@ -3,9 +3,11 @@
 from .atlas import Atlas
 from .backgrounds import BACKGROUNDS
 from .captions import BACKGROUND_WORDS, LABEL_WORDS, RELATIONS, STYLE_WORDS, label_phrase
+from .layout import PLACES, place_of, relation_of, told
 from .photometric import DIMENSIONS, apply_labels, measure, off_centre
+from .plan import Plan
 from .prompts import eval_prompts
-from .scenes import MAX_OBJECTS, STYLES, Plan, Scenes
+from .scenes import MAX_OBJECTS, STYLES, Scenes
 from .splits import HELD_OUT_STYLE, SPLITS
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "HELD_OUT_STYLE",
     "LABEL_WORDS",
     "MAX_OBJECTS",
+    "PLACES",
     "RELATIONS",
     "SPLITS",
     "STYLES",
@@ -27,4 +30,7 @@ __all__ = [
     "label_phrase",
     "measure",
     "off_centre",
+    "place_of",
+    "relation_of",
+    "told",
 ]

@@ -1,10 +1,15 @@
-"""Captions: "a {style} of {a [big|small] object [relation object]} {background}", and the words of the labels."""
+"""Captions: "a {style} of {objects} {background}", and the words of the labels.
+
+One object: "a [big|small] cat [at the left]". Two or three: "a cat left of a car", "a cat at the left and a car at the
+right", "a cat, a car and a tree [in a row]", "two cats", "three apples [in a row]".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from .backgrounds import PLAIN
+from .layout import PLACES
 
 STYLE_WORDS: dict[str, str] = {
     "3d": "3d render",
@@ -30,6 +35,12 @@ BACKGROUND_WORDS: dict[str, str] = {
 
 RELATIONS: tuple[str, ...] = ("left of", "above")
 
+# The same facts told from the other object: "B right of A" is "A left of B".
+MIRRORED: dict[str, str] = {"left of": "right of", "above": "below"}
+
+NUMBERS: dict[int, str] = {2: "two", 3: "three"}
+IRREGULAR: dict[str, str] = {"fish": "fish", "dice": "dice", "cactus": "cacti", "snowman": "snowmen"}
+
 # Words of each aesthetic dimension: (+1, -1).
 LABEL_WORDS: dict[str, tuple[str, str]] = {
     "color": ("vivid colors", "dull colors"),
@@ -48,13 +59,46 @@ def with_article(phrase: str, noun: str = "") -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def caption(style: str, objects: Sequence[str], background: str, size_word: str = "", relation: str = "") -> str:
-    """The content caption of a scene with one to three objects, given their names."""
+def countable(noun: str) -> bool:
+    """Whether there can be two of it in words: "two cats", but not "two breads"."""
+    return noun not in WITHOUT_ARTICLE
+
+
+def plural(noun: str) -> str:
+    """More than one of a noun: "cats", "butterflies", "foxes"."""
+    if noun in IRREGULAR:
+        return IRREGULAR[noun]
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return noun + "es"
+    if noun[-1] == "y" and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + "s"
+
+
+def listed(phrases: Sequence[str]) -> str:
+    """One phrase, "one and two", or "one, two and three"."""
+    return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
+
+
+def caption(
+    style: str,
+    objects: Sequence[str],
+    background: str,
+    size_word: str = "",
+    relation: str = "",
+    places: Sequence[str] = (),
+) -> str:
+    """The content caption of a scene with one to three objects, given their names.
+
+    `places`, where they are said, has a word for each object. Several objects of one name are counted.
+    """
     nouns = [with_article(f"{size_word} {o}" if size_word else o, noun=o) for o in objects]
-    if len(nouns) == 1:
-        content = nouns[0]
-    elif relation == "in a row":
-        content = f"{', '.join(nouns[:-1])} and {nouns[-1]} in a row"
+    if places:
+        nouns = [f"{noun} {place}" for noun, place in zip(nouns, places, strict=True)]
+    if len(nouns) > 1 and len(set(objects)) == 1:
+        nouns = [f"{NUMBERS[len(objects)]} {plural(objects[0])}"]
+    if relation in ("", "in a row"):
+        content = " ".join(filter(None, [listed(nouns), relation]))
     else:
         content = f"{nouns[0]} {relation} {nouns[1]}"
     return f"{with_article(STYLE_WORDS[style])} of {content} {BACKGROUND_WORDS[background]}"
@@ -67,7 +111,8 @@ def label_phrase(labels: Mapping[str, int]) -> str:
 
 def all_words(objects: Sequence[str]) -> set[str]:
     """Every word that a caption about these objects can hold."""
-    phrases = [*STYLE_WORDS.values(), *BACKGROUND_WORDS.values(), *RELATIONS, *objects]
+    phrases = [*STYLE_WORDS.values(), *BACKGROUND_WORDS.values(), *RELATIONS, *MIRRORED.values(), *objects]
+    phrases += [*PLACES, *NUMBERS.values(), *(plural(o) for o in objects if countable(o))]
     phrases += [w for pair in LABEL_WORDS.values() for w in pair]
     return {w for p in phrases for w in p.replace("-", " ").split()} | {
         "a",

@@ -2,49 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 
 from .backgrounds import BACKGROUNDS
-from .scenes import Plan, Scenes
+from .layout import PLACES, told
+from .plan import Plan
+from .scenes import Scenes
 
 
 def eval_prompts(
-    split: str, n: int, seed: int = 0, *, count: int = 1, objects: int = 24, styles: tuple[str, ...] | None = None
+    split: str,
+    n: int,
+    seed: int = 0,
+    *,
+    count: int = 1,
+    objects: int = 24,
+    styles: tuple[str, ...] | None = None,
+    arrangement: Literal["centred", "anywhere"] = "centred",
+    place_words: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Draws n neutral prompts of `count` objects (1 or 2) from a split, each with its answer.
+    """Draws n neutral prompts of `count` objects (1 to 3) from a split, each with its answer.
 
-    Styles, objects and backgrounds come round evenly. Each row holds `caption`, `objects` (indices into the atlas),
-    `object_names`, `style` (index), `style_name`, `background` (index), `background_name`, `relation`. The rows of
-    prompt i do not change when n grows.
+    Styles, objects and backgrounds come round evenly, and so do the places of single objects. A share `place_words`
+    says places or relations as the scenes of "anywhere" do; under "centred" two objects always have their relation.
+    Each row holds `caption`, `objects` (indices into the atlas), `object_names`, `style` (index), `style_name`,
+    `background` (index), `background_name`, `relation`, `places`, `count`, and `facts`, what those words say of every
+    two objects. The rows of prompt i do not change when n grows.
     """
-    shares: dict[str, Any] = {"two_objects": float(count == 2), "three_objects": 0.0, "labelled": 0.0}
+    shares: dict[str, Any] = {"two_objects": float(count == 2), "three_objects": float(count == 3), "labelled": 0.0}
     if styles is not None:
         shares["styles"] = styles
-    scenes = Scenes(split=split, objects=objects, seed=seed, **shares)
+    words: dict[str, Any] = {"arrangement": arrangement, "place_words": place_words, "counts": 0.0}
+    scenes = Scenes(split=split, objects=objects, seed=seed, **shares, **words)
     order = np.random.Generator(np.random.Philox(key=[seed, 0x9E]))
-    pairs, places = order.permutation(len(scenes.pairs)), order.permutation(len(BACKGROUNDS))
+    pairs, grounds = order.permutation(len(scenes.pairs)), order.permutation(len(BACKGROUNDS))
     rows = []
     for i in range(n):
+        # The step grows by one each round, so that a pair meets every background and every place in the end.
+        turn = i + i // len(pairs)
+        background = BACKGROUNDS[grounds[turn % len(BACKGROUNDS)]]
+        rng = np.random.Generator(np.random.Philox(key=[seed, i]))
         if count == 1:
             style, obj = scenes.pairs[pairs[i % len(pairs)]]
-            names, relation = (obj,), ""
+            said = arrangement == "anywhere" and rng.random() < place_words
+            plan = Plan(style, (obj,), background, places=(PLACES[turn % len(PLACES)],) if said else ())
         else:
-            plan = scenes.plan(np.random.Generator(np.random.Philox(key=[seed, i])))
-            style, names, relation = plan.style, plan.objects, plan.relation
-        # The step grows by one each round, so that a pair meets every background in the end.
-        background = BACKGROUNDS[places[(i + i // len(pairs)) % len(BACKGROUNDS)]]
+            plan = replace(scenes.plan(rng), background=background, size_word="")
         rows.append(
             {
-                "caption": scenes.caption(Plan(style, tuple(names), background, relation)),
-                "objects": tuple(int(o) for o in names),
-                "object_names": tuple(scenes.atlas.objects[o] for o in names),
-                "style": scenes.atlas.styles.index(style),
-                "style_name": style,
+                "caption": scenes.caption(plan),
+                "objects": tuple(int(o) for o in plan.objects),
+                "object_names": tuple(scenes.atlas.objects[o] for o in plan.objects),
+                "style": scenes.atlas.styles.index(plan.style),
+                "style_name": plan.style,
                 "background": BACKGROUNDS.index(background),
                 "background_name": background,
-                "relation": relation,
+                "relation": plan.relation,
+                "places": plan.places,
+                "count": len(plan.objects),
+                "facts": told(plan.relation, plan.places, len(plan.objects)),
             }
         )
     return rows

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxmix.types import InputError
 
-from .atlas import Atlas
+from . import layout
+from .atlas import Atlas, Sprite
 from .backgrounds import BACKGROUNDS, paint_background
-from .captions import RELATIONS, caption, label_phrase
+from .captions import RELATIONS, caption, countable, label_phrase
 from .photometric import DIMENSIONS, apply_labels
+from .plan import Plan, worded
 from .splits import HELD_OUT_STYLE, SPLITS, WHOLE_OBJECTS, pair_held_out, relation_held_out
 
 MAX_OBJECTS = 3
@@ -26,23 +28,6 @@ PAIR_SIZE = (0.42, 0.47)
 ROW_SIZE = (0.29, 0.32)
 OFF_CENTRE_SIZE = (0.43, 0.55)
 STEPS = 5  # sizes are drawn from this many steps, so that scaled sprites can be cached
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a scene shows, before any pixel: indices into the atlas and into BACKGROUNDS."""
-
-    style: str
-    objects: tuple[int, ...]
-    background: str
-    relation: str = ""
-    size_word: str = ""
-    labels: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DIMENSIONS, 0))
-
-    @property
-    def neutral(self) -> Plan:
-        """The same scene without aesthetic labels."""
-        return replace(self, labels=dict.fromkeys(DIMENSIONS, 0))
 
 
 @dataclass
@@ -61,6 +46,11 @@ class Scenes:
         positive: chance of +1 in a labelled scene, one for all dimensions or one by name (0 for those not named).
         negative: chance of -1, likewise.
         label_words: share of the labelled scenes whose `text` says the labels.
+        arrangement: "centred" has one object about the middle and several in fixed places, which the caption always
+            says; "anywhere" has them all over the picture, near and apart, in many sizes, and never on each other.
+            With it a relation is left out of training in any words and in none: "B right of A" is "A left of B".
+        place_words: under "anywhere", share of the captions that say where the objects stand or how to each other.
+        counts: under "anywhere", share of the scenes with two or three objects that repeat one, as "two cats".
         length: number that `len` reports; any index works.
     """
 
@@ -75,6 +65,9 @@ class Scenes:
     positive: float | Mapping[str, float] = 0.35
     negative: float | Mapping[str, float] = 0.35
     label_words: float = 0.2
+    arrangement: Literal["centred", "anywhere"] = "centred"
+    place_words: float = 0.6
+    counts: float = 0.15
     length: int = 10_000_000
 
     def __post_init__(self):
@@ -86,6 +79,11 @@ class Scenes:
             raise InputError(f"objects: found {self.objects}, expected 4 to {limit}")
         if self.size < 16:
             raise InputError(f"size: found {self.size}, expected 16 pixels or more")
+        if self.arrangement not in ("centred", "anywhere"):
+            raise InputError(f"arrangement: found {self.arrangement!r}, expected 'centred' or 'anywhere'")
+        for name in ("place_words", "counts"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected a share from 0 to 1")
         for name, share in (("positive", self.positive), ("negative", self.negative)):
             if isinstance(share, Mapping) and not set(share) <= set(DIMENSIONS):
                 raise InputError(f"{name}: found {sorted(share)}, expected some of {', '.join(DIMENSIONS)}")
@@ -156,6 +154,8 @@ class Scenes:
         style, obj = self.pairs[rng.integers(len(self.pairs))]
         mates = self._by_style[style]
         count = min(count, len(mates))
+        if self.arrangement == "anywhere":
+            return self._plan_anywhere(style, obj, count, rng)
         objects, relation, size_word = (obj,), "", ""
         if count == 1:
             size_word = ("", "", "small", "big")[rng.integers(4)]
@@ -164,6 +164,13 @@ class Scenes:
         if count == 3:
             objects = tuple(mates[i] for i in rng.choice(len(mates), 3, replace=False))
             relation = "in a row"
+        labels = self._labels(count, rng)
+        if labels["composition"] < 0:
+            size_word = ""
+        background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+        return Plan(style, objects, background, relation, size_word, labels)
+
+    def _labels(self, count: int, rng: np.random.Generator) -> dict[str, int]:
         labels = dict.fromkeys(DIMENSIONS, 0)
         if rng.random() < self.labelled:
             labels = {
@@ -172,10 +179,56 @@ class Scenes:
             }
             if count > 1:
                 labels["composition"] = 0
-            if labels["composition"] < 0:
-                size_word = ""
-        background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-        return Plan(style, objects, background, relation, size_word, labels)
+        return labels
+
+    def _plan_anywhere(self, style: str, obj: int, count: int, rng: np.random.Generator) -> Plan:
+        """Draws words and places of objects until this split may show how they stand to each other."""
+        labels, background = self._labels(count, rng), BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+        related = self.split == "held_out_relations"
+        said, repeated = rng.random() < self.place_words or related, rng.random() < self.counts and not related
+        while True:
+            plan = Plan(style, self._draw_objects(style, obj, count, repeated, rng), background, labels=labels)
+            plan = self._arranged(worded(plan, said, rng, related=related), rng)
+            if self._allowed(plan):
+                return plan
+
+    def _draw_objects(
+        self, style: str, obj: int, count: int, repeated: bool, rng: np.random.Generator
+    ) -> tuple[int, ...]:
+        mates = self._by_style[style]
+        if count == 1 or (repeated and countable(self.atlas.objects[obj])):
+            return (obj,) * count
+        return tuple(mates[i] for i in rng.choice(len(mates), count, replace=False))
+
+    def _arranged(self, plan: Plan, rng: np.random.Generator) -> Plan:
+        """Adds sizes and boxes that keep to the words of a plan."""
+        count, composition = len(plan.objects), plan.labels["composition"]
+        bounds = {2: layout.TWO, 3: layout.THREE}.get(count, layout.ONE[plan.size_word])
+        if count == 3 and (plan.relation or plan.places):
+            bounds = layout.ROW_OF_THREE
+        if composition < 0:
+            bounds = layout.TOWARD_A_SIDE
+        elif count == 1 and plan.places and plan.size_word == "":
+            bounds = layout.ASIDE if plan.places[0] != "in the middle" else bounds
+        for _ in range(layout.TRIES):
+            sizes = tuple(round(self.size * n / layout.UNIT) for n in layout.draw_sizes(count, bounds, rng))
+            corners = [self.atlas.sprite(plan.style, o, n).box for o, n in zip(plan.objects, sizes, strict=True)]
+            extents = [(bottom - top, right - left) for top, left, bottom, right in corners]
+            if count == 1 and composition:
+                boxes: list[layout.Box] | None = layout.composed(composition, extents[0], self.size, rng)
+            else:
+                boxes = layout.arrange(extents, self.size, plan.relation, plan.places, rng)
+            if boxes is not None:
+                return replace(plan, sizes=sizes, boxes=tuple(boxes))
+        raise InputError(f"places: found {plan.places}, in which these objects do not stand; expected another order")
+
+    def _allowed(self, plan: Plan) -> bool:
+        """Whether this split may show how the objects of a plan stand to each other."""
+        if self.split not in ("train", "held_out_relations"):
+            return True
+        pairs = [(plan.objects[a], plan.objects[b], RELATIONS.index(r)) for a, b, r in layout.facts(plan.boxes)]
+        held_out = any(relation_held_out(*pair) for pair in pairs if pair[0] != pair[1])
+        return held_out == (self.split == "held_out_relations")
 
     def _related(self, style: str, rng: np.random.Generator) -> tuple[tuple[int, int], str]:
         """Draws two different objects and a relation that this split allows."""
@@ -190,12 +243,18 @@ class Scenes:
     def caption(self, plan: Plan) -> str:
         """The content caption of a plan."""
         names = [self.atlas.objects[o] for o in plan.objects]
-        return caption(plan.style, names, plan.background, plan.size_word, plan.relation)
+        return caption(plan.style, names, plan.background, plan.size_word, plan.relation, plan.places)
 
     def render(self, plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Paints a plan: uint8 (size, size, 3) and bool masks (3, size, size), empty where there is no object."""
         canvas = paint_background(plan.background, self.size, rng)
         masks = np.zeros((MAX_OBJECTS, self.size, self.size), bool)
+        if self.arrangement == "anywhere":
+            plan = plan if plan.boxes else self._arranged(plan, rng)
+            for k, (obj, n, box) in enumerate(zip(plan.objects, plan.sizes, plan.boxes, strict=True)):
+                sprite = self.atlas.sprite(plan.style, obj, n)
+                self._paste(canvas, masks[k], sprite, box[0] - sprite.box[0], box[1] - sprite.box[1])
+            return apply_labels(canvas, plan.labels), masks
         placed = [
             self.atlas.sprite(plan.style, o, n) for o, n in zip(plan.objects, self._sizes(plan, rng), strict=True)
         ]
@@ -251,7 +310,7 @@ class Scenes:
             for (down, right), j in zip(slots, jitter, strict=False)
         ]
 
-    def _paste(self, canvas: np.ndarray, mask: np.ndarray, sprite, top: int, left: int) -> None:
+    def _paste(self, canvas: np.ndarray, mask: np.ndarray, sprite: Sprite, top: int, left: int) -> None:
         side = sprite.mask.shape[0]
         y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, self.size), min(left + side, self.size)
         inside = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
@@ -265,7 +324,7 @@ class Scenes:
         Returns `image` uint8 (size, size, 3); `caption`, its content; `text`, the caption with the label words where
         they are said; `labels` {dimension: +1, 0, -1}; `masks` bool (3, size, size); `objects` int32 (3,), indices
         into the atlas, -1 where there is none; `object_names`; `style`, `background`, indices, and their names;
-        `relation` and `size_word`, maybe "".
+        `relation` and `size_word`, maybe "", and `places`, maybe (), as the caption says them; `count`, of objects.
         """
         rng = np.random.Generator(np.random.Philox(key=[self.seed, int(index)]))
         plan = self.plan(rng)
@@ -289,5 +348,7 @@ class Scenes:
             "background_name": plan.background,
             "relation": plan.relation,
             "size_word": plan.size_word,
+            "places": plan.places,
+            "count": len(plan.objects),
             "split": self.split,
         }

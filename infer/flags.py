@@ -1,0 +1,109 @@
+"""The flags of a job: those of every job, and those of all methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from infer.methods.method import Flags as Base
+from infer.methods.registry import Flags
+from infer.rows import (
+    check_file,
+    check_number,
+    check_pixels,
+    check_sampler,
+    check_seed,
+    check_share,
+    check_steps,
+    check_text,
+)
+from jaxmix.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Base):
+    """The flags of every job.
+
+    Attributes:
+        model: "mini" (embedded), a diffusers folder, a single .safetensors file, or a hub id "owner/name"
+        prompt: one prompt to draw
+        prompts: a .txt (one prompt a line), .jsonl (one object a line: prompt, and optionally negative_prompt, seed,
+            steps, guidance_scale, guidance_rescale, sampler, height, width, image, mask, strength, id, and the fields
+            of methods) or .csv file, or "builtin"; without either flag the built-in prompts are drawn
+        out: folder for the PNGs, manifest.jsonl, contact_sheet.png and gallery.html
+        negative_prompt: what to steer away from, for rows that name nothing themselves
+        steps: denoising steps, from 1 to the 1000 that models are usually trained with; default: the model's own, or
+            for StyleID 50, 20 with --pairing diffusers
+        guidance_scale: classifier-free guidance, 1 is none (no unit); default: the model's own
+        guidance_rescale: how far to bring guided predictions back to the unguided contrast, 0 to 1 (no unit)
+        sampler: the solver, such as ddim, euler, euler_ancestral, dpmpp_2m_karras; default: the model's own, or ddim
+            for StyleID
+        height: of the images in pixels, a multiple of 8; default: the model's own
+        width: of the images in pixels, a multiple of 8; default: the model's own
+        image: a picture to start from (image-to-image)
+        mask: a picture, white where `image` is to be repainted (inpainting)
+        strength: how much of `image` is drawn anew, above 0 to 1
+        seed: seed of the first row, 0 to 2^32 - 1; row k draws with seed + k unless it names its own
+        batch_size: images denoised together (more is faster, and takes more memory); no image depends on it
+        dtype: number format of the weights and the arithmetic; auto is the one that they are stored in
+        tile: decode large images in tiles of this many pixels, in the memory of one
+        devices: accelerators (or CPU devices) to spread a batch over; default: all that have an image to draw
+        resume: keep the rows that this folder already holds with the same settings
+        strict: draw nothing if any row is bad
+        dry_run: check the rows, print the plan, draw nothing
+    """
+
+    model: str = "mini"
+    prompt: str | None = None
+    prompts: str | None = None
+    out: str = "gallery"
+    negative_prompt: str = ""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float = 0.8
+    seed: int = 0
+    batch_size: int = 8
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    tile: int | None = None
+    devices: int | None = None
+    resume: bool = False
+    strict: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse flags out of range."""
+        super().__post_init__()
+        if self.prompt is not None and self.prompts is not None:
+            raise InputError("give --prompt or --prompts, not both")
+        check_text("--negative-prompt", self.negative_prompt)
+        check_seed("--seed", self.seed)
+        if self.steps is not None:
+            check_steps("--steps", self.steps)
+        if self.guidance_scale is not None:
+            check_number("--guidance-scale", self.guidance_scale)
+        for flag, value, check in (
+            ("--sampler", self.sampler, check_sampler),
+            ("--height", self.height, check_pixels),
+            ("--width", self.width, check_pixels),
+            ("--guidance-rescale", self.guidance_rescale, check_share),
+            ("--strength", self.strength, check_share),
+            ("--image", self.image, check_file),
+            ("--mask", self.mask, check_file),
+            ("--tile", self.tile, check_pixels),
+        ):
+            if value is not None:
+                check(flag, value)
+        for flag, value in (("--batch-size", self.batch_size), ("--devices", self.devices)):
+            if value is not None and value < 1:
+                raise InputError(f"{flag}: expected at least 1, found {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Flags, Plain):
+    """What to draw, how, and where to."""

@@ -1,0 +1,1 @@
+"""What each method does to the embedded model's pictures, measured with intervals."""

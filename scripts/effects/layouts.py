@@ -1,0 +1,202 @@
+"""DenseDiffusion measured: two and three objects drawn to layouts, beside plain prompting and paint-with-words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+import jaxmix
+from jaxmix import DenseDiffusion
+from jaxmix.control import Site
+from jaxmix.controls.dense_diffusion import DenseDiffusionControl
+from jaxmix.rows import dataclass, gate, per_row
+from jaxmix.types import Array
+from train.scenes import Scenes
+from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
+from train.scorer import SIZE, Scorer
+from train.segmenter import Segmenter
+
+PAINT = 0.4  # the weight of eDiff-I's open port
+MARGIN = 2  # pixels around an object that its place holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A caption, its objects as (phrase, class, box in pixels), and the real scene that the layout is taken from."""
+
+    caption: str
+    objects: tuple[tuple[str, int, tuple[int, int, int, int]], ...]
+    scene: np.ndarray
+    masks: np.ndarray
+
+    @property
+    def segments(self) -> list[jaxmix.Segment]:
+        """The layout: a box an object."""
+        return [jaxmix.Segment(phrase, box_mask(box)) for phrase, _, box in self.objects]
+
+
+def box_mask(box: tuple[int, int, int, int]) -> np.ndarray:
+    """Return the mask (64, 64) of a box (left, top, right, bottom)."""
+    left, top, right, bottom = box
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def cases(n: int, seed: int, count: int, worded: bool = False) -> list[Case]:
+    """Paint n scenes of `count` objects and box them; the captions name the objects and, if ``worded``, their places.
+
+    Worded captions are those of training ("left of", "above", "in a row"), two objects in relations that training
+    leaves out. Without them the captions name the objects in any order, every second in the other order than they
+    stand: training always says how objects stand, so only the layout knows.
+    """
+    split = "held_out_relations" if worded and count == 2 else "all"
+    scenes = Scenes(
+        split=split, seed=seed, two_objects=float(count == 2), three_objects=float(count == 3), labelled=0.0
+    )
+    found = []
+    for index in range(n):
+        rng = np.random.Generator(np.random.Philox(key=[seed, ((count + 16 * worded) << 32) + index]))
+        plan = scenes.plan(rng)
+        image, masks = scenes.render(plan, rng)
+        names = [scenes.atlas.objects[number] for number in plan.objects]
+        objects = []
+        for mask, number, name in zip(masks[:count], plan.objects, names, strict=True):
+            rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+            box = [columns[0] - MARGIN, rows[0] - MARGIN, columns[-1] + 1 + MARGIN, rows[-1] + 1 + MARGIN]
+            left, top, right, bottom = (int(np.clip(x, 0, SIZE)) for x in box)
+            objects.append((with_article(name), int(number), (left, top, right, bottom)))
+        nouns = [phrase for phrase, _, _ in objects]
+        if index % 2:
+            nouns = nouns[::-1]
+        listed = f"{', '.join(nouns[:-1])} and {nouns[-1]}"
+        text = f"{with_article(STYLE_WORDS[plan.style])} of {listed} {BACKGROUND_WORDS[plan.background]}"
+        if worded:
+            text = scenes.caption(plan)
+        found.append(Case(text, tuple(objects), image.astype(np.uint8), masks[:count]))
+    return found
+
+
+@dataclass
+class PaintWithWords(jaxmix.Control):
+    """eDiff-I's paint-with-words (arXiv 2211.01324, section 5): words get more attention where they are painted.
+
+    A + w log(1 + sigma) max(A) at the pixels of each phrase's mask, in cross-attention, at all steps. ``region`` maps a
+    grid to (rows, pixels, tokens); ``sigmas`` is the noise of each timestep.
+    """
+
+    region: dict[str, Array] = per_row()
+    weight: Array = gate()
+    sigmas: Array = dataclasses.field(default_factory=lambda: jnp.ones((1000,)))
+    sigma: Array = dataclasses.field(default_factory=lambda: jnp.ones(()))
+
+    def at(self, step: Array, t: Array) -> PaintWithWords:
+        """Look up the noise."""
+        return dataclasses.replace(self, sigma=self.sigmas[t.astype(jnp.int32)])
+
+    def logits(self, site: Site, x: Array) -> Array:
+        """Raise the scores."""
+        region = self.region["x".join(map(str, site.hw))][:, None]
+        most = x.max((1, 2, 3), keepdims=True)
+        return x + self.weight[:, None, None, None] * jnp.log1p(self.sigma) * most * region
+
+
+def paint_with_words(pipe: jaxmix.Pipeline, control: DenseDiffusionControl, weight: float = PAINT) -> PaintWithWords:
+    """Return the baseline for the places and words of a DenseDiffusion control."""
+    region = {
+        grid: ((pixels[:, :, None] & control.tokens[:, None]) != 0).astype(jnp.float32)
+        for grid, pixels in control.pixels.items()
+    }
+    abar = np.maximum(pipe.schedule.alphas_cumprod, 1e-4)
+    sigmas = jnp.asarray(np.sqrt((1 - abar) / abar), jnp.float32)
+    rows = control.tokens.shape[0]
+    return PaintWithWords(region, jnp.full((rows,), weight), sigmas, sites=r"\.attn2$")
+
+
+@dataclass
+class FixedRange(DenseDiffusionControl):
+    """Ablation: scores move by a fixed amount and not by a part of the way to their row's extremes."""
+
+    def logits(self, site: Site, x: Array) -> Array:
+        """Add or take away the strength itself."""
+        grid = "x".join(map(str, site.hw))
+        pixels, cross = self.pixels[grid], site.name.endswith(".attn2")
+        keys = self.tokens if cross else pixels
+        together = (pixels[:, None, :, None] & keys[:, None, None, :]) != 0
+        weight = (self.cross if cross else self.self_)[:, None] * self.time
+        alpha = weight * (1 - self.kappa[:, None] * self.area[grid])
+        return x + alpha[:, None, :, None] * jnp.where(together, 1.0, -1.0)
+
+
+class FixedRangeLayout(DenseDiffusion):
+    """DenseDiffusion with that control."""
+
+    def control(self, pipe: Any, placed: Any) -> FixedRange:
+        """Return the control of placed layouts."""
+        made = super().control(pipe, placed)
+        return FixedRange(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+
+
+Draw = Callable[[Sequence[Case]], dict[str, Any]]
+
+
+def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
+    """Return what each condition hands to `Pipeline.generate` for cases."""
+
+    def dense(kind: type[DenseDiffusion] = DenseDiffusion, **options: Any) -> Draw:
+        return lambda some: {"methods": (kind([c.segments for c in some], **options),)}
+
+    def painted(some: Sequence[Case]) -> dict[str, Any]:
+        made = jaxmix.dense_diffusion(pipe, [c.caption for c in some], [c.segments for c in some])
+        return {"controls": (paint_with_words(pipe, made.control),)}
+
+    return {
+        "plain prompt": lambda some: {},
+        "paint-with-words": painted,
+        "DenseDiffusion": dense(),
+        "without cross-attention": dense(cross=0.0),
+        "without self-attention": dense(self_=0.0),
+        "without the value range": dense(FixedRangeLayout),
+        "without the area": dense(area=0.0),
+        "without splicing": dense(splice=False),
+        "in all steps": dense(window=(0.0, 1.0)),
+        STRONG: dense(cross=4.0, self_=1.0, window=(0.0, 1.0)),
+    }
+
+
+STRONG = "cross 4, self 1, all steps"
+MAIN = ("plain prompt", "paint-with-words", "DenseDiffusion", STRONG)  # the rest are the paper's ablations
+
+
+def measure(images: np.ndarray, some: Sequence[Case], scorer: Scorer, segmenter: Segmenter) -> dict[str, np.ndarray]:
+    """Measure uint8 pictures of cases, one value a picture.
+
+    inside: share of its objects that the scorer names first, of all classes, in the crop of the object's own box; iou:
+    of what the segmenter takes for objects and what lies in any box of the scene's real objects.
+    """
+    crops, owners, classes = [], [], []
+    for i, (image, case) in enumerate(zip(images, some, strict=True)):
+        for _, number, box in case.objects:
+            crops.append(np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)))
+            owners.append(i)
+            classes.append(number)
+    said = scorer(np.stack(crops))["object"].argmax(-1) == np.asarray(classes)
+    count = np.bincount(owners, minlength=len(some))
+    inside = np.bincount(owners, weights=said, minlength=len(some)) / count
+    there = segmenter(images) > 0.5
+    wanted = np.stack([case.masks.any(0) for case in some])
+    union = (there | wanted).sum((1, 2))
+    return {"inside": inside, "iou": (there & wanted).sum((1, 2)) / np.maximum(union, 1)}
+
+
+def real(some: Sequence[Case]) -> np.ndarray:
+    """Return the real scenes of cases."""
+    return np.stack([case.scene for case in some])
+
+
+Table = Mapping[str, Mapping[str, np.ndarray]]

@@ -1,0 +1,310 @@
+"""Measure what DenseDiffusion, StyleAligned, StyleID and MagicFusion do to the embedded model's pictures.
+
+Paired differences with intervals, on cases that training never shows, against plain prompting, the papers' ablations
+and other baselines. Pictures are kept under `out`, so an interrupted run goes on.
+
+    python -m scripts.effects.training_free --out runs/effects_training_free
+    python -m scripts.effects.training_free --methods dense,aligned --cases 40
+    python -m scripts.effects.training_free --methods fusion --expert runs/pixel/pipeline
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jaxmix
+from jaxmix import command
+from jaxmix.types import InputError
+from scripts.effects import fusion, layouts, styles
+from scripts.effects.draw import digest
+from scripts.effects.measures import round_trip
+from scripts.effects.pictures import labelled_grid
+from scripts.effects.stats import paired
+from scripts.effects.vmix import load_model
+from train.scorer import load_scorer
+from train.segmenter import load_segmenter
+
+METHODS = ("dense", "aligned", "styleid", "fusion")
+Measured = Mapping[str, Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass
+class Config:
+    """What to measure.
+
+    Attributes:
+        methods: some of dense, aligned, styleid, fusion, separated by commas.
+        model: "mini" or a diffusers folder of 64 px images.
+        expert: diffusers folder of the expert for fusion (configs/mini_pixel.yaml trains one); left out if empty.
+        cases: layouts of each number of objects, sets, pairs of pictures or of prompts; each drawn once a condition.
+        steps: steps of StyleID and its inversions; the other methods take the model's own.
+        grid_rows: cases on the pictures.
+        batch_size: pictures drawn at a time.
+        seed: of the cases and of the first picture.
+        out: folder for effects.json, effects.md, the pictures and what is kept between runs.
+    """
+
+    methods: str = ",".join(METHODS)
+    model: str = "mini"
+    expert: str = ""
+    cases: int = 200
+    steps: int = 50
+    grid_rows: int = 4
+    batch_size: int = 20
+    seed: int = 11
+    out: str = "runs/effects_training_free"
+
+    def __post_init__(self) -> None:
+        """Refuse values that could only fail later."""
+        for name, least in (("cases", 2), ("steps", 2), ("grid_rows", 1), ("batch_size", styles.SET)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected {least} or more")
+        if unknown := [m for m in self.methods.split(",") if m not in METHODS]:
+            raise InputError(f"methods: found {unknown[0]!r}, expected some of {', '.join(METHODS)}")
+        if "fusion" in self.methods.split(",") and not self.expert and self.methods != Config.methods:
+            raise InputError("methods: fusion needs --expert, the folder of a fine-tuned model")
+
+
+class Studio:
+    """Draws pictures batch by batch, keeps them, and says how far it is."""
+
+    def __init__(self, cfg: Config, pipe: jaxmix.Pipeline) -> None:
+        self.cfg, self.pipe = cfg, pipe
+        self.folder = Path(cfg.out) / "drawn"
+        self._model = digest(pipe.params)
+
+    def draw(
+        self, key: Sequence[Any], n: int, some: Callable[[slice, list[int]], np.ndarray], a_batch: int
+    ) -> np.ndarray:
+        """Return uint8 pictures of n cases; ``some`` draws those of a slice with the given seeds of its images.
+
+        ``key`` names everything that the pictures depend on besides the model, the seeds and the steps: the first three
+        of it are shown.
+        """
+        settings = [*key, n, self._model, self.cfg.seed, self.pipe.default_steps]
+        name = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:24]
+        path = self.folder / f"{name}.npz"
+        if path.is_file():
+            with np.load(path) as kept:
+                return kept["images"]
+        parts = []
+        with command.progress(n, " ".join(str(x) for x in key[:3]), "cases") as bar:
+            for start in range(0, n, a_batch):
+                rows = slice(start, min(start + a_batch, n))
+                parts.append(some(rows, [self.cfg.seed + i for i in range(rows.start, rows.stop)]))
+                bar.update(rows.stop - rows.start)
+        images = np.concatenate(parts)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        with open(unfinished, "wb") as file:
+            np.savez_compressed(file, images=images)
+        unfinished.replace(path)
+        return images
+
+
+def table(title: str, found: Measured, base: str, units: Mapping[str, str]) -> str:
+    """Return a Markdown table: means, and in brackets the paired difference from `base` with half its interval."""
+    columns = list(next(iter(found.values())))
+    lines = [f"**{title}**", "", "| | " + " | ".join(f"{c}{units.get(c, '')}" for c in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, measures in found.items():
+        cells = []
+        for c in columns:
+            if np.isnan(measures[c]).all():
+                cells.append("")
+                continue
+            cell = f"{np.nanmean(measures[c]):.3f}"
+            if (
+                not np.isnan(found[base][c]).all()
+                and name != base
+                and not name.startswith("real")
+                and len(measures[c]) == len(found[base][c])
+            ):
+                effect = paired(measures[c], found[base][c])
+                cell += f" ({effect.mean:+.3f} ±{effect.half:.3f})"
+            cells.append(cell)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def dense(studio: Studio, judges: Any) -> dict[str, Any]:
+    """Layouts of two and of three objects, under captions that say their places and under such that do not.
+
+    The ablations are for two objects under captions that do not: the words do nearly all where they can.
+    """
+    cfg, pipe = studio.cfg, studio.pipe
+    segmenter, scorer = judges
+    found: dict[str, Any] = {}
+    for count, worded in ((2, False), (3, False), (2, True), (3, True)):
+        some = layouts.cases(cfg.cases, cfg.seed, count, worded)
+        cases = [(c.caption, c.objects) for c in some]
+        real = layouts.real(some)
+        drawn = {"real scenes": real, "real scenes after the autoencoder": round_trip(pipe, real, cfg.batch_size)}
+        for name, arguments in layouts.conditions(pipe).items():
+            if (worded or count > 2) and name not in layouts.MAIN:
+                continue
+
+            def draw(rows: slice, seeds: list[int], arguments: layouts.Draw = arguments) -> np.ndarray:
+                part = some[rows]  # noqa: B023 - drawn before the next count
+                return pipe.generate([c.caption for c in part], seeds, **arguments(part))
+
+            drawn[name] = studio.draw(["dense", count, name, cases], len(some), draw, cfg.batch_size)
+        measured = {name: layouts.measure(images, some, scorer, segmenter) for name, images in drawn.items()}
+        where = "captions say the places" if worded else "captions say no place"
+        found[f"DenseDiffusion, {count} objects, {where}"] = (measured, "plain prompt")
+        places = np.stack([_layout(case) for case in some[: cfg.grid_rows]])
+        columns = [("layout", places), *((name, drawn[name]) for name in layouts.MAIN)]
+        picture = Path(cfg.out) / f"dense_{count}{'' if worded else '_unsaid'}.png"
+        labelled_grid(picture, columns, [c.caption for c in some[: cfg.grid_rows]])
+    return found
+
+
+def _layout(case: layouts.Case) -> np.ndarray:
+    colors = np.asarray([[230, 90, 90], [90, 170, 90], [90, 110, 220]], np.uint8)
+    image = np.full((64, 64, 3), 245, np.uint8)
+    for color, segment in zip(colors, case.segments, strict=False):
+        image[np.asarray(segment.mask)] = color
+    return image
+
+
+def aligned(studio: Studio, judges: Any) -> dict[str, Any]:
+    """Sets in the style of their first image."""
+    cfg, pipe = studio.cfg, studio.pipe
+    some = styles.sets(cfg.cases, cfg.seed)
+    drawn = {}
+    for name, controls in styles.set_controls(pipe).items():
+
+        def draw(rows: slice, seeds: list[int], name: str = name, controls: Any = controls) -> np.ndarray:
+            prompts = styles.prompts_of(name, some[rows])
+            each = [seed * styles.SET + i for seed in seeds for i in range(styles.SET)]
+            images = pipe.generate(prompts, each, controls=controls(len(seeds)))
+            return images.reshape(len(seeds), styles.SET, *images.shape[1:])
+
+        sets = studio.draw(
+            ["aligned", name, "", [one.prompts for one in some]], len(some), draw, max(1, cfg.batch_size // styles.SET)
+        )
+        drawn[name] = sets.reshape(-1, *sets.shape[2:])
+    measured = {name: styles.measure_sets(images, some, judges[1]) for name, images in drawn.items()}
+    shown = ("plain prompts", "StyleAligned", "swapped (visual style prompting)")
+    columns = [(name, styles.strips(drawn[name])) for name in shown]
+    captions = ["; ".join(one.prompts) for one in some[: cfg.grid_rows]]
+    labelled_grid(Path(cfg.out) / "aligned.png", columns, captions, enlarge=2)
+    return {"StyleAligned, sets of four": (measured, "plain prompts")}
+
+
+def styleid(studio: Studio, judges: Any) -> dict[str, Any]:
+    """Real pictures in the style of others."""
+    cfg, pipe = studio.cfg, studio.pipe
+    segmenter, scorer = judges
+    some = styles.pairs(cfg.cases, cfg.seed)
+    mark = digest([some.content, some.style])
+    drawn = {"content after the autoencoder": round_trip(pipe, some.content, cfg.batch_size)}
+    for pairing, transfers in styles.by_pairing().items():
+
+        def draw(rows: slice, seeds: list[int], pairing: str = pairing, transfers: Any = transfers) -> np.ndarray:
+            return styles.transfer(pipe, some, rows, pairing, transfers.values(), cfg.steps)
+
+        key = ["styleid", "pairing", pairing, cfg.steps, mark, transfers]
+        images = studio.draw(key, cfg.cases, draw, cfg.batch_size)
+        drawn |= {name: images[:, i] for i, name in enumerate(transfers)}
+    measured = {name: styles.measure_transfer(images, some, scorer, segmenter) for name, images in drawn.items()}
+    start = drawn["content after the autoencoder"]
+    for name, images in drawn.items():
+        measured[name] = {**measured[name], "psnr": styles.psnr(images, start)}
+    measured["content after the autoencoder"]["psnr"] = np.full((cfg.cases,), np.nan)
+    shown = ("StyleID", "without injection", "without AdaIN", "gamma 0.3", "gamma 1")
+    columns = [("content", some.content), ("style", some.style), *((name, drawn[name]) for name in shown)]
+    labelled_grid(Path(cfg.out) / "styleid.png", columns, [""] * cfg.grid_rows)
+    return {"StyleID, real pictures": (measured, "content after the autoencoder")}
+
+
+def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
+    """Two models in one picture."""
+    cfg, pipe = studio.cfg, studio.pipe
+    expert = load_model(cfg.expert)
+    some = fusion.fused(cfg.cases, cfg.seed)
+    mark = [digest(expert.params), [(one.general, one.expert) for one in some]]
+
+    def alone(rows: slice, seeds: list[int]) -> np.ndarray:
+        return expert.generate([one.expert for one in some[rows]], seeds)
+
+    def mean(rows: slice, seeds: list[int]) -> np.ndarray:
+        return fusion.average(pipe, expert, some[rows], seeds)
+
+    drawn = {
+        "expert alone": studio.draw(["fusion", "expert", "", mark], cfg.cases, alone, cfg.batch_size),
+        "mean of both": studio.draw(["fusion", "mean", "", mark], cfg.cases, mean, cfg.batch_size),
+    }
+    for name, options in fusion.SWITCHES.items():
+
+        def draw(rows: slice, seeds: list[int], options: Any = options) -> np.ndarray:
+            part = some[rows]
+            extra = {} if options is None else fusion.arguments(options, part, expert)
+            return pipe.generate([one.general for one in part], seeds, **extra)
+
+        drawn[name] = studio.draw(["fusion", name, options, mark], cfg.cases, draw, cfg.batch_size)
+    base = "general model alone"
+    drawn = {base: drawn[base], **drawn}
+    measured = {name: fusion.measure_fused(images, some, judges[1]) for name, images in drawn.items()}
+    for name, measures in measured.items():
+        measures["expert's area"] = np.full((cfg.cases,), np.nan)
+        if (k := fusion.AREAS.get(name)) is None:
+            continue
+
+        def area(rows: slice, seeds: list[int], k: float = k) -> np.ndarray:
+            return fusion.areas(pipe, expert, some[rows], seeds, k)
+
+        key = ["fusion", "area", f"k_expert {k:g}", mark]
+        measures["expert's area"] = studio.draw(key, cfg.cases, area, cfg.batch_size)
+    shown = (
+        "general model alone",
+        "expert alone",
+        "mean of both",
+        "MagicFusion, mode 2, switch 600",
+        "mode 1, switch 850",
+    )
+    captions = [f"{one.general}  +  {one.expert}" for one in some[: cfg.grid_rows]]
+    labelled_grid(Path(cfg.out) / "fusion.png", [(n.split(", switch")[0], drawn[n]) for n in shown], captions)
+    return {"MagicFusion, two models": (measured, base)}
+
+
+RUN = {"dense": dense, "aligned": aligned, "styleid": styleid, "fusion": fuse}
+
+
+def main(cfg: Config) -> int:
+    """Draw, measure, print; write effects.json, effects.md and the pictures."""
+    command.enable_compilation_cache()
+    pipe = load_model(cfg.model)
+    judges = load_segmenter(), load_scorer()
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    studio, found = Studio(cfg, pipe), {}
+    for name in cfg.methods.split(","):
+        if name == "fusion" and not cfg.expert:
+            print("fusion: left out, --expert names no model", flush=True)
+            continue
+        found |= RUN[name](studio, judges)
+    text = "\n\n".join(table(title, measured, base, {}) for title, (measured, base) in found.items())
+    print(text)
+    numbers = {
+        title: {
+            name: {k: float(np.nanmean(v)) for k, v in m.items() if not np.isnan(v).all()}
+            for name, m in measured.items()
+        }
+        for title, (measured, _) in found.items()
+    }
+    out = Path(cfg.out)
+    (out / "effects.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), **numbers}, indent=1) + "\n")
+    (out / "effects.md").write_text(text + "\n", encoding="utf-8")
+    print(f"wrote {out}/effects.json, effects.md and the pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,1 @@
+"""How the embedded model's parts are made, packaged and scored."""

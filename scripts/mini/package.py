@@ -1,0 +1,87 @@
+"""Put a trained pipeline into the package as the embedded model, or a trained VMix adapter as the embedded adapter.
+
+python -m scripts.mini.package --pipeline runs/t2i/pipeline --vae runs/decoder/vae
+python -m scripts.mini.package --vmix runs/vmix/adapter.safetensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import jaxmix
+from jaxmix import command
+from jaxmix.methods.vmix import EMBEDDED
+from jaxmix.models import AutoencoderKL, VAEConfig
+from jaxmix.pipeline.loading import ASSETS
+from jaxmix.types import InputError
+from jaxmix.weights import load_tree, read_config
+
+
+@dataclasses.dataclass
+class Config:
+    """What to package.
+
+    Attributes:
+        pipeline: diffusers folder that train.text_to_image wrote.
+        vae: folder of the autoencoder to take instead of the pipeline's own; the pipeline's own if empty.
+        vmix: adapter.safetensors that train.vmix wrote for the embedded model, instead of a pipeline.
+        out: folder that a pipeline is written to.
+        default_steps: sampling steps where a user names none.
+        default_guidance_scale: guidance where a user names none.
+    """
+
+    pipeline: str = ""
+    vae: str = ""
+    vmix: str = ""
+    out: str = str(ASSETS / "mini")
+    default_steps: int = 25
+    default_guidance_scale: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that could only fail later."""
+        if bool(self.pipeline) == bool(self.vmix):
+            raise InputError(f"pipeline, vmix: found {'both' if self.vmix else 'neither'}, expected one of them")
+
+
+def package_vmix(path: str) -> None:
+    """Cast an adapter for the embedded model to float16 and write it."""
+    adapter = jaxmix.VMix.load(path)
+    adapter.check(jaxmix.load("mini"))
+    out = EMBEDDED["mini-vmix"]
+    out.parent.mkdir(exist_ok=True)
+    adapter.save(out, jnp.float16)
+    count = sum(x.size for x in jax.tree.leaves(jaxmix.VMix.load(out).params))
+    print(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB, {count:,} parameters beside its LoRA")
+
+
+def main(cfg: Config) -> int:
+    """Load, cast to float16, write; what was written is loaded again to see that it opens."""
+    if cfg.vmix:
+        package_vmix(cfg.vmix)
+        return 0
+    pipe = jaxmix.load(cfg.pipeline)
+    changes = {"default_steps": cfg.default_steps, "default_guidance_scale": cfg.default_guidance_scale}
+    if cfg.vae:
+        vae = AutoencoderKL(VAEConfig.from_dict(read_config(Path(cfg.vae))))
+        if vae.config != pipe.vae.config:
+            raise InputError(
+                f"{cfg.vae}: its config differs from that of {cfg.pipeline}/vae, expected the same latents"
+            )
+        params = {**pipe.params, "vae": load_tree(cfg.vae, vae.abstract_params())}
+        pipe = dataclasses.replace(pipe, params=params)
+    # The folder keeps one tokenizer, the one that ships; the trained copy is the same file.
+    dataclasses.replace(pipe, **changes, tokenizer=Path(cfg.pipeline) / "tokenizer").save(cfg.out, jnp.float16)
+    again = jaxmix.load(cfg.out)
+    counts = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in again.params.items()}
+    size = sum(p.stat().st_size for p in Path(cfg.out).rglob("*") if p.is_file())
+    shown = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
+    print(f"wrote {cfg.out}: {size / 1e6:.1f} MB, parameters: {shown}")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
