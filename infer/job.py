@@ -294,7 +294,7 @@ def batches_of(bucket: Bucket, size: int, devices: int) -> Iterator[Batch]:
     size = -(-min(size, n) // devices) * devices
     if bucket.groups is not None:  # a group is drawn on one device, whatever the size
         size = max(size, devices * max(bucket.groups))
-    for batch in pack(n, size if size <= n else None, devices, bucket.groups):
+    for batch in pack(n, size, devices, bucket.groups):
         yield Batch(bucket, [bucket.rows[i] for i in batch.rows], batch.kept, batch.groups)
 
 

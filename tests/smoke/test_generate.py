@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.generate import Config, main
+from infer.flags import Config
+from infer.generate import main
 from infer.job import choose_mesh, collect_rows, draw
 from infer.manifest import Manifest
 from infer.measure import CompileClock

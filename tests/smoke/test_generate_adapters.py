@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 import jaxmix
-from infer.generate import Config, main
+from infer.flags import Config
+from infer.generate import main
 from infer.methods.lora import check_loras
 from infer.png import read_settings
 from jaxmix.command import run

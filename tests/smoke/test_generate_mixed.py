@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import jaxmix
-from infer.generate import Config, main
+from infer.flags import Config
+from infer.generate import main
 from infer.job import batches_of, build, collect_rows, complete, draw, request
 from infer.methods.method import Batch
 from infer.methods.registry import Methods
@@ -19,8 +20,8 @@ from jaxmix.command import parse
 from jaxmix.controls import vmix
 from jaxmix.methods import lora
 from jaxmix.models.unet import sites, subtree
+from jaxmix.testing import random_params
 from jaxmix.types import InputError
-from tests.families import random_like
 
 PROMPT = "a red car on the snow"
 SEGMENTS = "a red car @ 0,0,0.5,1"
@@ -47,7 +48,7 @@ def files(tiny_pipeline, tmp_path_factory):
     ]
     labels = (("color", "vivid", "[V]"), ("light", "bright", "[S]"))
     config = vmix.VMixConfig(labels=labels, tokens=32, context_dim=16, sites=tuple(cross))
-    jaxmix.VMix(config, random_like(vmix.abstract_params(config))).save(path / "vmix.safetensors")
+    jaxmix.VMix(config, random_params(vmix.abstract_params(config), 5)).save(path / "vmix.safetensors")
     rng = np.random.default_rng(0)
     name = cross[0][0].replace("attn2", "attn1") + ".to_q"
     kernel = subtree(tiny_pipeline.params["unet"], name)["kernel"]

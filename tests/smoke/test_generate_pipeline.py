@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.generate import Config, main
+from infer.flags import Config
+from infer.generate import main
 from jaxmix.command import run
 from jaxmix.pipeline.job import denoise
 from jaxmix.pipeline.loading import ASSETS

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from infer.generate import Config
+from infer.flags import Config
 from infer.methods.registry import Methods
 from infer.rows import BadRow, Defaults, Row, read_rows, rows_of_prompts
 from jaxmix.types import InputError
