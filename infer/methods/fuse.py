@@ -77,7 +77,7 @@ class Fuse(Method):
         }
 
     def on(self, row: Row) -> bool:
-        """With a second model all rows are blended."""
+        """With a second model all rows are blended, but for those that reconstruct the picture of --reference."""
         return super().on(row) or (self.flags.expert is not None and row.where != "--reference")
 
     def open(self, pipe: Any) -> None:

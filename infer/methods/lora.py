@@ -67,8 +67,8 @@ class LoRA(Method):
 
     def open(self, pipe: Any) -> None:
         """Refuse the flag's files where they do not fit the model."""
-        for path, _ in check_loras("--lora", self.flags.lora or []):
-            self.lora(path).read(pipe)
+        for path, strength in check_loras("--lora", self.flags.lora or []):
+            self.lora(path).on(strength).check(pipe, None)
 
     def on(self, row: Row) -> bool:
         """A row of LoRAs all at strength 0 is one without."""

@@ -72,6 +72,11 @@ class VMix(Method):
                 raise InputError(f"vmix: {error}") from None
         return self._adapters[name]
 
+    def open(self, pipe: Any) -> None:
+        """Refuse the flag's adapter where it does not fit the model."""
+        if self.flags.vmix is not None:
+            self.opened(self.flags.vmix).check(pipe)
+
     def complete(self, row: Row, pipe: Any) -> Row:
         """Refuse labels that the adapter has not."""
         from jaxmix.controls.vmix import parse_labels
