@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +69,7 @@ def place(pipe: Pipeline, prompts: Sequence[str], layouts: Sequence[Sequence[Seg
     if len(prompts) != len(layouts):
         raise InputError(f"layouts: found {len(layouts)}, expected one for each of the {len(prompts)} prompts")
     factor = pipe.vae.config.factor
+    layouts = [[_segment(segment, i, j) for j, segment in enumerate(layout)] for i, layout in enumerate(layouts)]
     masks, owners, phrases = [], [], []
     most = max((len(layout) for layout in layouts), default=0)
     if most == 0:
@@ -176,6 +177,13 @@ class Placed(NamedTuple):
     masks: np.ndarray
     owners: np.ndarray
     phrases: list[tuple[int, int, str]]
+
+
+def _segment(segment: Any, i: int, j: int) -> Segment:
+    """Return a segment from itself, or from a pair (phrase, mask)."""
+    if not isinstance(segment, (tuple, list)) or len(segment) != 2 or not isinstance(segment[0], str):
+        raise InputError(f"image {i}, segment {j}: found {type(segment).__name__}, expected a Segment(phrase, mask)")
+    return Segment(*segment)
 
 
 def _latent_mask(mask: AnyArray, size: tuple[int, ...], factor: int, where: str) -> np.ndarray:

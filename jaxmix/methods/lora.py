@@ -128,6 +128,7 @@ class Merge(Method):
     lora: LoRA
     strength: float = 1.0
 
+    title: ClassVar[str] = "LoRA"
     when: ClassVar[int] = WEIGHTS
 
     def __eq__(self, other: object) -> bool:

@@ -69,9 +69,7 @@ class MagicFusion(Method):
         if not 0 <= self.switch <= last:
             raise InputError(f"fusion: switch is {self.switch!r}, expected a timestep from 0 to {last}")
         for name in ("k_general", "k_expert", "strength"):
-            found = np.asarray(getattr(self, name), np.float32)
-            if found.shape not in ((), (n,)) or not np.isfinite(found).all() or found.min() < 0:
-                raise InputError(f"fusion: {name} is {getattr(self, name)!r}, expected a number >= 0, or one an image")
+            over.numbers(f"fusion: {name}", getattr(self, name), n, "images", least=0.0)
         own = self.negative_prompts
         if own is not None and (isinstance(own, str) or len(own) != n):
             raise InputError(f"fusion: found {len(own)} negative prompts, expected one for each of {n} images")

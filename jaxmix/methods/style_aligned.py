@@ -109,9 +109,17 @@ class StyleAligned(Method):
         if sum(sizes) != request.n:
             raise InputError(f"groups: found sizes {sizes}, expected that they sum to the {request.n} images")
         self._control(pipe, sizes)
-        for group in self.pictures:
+        expected = (request.height, request.width, 3)
+        for group, picture in self.pictures.items():
             if not 0 <= group < len(sizes):
                 raise InputError(f"pictures: found group {group}, expected 0 to {len(sizes) - 1}")
+            if not isinstance(picture, Inverted) and np.shape(picture) != expected:
+                raise InputError(f"pictures: group {group} has shape {np.shape(picture)}, expected {expected}")
+            if isinstance(picture, Inverted) and picture.states.shape[1] - 1 != request.steps:
+                raise InputError(
+                    f"pictures: group {group} was inverted in {picture.states.shape[1] - 1} steps, expected the run's "
+                    f"{request.steps}"
+                )
         if self.pictures:
             assert request.steps is not None
             if request.sampler != "ddim":

@@ -156,6 +156,7 @@ class Mix(Method):
     scale: float | Sequence[float] = 1.0
     lora: float = 1.0
 
+    title: ClassVar[str] = "VMix"
     when: ClassVar[int] = WEIGHTS
     per_image: ClassVar[tuple[str, ...]] = ("labels", "scale")
 

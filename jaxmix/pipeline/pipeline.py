@@ -200,6 +200,8 @@ class Pipeline(Parts):
         Nothing is compiled: a job of many requests can find what is wrong with any before it draws the first.
         """
         methods = ordered(methods)
+        if not isinstance(request, Request):
+            raise InputError(f"request: found {type(request).__name__}, expected a Request; prompts go to generate")
         request = sketch = request.checked(self)
         wide = next((m for m in methods if getattr(m, "adds_rows", False)), None)
         beside = [type(m).__name__ for m in methods if m is not wide and m.when > WEIGHTS]

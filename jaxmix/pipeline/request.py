@@ -249,6 +249,8 @@ class Method:
 
     #: Methods are applied by this number (`WEIGHTS`, `ATTENTION`, `NOISE`), and in their order where it is equal.
     when: ClassVar[int] = ATTENTION
+    #: What messages call the method; the name of its class if empty.
+    title: ClassVar[str] = ""
     #: Names of fields with one entry an image.
     per_image: ClassVar[tuple[str, ...]] = ()
 
@@ -257,9 +259,9 @@ class Method:
         for name in self.per_image:
             value = getattr(self, name)
             if is_list(value) and len(value) != request.n:
+                where = f"{self.title or type(self).__name__}.{name}"
                 raise InputError(
-                    f"{type(self).__name__}.{name}: found {len(value)} values, expected 1 or one for each of the "
-                    f"{request.n} prompts"
+                    f"{where}: found {len(value)} values, expected 1 or one for each of the {request.n} prompts"
                 )
 
     def sketch(self, pipe: Any, request: Request) -> Request:

@@ -207,7 +207,7 @@ def test_numbers_never_recompile(tiny_pipeline):
         ({"prompts": ["a dog"]}, "found 1 expert prompts"),
         ({"mode": 3}, "mode is 3, expected 1"),
         ({"switch": 1000}, "switch is 1000, expected a timestep from 0 to 999"),
-        ({"k_expert": -1.0}, "k_expert is -1.0, expected a number >= 0"),
+        ({"k_expert": -1.0}, "k_expert: found -1.0, expected numbers >= 0"),
         ({"negative_prompts": [""]}, "found 1 negative prompts"),
     ],
 )

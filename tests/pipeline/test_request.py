@@ -86,6 +86,11 @@ def test_a_lora_is_read_for_the_pipeline_it_meets_and_merged_once(tmp_path, tiny
         (LoRA(), r"methods: found LoRA, expected LoRA\.on\(\.\.\.\)"),
         ((StyleAligned([3]),), r"groups: found sizes \[3\], expected that they sum to the 2 images"),
         ((StyleAligned([2], strength=[1.0]),), "StyleAligned.strength: found 1 values"),
+        (
+            (StyleAligned(pictures={0: np.zeros((8, 16, 3))}),),
+            r"group 0 has shape \(8, 16, 3\), expected \(16, 16, 3\)",
+        ),
+        ((DenseDiffusion([["a dog"]] * 2),), r"image 0, segment 0: found str, expected a Segment\(phrase, mask\)"),
         ((DenseDiffusion([[Segment("a cow", HALF)]] * 2),), "the phrase is not in the prompt 'a dog'"),
         ((DenseDiffusion([[Segment("a dog", HALF)]]),), "layouts: found 1, expected one for each of the 2 prompts"),
         ((StyleID(),), "expected either content and style pictures, or found and pairs"),
