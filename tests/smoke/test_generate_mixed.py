@@ -148,7 +148,7 @@ def test_a_row_of_two_methods_that_exclude_each_other_is_bad_and_says_which(file
         ({"vmix": "gone"}, "vmix: gone: no such file, expected a VMix adapter"),
         ({"lora": "VMIX"}, "vmix.safetensors"),
         ({"expert_prompt": "b", "guidance_rescale": 0.5}, "guidance_rescale: found 0.5 with expert_prompt (fuse)"),
-        ({"expert_prompt": "b", "k_expert": -1}, "fusion: k_expert is [-1.0], expected a number >= 0"),
+        ({"expert_prompt": "b", "k_expert": -1}, "fusion: k_expert: found [-1.0], expected numbers >= 0"),
         ({"content": "PICTURE", "style": "PICTURE", "sampler": "euler"}, "expected ddim, found euler"),
         (
             {"content": "PICTURE", "style": "PICTURE", "image": "PICTURE"},
