@@ -160,7 +160,8 @@ class Merge(Method):
         if self.lora.file is None:
             return self.lora
         kept = self.lora.__dict__.setdefault("_read", {})
-        key = id(pipe.unet.config)
+        encoders = (pipe.text_encoder, pipe.text_encoder_2)
+        key = (pipe.unet.config, *(None if encoder is None else encoder.config for encoder in encoders))
         if key not in kept:
             kept[key] = self.lora.read(pipe)
         return kept[key]

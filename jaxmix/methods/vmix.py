@@ -119,10 +119,11 @@ class VMix:
         save_tree(tree, path, dtype=dtype, metadata={_KEY: json.dumps(config)})
 
     @classmethod
-    def load(cls, path: str | Path) -> VMix:
+    def load(cls, path: str | Path, pipe: Pipeline | None = None) -> VMix:
         """Read an adapter that `save` wrote, or the embedded "mini-vmix".
 
-        Raises `InputError` for a file that is something else.
+        Raises `InputError` for a file that is something else, and for one that does not fit ``pipe``; without one that
+        is found when it is applied.
         """
         path = EMBEDDED.get(str(path), Path(path))
         if not path.is_file():
@@ -144,7 +145,10 @@ class VMix:
         if factors is not None and alphas is not None:
             alpha = {name: jnp.asarray(value, jnp.float32) for name, value in alphas.items()}
             lora = LoRA({"unet": {name: {**f, "alpha": alpha[name]} for name, f in factors.items()}})
-        return cls(made, tree, lora)
+        adapter = cls(made, tree, lora)
+        if pipe is not None:
+            adapter.check(pipe)
+        return adapter
 
 
 @dataclasses.dataclass(frozen=True)
