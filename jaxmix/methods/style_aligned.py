@@ -75,7 +75,8 @@ class StyleAligned(Method):
     """Draw groups of images in the style of the first of each; what the fields do is said at `style_aligned`.
 
     ``groups`` are the sizes of the groups, which follow each other in the prompts; one group of all if None.
-    ``strength``, ``scale`` and ``shift`` are numbers or one an image. ``pictures`` maps the number of a group to the
+    ``strength``, ``scale`` and ``shift`` are numbers or one an image. ``adain`` None is queries and keys, and nothing
+    where ``swap`` is set. ``pictures`` maps the number of a group to the
     picture (H, W, 3) that is its first image, or to its `Inverted`: it is inverted under that image's prompt with a
     guidance of ``inversion_guidance`` and held to its course, which runs ``offset`` steps ahead; the solver is then
     ddim.
@@ -88,7 +89,7 @@ class StyleAligned(Method):
     strength: float | Sequence[float] = 1.0
     scale: float | Sequence[float] = 1.0
     shift: float | Sequence[float] = 0.0
-    adain: Sequence[str] = ("q", "k")
+    adain: Sequence[str] | None = None
     full: bool = False
     swap: bool = False
     window: tuple[float, float] = (0.0, 1.0)
@@ -184,7 +185,7 @@ class StyleAligned(Method):
             strength=self.strength,
             scale=self.scale,
             shift=self.shift,
-            adain=self.adain,
+            **({} if self.adain is None else {"adain": self.adain}),
             full=self.full,
             swap=self.swap,
             window=self.window,

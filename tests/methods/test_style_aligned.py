@@ -125,6 +125,7 @@ def test_the_reference_is_drawn_as_if_alone(tiny_pipeline, norms):
 def test_a_swapped_reference_is_the_one_drawn_alone_and_equal_images_stay_equal(tiny_pipeline):
     control = style_aligned(tiny_pipeline, [3], swap=True)
     got = draw(tiny_pipeline, (control,))
+    np.testing.assert_array_equal(draw(tiny_pipeline, methods=(StyleAligned([3], swap=True),)), got)
     np.testing.assert_allclose(got[:1], draw(tiny_pipeline, prompts=["a dog"], seeds=[1]), atol=2e-5)
     same = draw(tiny_pipeline, (control,), prompts=["a dog"] * 3, seeds=[1] * 3)
     np.testing.assert_array_equal(same[1:], np.broadcast_to(same[:1], same[1:].shape))
