@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.models.unet import sites
+from jaxmix.pipeline.batches import inside
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request
 from jaxmix.rows import numbers
@@ -18,7 +19,9 @@ from jaxmix.types import AnyArray, Array, InputError
 
 
 class Segment(NamedTuple):
-    """A part of a prompt, word for word, and where it goes: a mask (H, W) of the image's size, true (or > 0) inside.
+    """A part of a prompt, word for word, and where it goes: a mask (H, W) of the image's size.
+
+    A pixel is inside where the mask is true, or at half of the whole or above: 0.5, or 128 in bytes.
 
     An empty phrase is a place without words, such as a background.
     """
@@ -192,9 +195,7 @@ def _latent_mask(mask: AnyArray, size: tuple[int, ...], factor: int, where: str)
         raise InputError(f"{where}: found a mask of shape {mask.shape}, expected {size}, that of the first")
     if any(side % factor for side in size):
         raise InputError(f"{where}: found a mask of {size[0]} x {size[1]} pixels, expected multiples of {factor}")
-    # Any value above the middle of what the type holds is inside.
-    middle = 127 if mask.dtype == np.uint8 and mask.max(initial=0) > 1 else 0.5
-    small = mask[::factor, ::factor] > middle if mask.dtype != bool else mask[::factor, ::factor]
+    small = inside(mask)[::factor, ::factor]
     if not small.any():
         raise InputError(f"{where}: the mask is empty at the size of the latents, expected a pixel inside")
     return small

@@ -54,16 +54,18 @@ def style_aligned(
             # In the order in which the reference counts them: the middle block comes last.
             names.sort(key=lambda name: name.startswith("mid_block"))
             names = [n for n, alone in zip(names, aligned.unshared(len(names), level), strict=True) if not alone]
-        sites = "|".join(f"^{re.escape(name)}$" for name in names) or None
-        if sites is None or (level == 0 and not swap):
-            sites = ATTN1
-        if level == 1 and not swap and not norms:
-            options["strength"] = 0.0  # nothing is shared
+        chosen = [f"^{re.escape(name)}$" for name in names]
+        if level == 0 and not swap:
+            chosen = [ATTN1]
+        if not chosen and not norms:
+            chosen, options["strength"] = [ATTN1], 0.0  # nothing is shared at all
     elif level:
         raise InputError("level and sites: found both, expected the one or the other")
-    if norms:
-        sites = "|".join([sites, *(f"^{re.escape(site.name)}$" for site in norm_sites(cfg, hw))])
-    return aligned.bind(groups, sites=sites, norms=norms, **options)
+    else:
+        chosen = [sites]
+    if norms:  # at level 1 they alone are shared, as in the reference
+        chosen += [f"^{re.escape(site.name)}$" for site in norm_sites(cfg, hw)]
+    return aligned.bind(groups, sites="|".join(chosen), norms=norms, **options)
 
 
 def _sites(pipe: Pipeline, hw: tuple[int, int]) -> Any:

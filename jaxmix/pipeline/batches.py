@@ -89,11 +89,16 @@ def of_shape(name: str, value: AnyArray, shape: tuple[int, ...]) -> Array:
 
 def shrink_masks(masks: AnyArray, shape: tuple[int, ...], factor: int) -> Float[Array, "n h w 1"]:
     """Return masks at the latents' size, by nearest neighbour, 0 or 1."""
-    masks = np.asarray(masks)
-    if masks.shape != shape:
-        raise InputError(f"masks: found shape {masks.shape}, expected that of the images, {shape}")
-    whole = 255 if masks.dtype == np.uint8 and masks.max(initial=0) > 1 else 1
-    return jnp.asarray(masks[:, ::factor, ::factor, None] >= whole / 2, jnp.float32)
+    if np.shape(masks) != shape:
+        raise InputError(f"masks: found shape {np.shape(masks)}, expected that of the images, {shape}")
+    return jnp.asarray(inside(masks)[:, ::factor, ::factor, None], jnp.float32)
+
+
+def inside(mask: AnyArray) -> np.ndarray:
+    """Return where a mask is set, bool: at half of the whole or above, 1 or, in bytes with any value above 1, 255."""
+    mask = np.asarray(mask)
+    whole = 255 if mask.dtype == np.uint8 and mask.max(initial=0) > 1 else 1
+    return mask >= whole / 2
 
 
 def to_uint8(images: Array) -> np.ndarray:

@@ -11,6 +11,7 @@ from jaxmix import DenseDiffusion, InputError, Request, Segment, Site, dense_dif
 from jaxmix.control import QKV, attend, phases
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.models.unet import sites
+from jaxmix.pipeline.batches import inside
 from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import DDIM
 from tests.jobs import plain_job, with_context
@@ -228,6 +229,13 @@ def test_steps_outside_the_window_run_the_plain_program(tiny_pipeline):
     (plain,), (inside, outside) = loops(), loops(made.control)
     assert outside == plain
     assert len(inside) > len(plain)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.bool_])
+def test_a_pixel_is_inside_from_half_of_the_whole_on(dtype):
+    values = {np.float32: [0.0, 0.49, 0.5, 1.0], np.uint8: [0, 127, 128, 255], np.bool_: [0, 0, 1, 1]}[dtype]
+    np.testing.assert_array_equal(inside(np.asarray(values, dtype)), [False, False, True, True])
+    np.testing.assert_array_equal(inside(np.asarray([0, 1], np.uint8)), [False, True])
 
 
 HALF = np.pad(np.ones((16, 8), bool), ((0, 0), (0, 8)))

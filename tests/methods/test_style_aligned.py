@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmix import InputError, Moments, Request, Segment, Site, StyleAligned, dense_diffusion, hold, style_aligned
-from jaxmix.control import QKV, attend, validate
+from jaxmix.control import QKV, attend, matches, validate
 from jaxmix.controls import style_aligned as aligned
 from jaxmix.models.unet import sites
 from jaxmix.rows import check_together, tile, to_branches
@@ -142,6 +142,15 @@ def test_everything_off_is_the_base_bit_for_bit(tiny_pipeline):
     base = draw(tiny_pipeline)
     for options in ({"level": 1.0, "share_group_norm": False}, {"strength": 0.0}, {"strength": 0.0, "swap": True}):
         np.testing.assert_array_equal(draw(tiny_pipeline, (style_aligned(tiny_pipeline, [3], **options),)), base)
+
+
+def test_at_level_one_the_norms_alone_are_shared(tiny_pipeline):
+    control = style_aligned(tiny_pipeline, [3], level=1.0)
+    reached = [s.name for s in sites(tiny_pipeline.unet.config, (8, 8)) if matches(control, s.name)]
+    assert not reached and control.norms and float(control.strength.min()) == 1
+    got = draw(tiny_pipeline, (control,))
+    assert np.abs(got[1:] - draw(tiny_pipeline)[1:]).max() > 1e-3
+    assert np.abs(got[1:] - draw(tiny_pipeline, (style_aligned(tiny_pipeline, [3]),))[1:]).max() > 1e-3
 
 
 @pytest.mark.parametrize(

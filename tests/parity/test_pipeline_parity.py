@@ -112,17 +112,15 @@ def test_a_prompt_becomes_the_same_pixels(both):
         theirs, latents, negative_prompt=NEGATIVES, num_inference_steps=10, guidance_scale=5.0,
         **(extra if family == "sdxl" else {}),
     )  # fmt: skip
-    got = ours.generate(
-        PROMPTS,
-        negative_prompts=NEGATIVES,
+    request = jaxmix.Request(
+        prompts=PROMPTS,
+        negatives=NEGATIVES,
         latents=latents,
         steps=10,
         guidance_scale=5.0,
-        output="float",
-        original_size=(50, 60),
-        crop=(3, 5),
-        target_size=(40, 44),
+        sizes=jaxmix.Sizes((50, 60), (3, 5), (40, 44)),
     )
+    got = ours.draw(request, output="float")
     assert ours.sampler == ("euler" if family == "sdxl" else "ddim")
     assert got.shape == expected.shape == (2, *SIZE, 3) and expected.std() > 0.05
     # Ten guided steps and a decoder on top of what one forward pass is allowed (2e-5 of the largest value).
