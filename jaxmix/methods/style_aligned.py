@@ -78,10 +78,9 @@ class StyleAligned(Method):
 
     ``groups`` are the sizes of the groups, which follow each other in the prompts; one group of all if None.
     ``strength``, ``scale`` and ``shift`` are numbers or one an image. ``adain`` None is queries and keys, and nothing
-    where ``swap`` is set. ``pictures`` maps the number of a group to the
-    picture (H, W, 3) that is its first image, or to its `Inverted`: it is inverted under that image's prompt with a
-    guidance of ``inversion_guidance`` and held to its course, which runs ``offset`` steps ahead; the solver is then
-    ddim.
+    where ``swap`` is set. ``pictures`` maps the number of a group to the picture (H, W, 3) that is its first image, or
+    to its `Inverted`: it is inverted under that image's prompt with a guidance of ``inversion_guidance`` and held to
+    its course, which runs ``offset`` steps ahead; the solver is then ddim.
     """
 
     groups: Sequence[int] | None = None
