@@ -311,15 +311,6 @@ def _attend(
 # Steps ----------------------------------------------------------------------------------------------------------------
 
 
-def phases(controls: Sequence[Control], steps: int) -> list[tuple[int, int, Controls]]:
-    """Cut ``steps`` sampling steps where the set of live controls changes.
-
-    Returns ``(start, stop, live controls)`` in order, covering 0 to ``steps``, as `cut` does.
-    """
-    live = cut([c.window for c in controls], steps)
-    return [(start, stop, tuple(controls[i] for i in sorted(found))) for start, stop, found in live]
-
-
 def cut(windows: Sequence[tuple[float, float]], steps: int) -> list[tuple[int, int, frozenset[int]]]:
     """Cut ``steps`` sampling steps at the ends of windows.
 

@@ -203,7 +203,7 @@ class Pipeline(Parts):
         if not isinstance(request, Request):
             raise InputError(f"request: found {type(request).__name__}, expected a Request; prompts go to generate")
         request = sketch = request.checked(self)
-        wide = next((m for m in methods if getattr(m, "adds_rows", False)), None)
+        wide = next((m for m in methods if m.adds_rows), None)
         beside = [type(m).__name__ for m in methods if m is not wide and m.when > WEIGHTS]
         if wide is not None and beside:
             raise InputError(

@@ -254,6 +254,11 @@ class Method:
     #: Names of fields with one entry an image.
     per_image: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def adds_rows(self) -> bool:
+        """Whether `apply` adds rows beside the images, which no later method would know of."""
+        return False
+
     def check(self, pipe: Any, request: Request) -> None:
         """Raise `InputError` for what cannot be, before anything is compiled; ``request`` is all of it, checked."""
         for name in self.per_image:

@@ -11,7 +11,7 @@ import pytest
 from flax import struct
 
 from jaxmix import QKV, Control, InputError, Site
-from jaxmix.control import attend, matches, phases, validate
+from jaxmix.control import attend, cut, matches, validate
 from jaxmix.models import UNet2DConditionModel
 from jaxmix.models.unet import norm_sites, sites, subtree
 from jaxmix.pipeline.job import denoise
@@ -209,10 +209,9 @@ def test_tiling_refuses_a_wrong_number_of_rows():
 
 
 def test_a_window_gets_its_own_phase():
-    a = make("out on attn1", 1.0, window=(0.0, 0.3))
-    b = make("out on attn2", 1.0)
-    assert [(s, e, len(live)) for s, e, live in phases((a, b), 10)] == [(0, 3, 2), (3, 10, 1)]
-    assert phases((b,), 10) == [(0, 10, (b,))]
+    early, whole = (0.0, 0.3), (0.0, 1.0)
+    assert cut([early, whole], 10) == [(0, 3, frozenset({0, 1})), (3, 10, frozenset({1}))]
+    assert cut([whole], 10) == [(0, 10, frozenset({0}))]
 
 
 @pytest.mark.slow
