@@ -80,8 +80,8 @@ class Control:
 
     ``sites`` is a regular expression searched in `Site.name`; None is every site of the stages that are overridden:
     attention layers (attn2 alone for ``kv``), GroupNorms for ``moments``, the resnets of up blocks for ``join``. A
-    pattern is searched among the same. ``window`` is the share of the sampling steps, from
-    start (0) to end (1), in which the control is live; outside of it the sampler runs a separate scan without it.
+    pattern is searched among the same. ``window`` is the share of the sampling steps, from start (0) to end (1), in
+    which the control is live (``span`` makes steps of it); outside of it the sampler runs a separate scan without it.
     Numbers that may change without recompiling are arrays: convert with ``jnp.asarray(x, jnp.float32)``, since a
     Python float is weakly typed and costs one more trace.
     """
@@ -91,6 +91,10 @@ class Control:
 
     #: What this control takes for itself at each of its sites; two controls with a common claim exclude each other.
     claims: ClassVar[frozenset[str]] = frozenset()
+
+    def span(self, steps: int) -> tuple[int, int]:
+        """Return the (start, stop) of the window among so many sampling steps: `rounded`, or another rule."""
+        return rounded(self.window, steps)
 
     def at(self, step: Array, t: Array) -> Control:
         """Return the control as it is at one sampling step and its timestep; time enters a control only here."""
@@ -311,13 +315,30 @@ def _attend(
 # Steps ----------------------------------------------------------------------------------------------------------------
 
 
-def cut(windows: Sequence[tuple[float, float]], steps: int) -> list[tuple[int, int, frozenset[int]]]:
-    """Cut ``steps`` sampling steps at the ends of windows.
+def rounded(window: tuple[float, float], steps: int) -> tuple[int, int]:
+    """Return the (start, stop) of a window in sampling steps, both ends rounded (halves to the even step).
 
-    Returns ``(start, stop, indices of the windows that hold these steps)`` in order, covering 0 to ``steps``. A window
-    (a, b) covers the step indices i with round(a * steps) <= i < round(b * steps).
+    Windows that meet, such as (0, 0.3) and (0.3, 1), then meet at any number of steps, without a gap or an overlap.
     """
-    spans = [(round(a * steps), round(b * steps)) for a, b in windows]
+    return round(window[0] * steps), round(window[1] * steps)
+
+
+def whole_steps(window: tuple[float, float], steps: int) -> tuple[int, int]:
+    """Return the (start, stop) of the sampling steps that lie wholly in a window, the rule of diffusers' ControlNets.
+
+    Step i is live where start <= i / steps and (i + 1) / steps <= stop, compared as diffusers compares them: 25 steps
+    and an end of 0.3 make 7, where `rounded` makes 8. Windows that meet may leave a step to neither.
+    """
+    start, stop = window
+    live = [i for i in range(steps) if not (i / steps < start or (i + 1) / steps > stop)]
+    return (live[0], live[-1] + 1) if live else (0, 0)
+
+
+def cut(spans: Sequence[tuple[int, int]], steps: int) -> list[tuple[int, int, frozenset[int]]]:
+    """Cut ``steps`` sampling steps at the ends of spans of them.
+
+    Returns ``(start, stop, indices of the spans that hold these steps)`` in order, covering 0 to ``steps``.
+    """
     cuts = sorted({0, steps, *(i for span in spans for i in span)})
     return [
         (start, stop, frozenset(i for i, (a, b) in enumerate(spans) if a <= start and stop <= b))

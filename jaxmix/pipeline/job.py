@@ -132,32 +132,33 @@ def denoise(
 
 def phases(job: Job, solver: Solver, hw: tuple[int, int], start: int, stop: int | None) -> Iterator[Phase]:
     """Yield the runs of steps from ``start`` on that share their live controls and guidance, as model functions."""
-    found = sorted(set(windows(job)))
-    end = solver.steps if stop is None else stop
-    for a, b, live in seam.cut(found, solver.steps):
+    steps = solver.steps
+    found = sorted(set(spans(job, steps)))
+    end = steps if stop is None else stop
+    for a, b, live in seam.cut(found, steps):
         first, last = max(a, start), min(b, end)
         if first < last:
-            now = during(job, {found[i] for i in live})
+            now = during(job, {found[i] for i in live}, steps)
             yield Phase(now.guidance[-1](now.model, solver, hw), first, last)
 
 
-def windows(node: Any) -> list[tuple[float, float]]:
-    """List the windows of everything in a job that has one."""
+def spans(node: Any, steps: int) -> list[tuple[int, int]]:
+    """List the spans of the steps of everything in a job that has a window."""
     if type(node) is tuple:
-        return [w for x in node for w in windows(x)]
+        return [span for x in node for span in spans(x, steps)]
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         return []
-    own = [node.window] if hasattr(node, "window") else []
-    return own if isinstance(node, Control) else [*own, *(w for f in _parts(node) for w in windows(f[1]))]
+    own = [node.span(steps)] if hasattr(node, "span") else []
+    return own if isinstance(node, Control) else [*own, *(s for _, x in _parts(node) for s in spans(x, steps))]
 
 
-def during(node: Any, live: set[tuple[float, float]]) -> Any:
-    """Return a job without the parts whose window is not among the ``live`` ones."""
+def during(node: Any, live: set[tuple[int, int]], steps: int) -> Any:
+    """Return a job without the parts whose span of the steps is not among the ``live`` ones."""
     if type(node) is tuple:
-        return tuple(during(x, live) for x in node if not hasattr(x, "window") or x.window in live)
+        return tuple(during(x, live, steps) for x in node if not hasattr(x, "span") or x.span(steps) in live)
     if not dataclasses.is_dataclass(node) or isinstance(node, (type, Control)):
         return node
-    return dataclasses.replace(node, **{name: during(value, live) for name, value in _parts(node)})
+    return dataclasses.replace(node, **{name: during(value, live, steps) for name, value in _parts(node)})
 
 
 def _parts(node: Any) -> list[tuple[str, Any]]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxmix.control import rounded
 from jaxmix.rows import dataclass, per_row, static
 from jaxmix.samplers.loop import Solver
 from jaxmix.types import Array, InputError, ModelFn
@@ -45,6 +46,10 @@ class Guidance:
 
     #: Names of the guidances that this one can take as its ``base``.
     over: ClassVar[frozenset[str]] = frozenset()
+
+    def span(self, steps: int) -> tuple[int, int]:
+        """Return the (start, stop) of the window among so many sampling steps."""
+        return rounded(self.window, steps)
 
     def __call__(self, model: Branches, solver: Solver, hw: tuple[int, int]) -> ModelFn:
         """Return the model function, in the schedule's own prediction type, for latents of size ``hw``."""

@@ -11,7 +11,7 @@ import pytest
 from flax import struct
 
 from jaxmix import QKV, Control, InputError, Site
-from jaxmix.control import attend, cut, matches, validate
+from jaxmix.control import attend, cut, matches, rounded, validate, whole_steps
 from jaxmix.models import UNet2DConditionModel
 from jaxmix.models.unet import norm_sites, sites, subtree
 from jaxmix.pipeline.job import denoise
@@ -209,9 +209,32 @@ def test_tiling_refuses_a_wrong_number_of_rows():
 
 
 def test_a_window_gets_its_own_phase():
-    early, whole = (0.0, 0.3), (0.0, 1.0)
-    assert cut([early, whole], 10) == [(0, 3, frozenset({0, 1})), (3, 10, frozenset({1}))]
-    assert cut([whole], 10) == [(0, 10, frozenset({0}))]
+    assert cut([(0, 3), (0, 10)], 10) == [(0, 3, frozenset({0, 1})), (3, 10, frozenset({1}))]
+    assert cut([(0, 10)], 10) == [(0, 10, frozenset({0}))]
+
+
+def test_windows_that_meet_share_out_every_step():
+    for steps in (1, 7, 25, 50):
+        for share in np.linspace(0, 1, 41):
+            assert rounded((0.0, share), steps)[1] == rounded((share, 1.0), steps)[0]
+    assert rounded((0.0, 0.3), 25) == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("window", "steps", "live"),
+    [
+        ((0.0, 0.3), 25, (0, 7)),
+        ((0.3, 1.0), 25, (8, 25)),
+        ((0.07, 0.58), 100, (7, 58)),  # 0.07 * 100 and 0.58 * 100 are not 7 and 58 in floating point
+        ((0.1, 0.5), 50, (5, 25)),
+        ((0.3, 0.33), 25, (0, 0)),
+        ((0.0, 1.0), 3, (0, 3)),
+    ],
+)
+def test_whole_steps_is_the_rule_of_diffusers_controlnets(window, steps, live):
+    assert whole_steps(window, steps) == live
+    keep = [1.0 - float(i / steps < window[0] or (i + 1) / steps > window[1]) for i in range(steps)]  # theirs
+    assert [float(live[0] <= i < live[1]) for i in range(steps)] == keep
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmix import Control, InputError, Request
-from jaxmix.control import Site, validate
+from jaxmix.control import Site, validate, whole_steps
 from jaxmix.models.unet import join_sites, norm_sites, sites
 from jaxmix.pipeline.job import denoise
 from jaxmix.rows import dataclass, gate, like, per_row, static
@@ -52,12 +52,20 @@ class Beside(Control):
         return (x + add if site.name == "up_blocks.0.resnets.0" else x), skip + add
 
 
-def beside(strength=1.0, seed=0, n=1, **options):
+@dataclass
+class AsDiffusersHasIt(Beside):
+    """The same with the window's rule of diffusers' ControlNets."""
+
+    def span(self, steps):
+        return whole_steps(self.window, steps)
+
+
+def beside(strength=1.0, seed=0, n=1, kind=Beside, **options):
     net, keys = Net(), jax.random.split(jax.random.key(seed), 3)
     params = net.init(keys[0], jnp.zeros((1, *HW, 4)), 0, jnp.zeros((1, 32, 16)))["params"]
     params = {"net": params, "hint": jax.random.normal(keys[1], (4, 4))}
     hint = jax.random.normal(keys[2], (n, *HW, 4))
-    return Beside(net, params, hint, jnp.full((n,), jnp.float32(strength)), **options)
+    return kind(net, params, hint, jnp.full((n,), jnp.float32(strength)), **options)
 
 
 def draw(pipe, *controls, **more):
@@ -117,6 +125,16 @@ def test_a_window_is_a_scan_of_its_own_and_the_hint_is_embedded_outside_of_it(ti
         draw(pipe, beside(window=(0.0, 0.5)), beside(window=(0.5, 1.0))), draw(pipe, beside()), atol=2e-4
     )
     assert np.abs(early - late).max() > 1e-3
+
+
+def test_a_control_may_have_another_rule_for_its_window(tiny_pipeline):
+    pipe = tiny_pipeline
+    context = pipe.encode_prompt(["", "a dog"]).context.reshape(1, 2, 32, 16)
+    for kind, expected in ((Beside, [2, 2]), (AsDiffusersHasIt, [1, 3])):  # 0.4 of 4 steps are 1.6
+        control = beside(window=(0.0, 0.4), kind=kind)
+        job = plain_job(pipe.unet, pipe.params["unet"], pipe.initial_latents([1]), context, jnp.ones(1), (control,))
+        jaxpr = jax.make_jaxpr(denoise.__wrapped__)(job, DDIM.create(pipe.schedule, 4)).jaxpr
+        assert [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"] == expected
 
 
 def test_join_sites_are_the_resnets_of_the_up_blocks_and_patterns_are_checked_against_them(tiny_pipeline):

@@ -86,7 +86,7 @@ def test_the_states_of_a_phrase_alone_stand_in_its_place(tiny_pipeline):
 
 def test_the_reference_modulates_15_of_50_steps():
     _, _, control = layout()
-    assert [(a, b, len(live)) for a, b, live in cut([control.window], 50)] == [(0, 15, 1), (15, 50, 0)]
+    assert [(a, b, len(live)) for a, b, live in cut([control.span(50)], 50)] == [(0, 15, 1), (15, 50, 0)]
 
 
 def test_zero_weights_are_identity_bit_for_bit():
