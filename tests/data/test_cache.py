@@ -24,13 +24,6 @@ BUCKETS = {"enable_bucket": True, "min_bucket_reso": 8, "max_bucket_reso": 32, "
 BUCKETS = {"resolution": 20, "center_crop": True, **BUCKETS}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(tiny_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")

@@ -53,8 +53,7 @@ def test_images_of_another_size_or_type_are_refused(scorer):
         scorer(np.zeros((1, 32, 32, 3), np.uint8))
 
 
-def test_two_steps_train_a_scorer_that_loads(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+def test_two_steps_train_a_scorer_that_loads(tmp_path, capsys):
     flags = [
         "--config",
         "configs/scorer.yaml",

@@ -72,7 +72,6 @@ def test_images_of_another_size_or_type_are_refused(segmenter):
 
 
 def test_two_steps_train_a_segmenter_that_loads(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(segmenter_module, "evaluate", lambda cfg: {})  # of thousands of scenes, through an autoencoder
     weights = tmp_path / "s.safetensors"
     flags = ["--config", str(CONFIG), "--output_dir", str(tmp_path), "--weights", str(weights), "--objects", "6"]

@@ -62,14 +62,6 @@ def lines_of(out):
     return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    before = jax.config.jax_compilation_cache_dir
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 def test_every_row_gets_a_png_with_its_own_settings(tmp_path):
     text = '{"prompt": "a cat", "seed": 5}\n'
     text += '{"prompt": "a dög, one", "steps": 2, "negative_prompt": "blur", "id": "d"}\n'

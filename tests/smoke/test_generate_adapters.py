@@ -38,14 +38,6 @@ def files(tiny_pipeline, tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    before = jax.config.jax_compilation_cache_dir
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 def drawn(files, out, rows=None, **flags):
     """Draw one picture, or that of each row, and return them as (n, H, W, 3) int."""
     what = {"prompt": "a cat"}

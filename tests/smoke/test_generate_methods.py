@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,14 +35,6 @@ def files(tiny_pipeline, tmp_path_factory):
         for name in names:
             Image.fromarray(rng.integers(0, 255, (20, 16, 3), np.uint8)).save(path / folder / f"{name}.png")
     return path
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    before = jax.config.jax_compilation_cache_dir
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def go(module, files, out, rows=None, **flags):

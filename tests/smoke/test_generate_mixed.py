@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,14 +56,6 @@ def files(tiny_pipeline, tmp_path_factory):
     jaxmix.LoRA({"unet": {name: factors}}).save(path / "lora.safetensors")
     Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(path / "a.png")
     return path
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    before = jax.config.jax_compilation_cache_dir
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def fields(files):

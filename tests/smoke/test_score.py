@@ -31,8 +31,7 @@ def segmenter(tmp_path_factory):
     return str(file)
 
 
-def test_every_kind_is_scored_and_written_with_its_intervals(segmenter, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+def test_every_kind_is_scored_and_written_with_its_intervals(segmenter, tmp_path, capsys):
     out = tmp_path / "deep" / "scores.json"
     cfg = Config(arrangement="anywhere", segmenter=segmenter, out=str(out), guidance_scale=1.0, **SMALL)
     assert command_.main(cfg) == 0
@@ -58,8 +57,7 @@ def test_every_kind_is_scored_and_written_with_its_intervals(segmenter, tmp_path
         (["--objects", "30"], "objects: found 30, expected 24 at the most"),
     ],
 )
-def test_what_cannot_be_scored_is_one_clear_line(flags, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+def test_what_cannot_be_scored_is_one_clear_line(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
         command.run(command_.main, flags)
     said = capsys.readouterr().err
@@ -67,7 +65,7 @@ def test_what_cannot_be_scored_is_one_clear_line(flags, words, tmp_path, monkeyp
     assert stop.value.code == 2 and len(errors) == 1 and words in errors[0] and "Traceback" not in said
 
 
-def test_judges_of_another_size_are_refused(tmp_path, segmenter):
+def test_judges_of_another_size_are_refused(segmenter):
     class Small:
         latent_shape = (16, 16, 8)
 

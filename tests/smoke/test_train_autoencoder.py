@@ -39,11 +39,9 @@ def shrunk(folder, **changes):
 def runs(tmp_path_factory):
     """A folder with two runs of two steps: `whole`, and `parts`, which was stopped after one step and resumed."""
     root = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))
-        assert autoencoder.main(shrunk(root / "whole")) == 0
-        for steps in (1, 2):
-            autoencoder.main(dataclasses.replace(shrunk(root / "parts"), max_train_steps=steps))
+    assert autoencoder.main(shrunk(root / "whole")) == 0
+    for steps in (1, 2):
+        autoencoder.main(dataclasses.replace(shrunk(root / "parts"), max_train_steps=steps))
     return root
 
 
@@ -61,8 +59,7 @@ def test_resuming_gives_the_same_weights(runs):
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
 
 
-def test_training_the_decoder_alone_keeps_the_latents(runs, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+def test_training_the_decoder_alone_keeps_the_latents(runs, tmp_path):
     start = str(runs / "whole" / "vae")
     cfg = shrunk(tmp_path, pretrained_vae_model_name_or_path=start, train_encoder=False, latent_noise=0.1)
     autoencoder.main(dataclasses.replace(cfg, vae={}))

@@ -62,12 +62,10 @@ def shrunk(folder, vae_folder, config="mini_text_to_image.yaml", **changes):
 def runs(tmp_path_factory, vae_folder):
     """A folder with two runs of two steps: `whole`, and `parts`, which was stopped after one step and resumed."""
     root = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))
-        options = {"mixed_precision": "bf16", "snr_gamma": 5.0}
-        assert text_to_image.main(shrunk(root / "whole", vae_folder, validation_steps=2, **options)) == 0
-        for steps in (1, 2):
-            text_to_image.main(shrunk(root / "parts", vae_folder, max_train_steps=steps, **options))
+    options = {"mixed_precision": "bf16", "snr_gamma": 5.0}
+    assert text_to_image.main(shrunk(root / "whole", vae_folder, validation_steps=2, **options)) == 0
+    for steps in (1, 2):
+        text_to_image.main(shrunk(root / "parts", vae_folder, max_train_steps=steps, **options))
     return root
 
 
@@ -94,8 +92,7 @@ def test_a_frozen_text_encoder_has_no_gradient_and_no_optimizer_state():
     assert (set(learns), set(frozen)) == ({"unet", "text_encoder"}, {"vae"})
 
 
-def test_a_pipeline_is_trained_on_from_its_own_weights(runs, tmp_path, vae_folder, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(runs / "cache"))
+def test_a_pipeline_is_trained_on_from_its_own_weights(runs, tmp_path, vae_folder):
     before = runs / "whole" / "pipeline"
     cfg = shrunk(
         tmp_path, vae_folder, pretrained_model_name_or_path=str(before), train_text_encoder=False, max_train_steps=1
@@ -140,7 +137,6 @@ def test_the_validation_prompts_fit_the_text_length(vae_folder, tmp_path, config
         ({"tokenizer": "no/such"}, "tokenizer: found no folder"),
     ],
 )
-def test_missing_folders_are_named(tmp_path, vae_folder, change, words, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+def test_missing_folders_are_named(tmp_path, vae_folder, change, words):
     with pytest.raises(InputError, match=words):
         text_to_image.main(shrunk(tmp_path, vae_folder, **change))

@@ -53,11 +53,9 @@ def runs(tmp_path_factory, base):
     """A folder with two runs of two steps: `whole`, and `parts`, which was stopped after one step and resumed."""
     root = tmp_path_factory.mktemp("runs")
     options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))
-        assert vmix.main(shrunk(base, root / "whole", validation_steps=2, **options)) == 0
-        for steps in (1, 2):
-            assert vmix.main(shrunk(base, root / "parts", max_train_steps=steps, **options)) == 0
+    assert vmix.main(shrunk(base, root / "whole", validation_steps=2, **options)) == 0
+    for steps in (1, 2):
+        assert vmix.main(shrunk(base, root / "parts", max_train_steps=steps, **options)) == 0
     return root
 
 
@@ -177,15 +175,13 @@ def test_dropped_captions_and_labels_have_their_shares(tmp_path, base):
         ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps: found 3, expected a divisor"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, base, changes, words, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+def test_a_mistake_is_one_line(tmp_path, base, changes, words):
     with pytest.raises(InputError) as e:
         vmix.main(shrunk(base, tmp_path, **changes))
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_label_in_the_data_that_the_config_lacks_is_one_line_with_its_row(tmp_path, base, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+def test_a_label_in_the_data_that_the_config_lacks_is_one_line_with_its_row(tmp_path, base):
     folder = make_folder(tmp_path / "pictures", [(16, 16)] * 4)
     with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"file_name": "000.png", "text": "a cat", "labels": ["shine"]}) + "\n")
