@@ -192,9 +192,10 @@ def complete(rows: Sequence[Row], pipe: Any, methods: Methods) -> tuple[list[Row
 def warn_of_cuts(pipe: Any, rows: Sequence[Row]) -> dict[Row, str]:
     """Print a line for each prompt that is longer than the text encoder reads; return the words each row lost."""
     cuts: dict[Row, str] = {}
-    for key in ("prompt", "negative_prompt"):
-        _, cut = pipe.tokenize([getattr(row, key) for row in rows])
-        for row, words in zip(rows, cut, strict=True):
+    prompts = [(row, text) for row in rows for text in row.texts]
+    for key, read in (("prompt", prompts), ("negative_prompt", [(row, row.negative_prompt) for row in rows])):
+        _, cut = pipe.tokenize([text for _, text in read])
+        for (row, _), words in zip(read, cut, strict=True):
             if words:
                 print(f"warning: {row.where}: {key} is too long for the model; cut off: {words!r}", file=sys.stderr)
                 cuts[row] = "; ".join(filter(None, (cuts.get(row), words)))
@@ -207,7 +208,7 @@ def request(rows: Sequence[Row]) -> Any:
 
     first = rows[0]
     return jaxmix.Request(
-        prompts=[row.prompt for row in rows],
+        prompts=[row.texts[0] for row in rows],
         negatives=[row.negative_prompt or None for row in rows],
         seeds=[row.seed for row in rows],
         guidance_scale=[row.guidance_scale for row in rows],  # type: ignore[misc]

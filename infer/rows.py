@@ -61,7 +61,8 @@ class Row(Defaults):
     """One image to draw.
 
     `number` is the row's place in its file, from 0; `where` names it in messages. What is None is filled in by
-    `complete`. `extra` holds the fields that methods added, and `named` which fields the row itself says.
+    `complete`. `extra` holds the fields that methods added, and `named` which fields the row itself says. `parts` are
+    the prompts that a completed row's `prompt` is composed of, if it is.
     """
 
     number: int
@@ -70,6 +71,7 @@ class Row(Defaults):
     id: str | None = None
     extra: tuple[tuple[str, Any], ...] = ()
     named: frozenset[str] = field(default=frozenset(), compare=False)
+    parts: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> Any:
         """Return a field that a method added."""
@@ -82,6 +84,11 @@ class Row(Defaults):
     def complete(self, **defaults: Any) -> Row:
         """Return the row with the defaults of the model where neither the row nor the command line said anything."""
         return replace(self, **{key: value for key, value in defaults.items() if getattr(self, key) is None})
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts that the model reads: the row's own, and further ones where it is composed."""
+        return self.parts or (self.prompt,)
 
     @property
     def program(self) -> tuple[Any, ...]:
@@ -97,7 +104,7 @@ class Row(Defaults):
     def settings(self) -> dict[str, Any]:
         """Return what of the plain fields the image depends on, as it is written into the PNG and the manifest."""
         held = asdict(self)
-        for key in ("where", "extra", "named"):
+        for key in ("where", "extra", "named", "parts"):
             del held[key]
         if self.image is None:
             del held["strength"]

@@ -1,6 +1,7 @@
 """Stable Diffusion in JAX and Flax with attention control, for TPUs and GPUs."""
 
 from jaxmix.control import KV, QKV, Control, Moments, Site
+from jaxmix.methods.composable import ComposableDiffusion, split_and
 from jaxmix.methods.dense_diffusion import DenseDiffusion, Segment, dense_diffusion
 from jaxmix.methods.lora import LoRA, apply_loras
 from jaxmix.methods.magic_fusion import MagicFusion
@@ -21,6 +22,7 @@ __version__ = "0.2.0"
 __all__ = [
     "KV",
     "QKV",
+    "ComposableDiffusion",
     "Control",
     "DenseDiffusion",
     "Guidance",
@@ -50,6 +52,7 @@ __all__ = [
     "hold",
     "load",
     "per_row",
+    "split_and",
     "static",
     "style_aligned",
     "style_id",

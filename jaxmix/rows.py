@@ -29,9 +29,12 @@ def per_row(**kwargs: Any) -> Any:
     return struct.field(metadata={"rows": "row"}, **kwargs)
 
 
-def gate(**kwargs: Any) -> Any:
-    """Declare a per-image strength, shape (b,) or (1,): like `per_row`, and 0 on unconditional rows."""
-    return struct.field(metadata={"rows": "gate"}, **kwargs)
+def gate(first: bool = False, **kwargs: Any) -> Any:
+    """Declare a per-image strength, shape (b,) or (1,): like `per_row`, and 0 on unconditional rows.
+
+    With ``first`` it is 0 on further conditional rows, too: for what depends on the words of an image's own prompt.
+    """
+    return struct.field(metadata={"rows": "first" if first else "gate"}, **kwargs)
 
 
 def rows_back(**kwargs: Any) -> Any:
@@ -74,7 +77,7 @@ class Text:
 def map_rows(node: T, fn: Callable[[Any, str, str], Any], rest: Callable[[Any], Any] = lambda x: x) -> T:
     """Return a tree with ``fn(leaf, mark, "Class.field")`` for every leaf that has rows, ``rest(leaf)`` for the others.
 
-    ``mark`` is "row", "gate" or "back". The walk goes through tuples and dataclasses; static fields stay.
+    ``mark`` is "row", "gate", "first" or "back". The walk goes through tuples and dataclasses; static fields stay.
     """
     if type(node) is tuple:
         return tuple(map_rows(x, fn, rest) for x in node)  # type: ignore[return-value, attr-defined]
@@ -118,16 +121,18 @@ def specs(node: T, axis: str) -> T:
     return map_rows(node, lambda x, mark, where: PartitionSpec(axis), lambda x: PartitionSpec())
 
 
-def to_branches(node: T, live: Sequence[float] = (0.0, 1.0)) -> T:
+def to_branches(node: T, live: Sequence[float] = (0.0, 1.0), first: Sequence[float] | None = None) -> T:
     """Repeat each image's row once a branch (branch minor) and multiply the gates by ``live[branch]``.
 
-    Distances between images become distances between rows of the same branch.
+    ``first`` is that for the gates of an image's own prompt alone, ``live`` if None. Distances between images become
+    distances between rows of the same branch.
     """
 
     def expand(x: Array, mark: str, where: str) -> Array:
         y = jnp.repeat(x, len(live), axis=0)
-        if mark == "gate":
-            on = jnp.tile(jnp.asarray(live, y.dtype), x.shape[0]).reshape(-1, *([1] * (y.ndim - 1)))
+        if mark in ("gate", "first"):
+            factors = live if mark == "gate" or first is None else first
+            on = jnp.tile(jnp.asarray(factors, y.dtype), x.shape[0]).reshape(-1, *([1] * (y.ndim - 1)))
             y = y * on
         return y * len(live) if mark == "back" else y
 

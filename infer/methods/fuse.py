@@ -120,7 +120,7 @@ class Fuse(Method):
 
         return [
             jaxmix.MagicFusion(
-                [row["expert_prompt"] or row.prompt for row in batch.rows],
+                [row["expert_prompt"] or row.texts[0] for row in batch.rows],
                 self.expert,
                 mode=self.flags.mode,
                 switch=self.flags.switch,
@@ -134,4 +134,4 @@ class Fuse(Method):
 
     def shown(self, row: Row) -> dict[str, str]:
         """Say the expert's prompt and the temperatures."""
-        return {"expert": row["expert_prompt"] or row.prompt, "k": f"{row['k_general']:g}, {row['k_expert']:g}"}
+        return {"expert": row["expert_prompt"] or row.texts[0], "k": f"{row['k_general']:g}, {row['k_expert']:g}"}

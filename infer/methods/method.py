@@ -47,6 +47,8 @@ class Method:
     name: ClassVar[str] = ""
     #: Of `fields`, those that switch the method on for a row that has any of them.
     switches: ClassVar[tuple[str, ...]] = ()
+    #: What messages call that which switches the method on, the names of those fields if empty.
+    says: ClassVar[str] = ""
     #: A field in which a row chooses among methods that share their switches, and this one's name in it.
     choice: ClassVar[tuple[str, str] | None] = None
     #: Whether it is a part of the model, so to speak: pictures do not say under "method" that they were made by it.

@@ -7,14 +7,14 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from infer.methods import dense, fuse, lora, style_aligned, style_id, vmix
+from infer.methods import compose, dense, fuse, lora, style_aligned, style_id, vmix
 from infer.methods.method import Batch, Method
 from infer.rows import BadRow, Field, Row, kind_of
 from jaxmix.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(fuse.Flags, style_id.Flags, style_aligned.Flags, dense.Flags, lora.Flags, vmix.Flags):
+class Flags(compose.Flags, fuse.Flags, style_id.Flags, style_aligned.Flags, dense.Flags, lora.Flags, vmix.Flags):
     """The flags of all methods; `--help` has those of the last one first."""
 
 
@@ -203,7 +203,7 @@ class Methods:
     def _said(self, method: Method, rows: Sequence[Row]) -> str:
         """Return the fields of rows that switch a method on."""
         keys = [key for key in method.switches if any(row[key] is not None for row in rows)]
-        return ", ".join(keys) or f"what switches {method.name} on"
+        return method.says or ", ".join(keys) or f"what switches {method.name} on"
 
     # Batches ---------------------------------------------------------------------------------------------------------
 

@@ -220,11 +220,11 @@ class StyleAligned(Method):
         found: dict[Hashable, Any] = {}
         out = {}
         for i, row in rows.items():
-            key = (weights, row["reference"], row.prompt, row.steps, row.height, row.width)
+            key = (weights, row["reference"], row.texts[0], row.steps, row.height, row.width)
             if key not in found:
                 found[key] = self._inverted.get(key) or pipe.invert(
                     self._picture(row)[None],
-                    [row.prompt],
+                    [row.texts[0]],
                     steps=row.steps,
                     guidance_scale=self.flags.inversion_guidance,
                 )

@@ -173,7 +173,7 @@ class StyleID(Method):
                 adain=self.adain,
                 pairing=self.flags.pairing,
                 stored=self.flags.features == "stored",
-                guided="fuse" in batch.beside,  # blending is built on guided predictions
+                guided=bool({"fuse", "compose"} & batch.beside),  # both are built on guided predictions
             )
         ]
 

@@ -44,7 +44,7 @@ class DenseDiffusionControl(Control):
     pixels: dict[str, UInt32[Array, "b n"]] = per_row()
     area: dict[str, Float[Array, "b n"]] = per_row()
     tokens: UInt32[Array, "b s"] = per_row()
-    cross: Float[Array, " b"] = gate()
+    cross: Float[Array, " b"] = gate(first=True)  # tokens are those of one prompt
     self_: Float[Array, " b"] = gate()
     kappa: Float[Array, " b"] = per_row()
     time: Float[Array, ""] = dataclasses.field(default_factory=lambda: jnp.ones((), jnp.float32))

@@ -15,7 +15,7 @@ from jaxmix.control import Control
 from jaxmix.pipeline.batches import Batch
 from jaxmix.pipeline.job import Denoiser
 from jaxmix.pipeline.pipeline import Pipeline
-from jaxmix.pipeline.request import NOISE, Method, Request
+from jaxmix.pipeline.request import BLEND, Method, Request
 from jaxmix.pipeline.text import encode_branches
 from jaxmix.samplers import SaliencyBlend, make_solver
 from jaxmix.types import InputError
@@ -51,7 +51,7 @@ class MagicFusion(Method):
     own_uncond: bool = False
     underflow: bool = False
 
-    when: ClassVar[int] = NOISE
+    when: ClassVar[int] = BLEND
     per_image: ClassVar[tuple[str, ...]] = ("prompts", "negative_prompts", "k_general", "k_expert", "strength")
 
     def check(self, pipe: Pipeline, request: Request) -> None:

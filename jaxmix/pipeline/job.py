@@ -46,8 +46,9 @@ class Denoiser:
         run = range(which[0], which[0] + count)
         # A slice where that is enough: nothing is gathered for plain guidance.
         rows = flat(self.text[slice(run.start, run.stop) if list(which) == list(run) else list(which)])
-        live = tuple(0.0 if branch == 0 else 1.0 for branch in which)
-        controls = tuple(to_branches(c, live).prepare(rows, hw) for c in self.controls)
+        live = tuple(float(branch > 0) for branch in which)
+        first = tuple(float(branch == 1) for branch in which)
+        controls = tuple(to_branches(c, live, first).prepare(rows, hw) for c in self.controls)
         extra = None if rows.pooled is None else self.unet.embed_added(self.params, added(rows))
         kv = self.unet.precompute(self.params, rows.context, hw, controls)
 

@@ -237,8 +237,9 @@ def _controls(controls: Sequence[Any]) -> tuple[Control, ...]:
     return tuple(controls)
 
 
-WEIGHTS, ATTENTION, NOISE = 0, 1, 2
-"""When a method is applied: what changes weights before what encodes text with them, guidance last of all."""
+WEIGHTS, ATTENTION, NOISE, BLEND = 0, 1, 2, 3
+"""When a method is applied: what changes weights before what encodes text with them, then guidance, and last of all
+what is built on the guidance of another."""
 
 
 class Method:
@@ -247,7 +248,7 @@ class Method:
     Fields named in ``per_image`` are one value for all images or a sequence with one an image; `take` cuts the latter.
     """
 
-    #: Methods are applied by this number (`WEIGHTS`, `ATTENTION`, `NOISE`), and in their order where it is equal.
+    #: Methods are applied by this number (`WEIGHTS`, `ATTENTION`, `NOISE`, `BLEND`), in their order where it is equal.
     when: ClassVar[int] = ATTENTION
     #: What messages call the method; the name of its class if empty.
     title: ClassVar[str] = ""

@@ -1,6 +1,7 @@
 """Samplers: start noise, guidance, solvers and the denoising loop, over any `ModelFn`."""
 
 from jaxmix.samplers.choose import SAMPLERS, default_sampler, make_solver
+from jaxmix.samplers.composable import Composed
 from jaxmix.samplers.fusion import SaliencyBlend, blend
 from jaxmix.samplers.guidance import (
     Branches,
@@ -34,6 +35,7 @@ __all__ = [
     "BranchFn",
     "Branches",
     "ClassifierFree",
+    "Composed",
     "DDIMInversion",
     "DPMSolver2M",
     "Euler",

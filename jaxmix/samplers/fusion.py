@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from jaxmix.rows import dataclass, per_row, static
+from jaxmix.samplers.composable import Composed
 from jaxmix.samplers.guidance import Branches, ClassifierFree, Guidance
 from jaxmix.samplers.loop import Solver
 from jaxmix.types import Array, ModelFn
@@ -94,17 +95,18 @@ class SaliencyBlend(Guidance):
     k_expert: Float[Array, " n"] = per_row()
     strength: Float[Array, " n"] = per_row()
     expert: Any = None
-    base: ClassifierFree | None = None
+    base: ClassifierFree | Composed | None = None
     branch: int = static(default=2)
     own_uncond: bool = static(default=False)
     underflow: bool = static(default=False)
 
-    over: ClassVar[frozenset[str]] = frozenset({"ClassifierFree"})
+    over: ClassVar[frozenset[str]] = frozenset({"ClassifierFree", "Composed"})
 
     def __call__(self, model: Branches, solver: Solver, hw: tuple[int, int]) -> ModelFn:
         """Return the blended prediction; with no image to blend it is the general model's, to the last bit."""
         assert self.base is not None, "stack() the guidances first"
         scale, guided = self.base.scale, self.base(model, solver, hw)
+        model = self.base.see(model)
         if self.expert is None:
             three = model.branches((0, 1, self.branch), hw)
         else:

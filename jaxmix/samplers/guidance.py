@@ -55,6 +55,10 @@ class Guidance:
         """Return the model function, in the schedule's own prediction type, for latents of size ``hw``."""
         raise NotImplementedError
 
+    def see(self, model: Branches) -> Branches:
+        """Return a denoiser as this guidance has it, for one that is built on it."""
+        return model
+
 
 @dataclass
 class Unguided(Guidance):

@@ -19,7 +19,7 @@ from jaxmix.controls import dense_diffusion, style_aligned
 from jaxmix.controls.style_id import StyleIDControl
 from jaxmix.models.unet import sites, subtree
 from jaxmix.pipeline.job import denoise
-from jaxmix.samplers import SaliencyBlend, make_solver
+from jaxmix.samplers import Composed, Guidance, SaliencyBlend, make_solver
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError
 from scripts.bench.ours import Program, sampling_job
@@ -30,9 +30,8 @@ def method_program(engine: str, row: Row, plain: Program, unet: Any) -> Program:
     """Return our sampler with the method of an engine's name, from the plain sampler of the row and its UNet."""
     if row.task != "sample":
         raise InputError(f"{row.name}: {engine} has a part in the sampler alone, expected --tasks sample")
-    return {"ours-dense": _dense, "ours-aligned": _aligned, "ours-styleid": _style_id, "ours-fusion": _fusion}[engine](
-        row, plain, unet
-    )
+    made = {"ours-dense": _dense, "ours-aligned": _aligned, "ours-styleid": _style_id}
+    return (made | {"ours-fusion": _fusion, "ours-composable": _composable})[engine](row, plain, unet)
 
 
 def _with(plain: Program, control: Control) -> Program:
@@ -89,12 +88,22 @@ def _style_id(row: Row, plain: Program, unet: Any) -> Program:
 
 def _fusion(row: Row, plain: Program, unet: Any) -> Program:
     """One model with two prompts, blended in all steps: three branches, where the plain sampler has two."""
+    ones = jnp.ones((row.batch,))
+    return _with_other(row, plain, unet, SaliencyBlend(ones, ones, ones))
+
+
+def _composable(row: Row, plain: Program, unet: Any) -> Program:
+    """Two prompts an image, of unequal weights: three branches, too."""
+    return _with_other(row, plain, unet, Composed(jnp.tile(jnp.asarray([1.0, 0.5]), (row.batch, 1)), branches=(1, 2)))
+
+
+def _with_other(row: Row, plain: Program, unet: Any, guidance: Guidance) -> Program:
+    """Return our sampler with a further prompt an image, and a guidance that knows of it."""
     schedule = NoiseSchedule.from_config(configs(row.model, row.tiny)["scheduler"])
     third = jax.ShapeDtypeStruct((row.batch, *plain.inputs["context"].shape[1:]), plain.inputs["context"].dtype)
 
     def sample(params: Any, x: dict[str, Any]) -> jax.Array:
-        ones = jnp.ones((row.batch,))
-        job = sampling_job(unet, params, x, row.batch, guidance=(SaliencyBlend(ones, ones, ones),))
+        job = sampling_job(unet, params, x, row.batch, guidance=(guidance,))
         return denoise(job, make_solver("ddim", schedule, row.steps))
 
     return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, "other": third})

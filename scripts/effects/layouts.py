@@ -1,4 +1,4 @@
-"""DenseDiffusion measured: two and three objects drawn to layouts, beside plain prompting and paint-with-words."""
+"""DenseDiffusion measured: objects drawn to layouts, beside plain and composed prompts and paint-with-words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 import jaxmix
-from jaxmix import DenseDiffusion
+from jaxmix import ComposableDiffusion, DenseDiffusion
 from jaxmix.control import Site
 from jaxmix.controls.dense_diffusion import DenseDiffusionControl
 from jaxmix.rows import dataclass, gate, per_row
@@ -27,12 +27,16 @@ MARGIN = 2  # pixels around an object that its place holds
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A caption, its objects as (phrase, class, box in pixels), and the real scene that the layout is taken from."""
+    """A caption, its objects as (phrase, class, box in pixels), and the real scene that the layout is taken from.
+
+    ``alone`` has a caption of each object by itself, in the same style and place.
+    """
 
     caption: str
     objects: tuple[tuple[str, int, tuple[int, int, int, int]], ...]
     scene: np.ndarray
     masks: np.ndarray
+    alone: tuple[str, ...]
 
     @property
     def segments(self) -> list[jaxmix.Segment]:
@@ -75,10 +79,10 @@ def cases(n: int, seed: int, count: int, worded: bool = False) -> list[Case]:
         if index % 2:
             nouns = nouns[::-1]
         listed = f"{', '.join(nouns[:-1])} and {nouns[-1]}"
-        text = f"{with_article(STYLE_WORDS[plan.style])} of {listed} {BACKGROUND_WORDS[plan.background]}"
-        if worded:
-            text = scenes.caption(plan)
-        found.append(Case(text, tuple(objects), image.astype(np.uint8), masks[:count]))
+        style, place = with_article(STYLE_WORDS[plan.style]), BACKGROUND_WORDS[plan.background]
+        text = scenes.caption(plan) if worded else f"{style} of {listed} {place}"
+        alone = tuple(f"{style} of {noun} {place}" for noun in nouns)
+        found.append(Case(text, tuple(objects), image.astype(np.uint8), masks[:count], alone))
     return found
 
 
@@ -146,7 +150,7 @@ Draw = Callable[[Sequence[Case]], dict[str, Any]]
 
 
 def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
-    """Return what each condition hands to `Pipeline.generate` for cases."""
+    """Return what each condition hands to `Pipeline.generate` for cases; "prompts" where they are not the captions."""
 
     def dense(kind: type[DenseDiffusion] = DenseDiffusion, **options: Any) -> Draw:
         return lambda some: {"methods": (kind([c.segments for c in some], **options),)}
@@ -155,8 +159,13 @@ def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
         made = jaxmix.dense_diffusion(pipe, [c.caption for c in some], [c.segments for c in some])
         return {"controls": (paint_with_words(pipe, made.control),)}
 
+    def composed(some: Sequence[Case]) -> dict[str, Any]:
+        firsts, further = [c.alone[0] for c in some], [c.alone[1:] for c in some]
+        return {"prompts": firsts, "methods": (ComposableDiffusion(further),)}
+
     return {
         "plain prompt": lambda some: {},
+        "Composable Diffusion": composed,
         "paint-with-words": painted,
         "DenseDiffusion": dense(),
         "without cross-attention": dense(cross=0.0),
@@ -170,7 +179,8 @@ def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
 
 
 STRONG = "cross 4, self 1, all steps"
-MAIN = ("plain prompt", "paint-with-words", "DenseDiffusion", STRONG)  # the rest are the paper's ablations
+# The rest are the paper's ablations.
+MAIN = ("plain prompt", "Composable Diffusion", "paint-with-words", "DenseDiffusion", STRONG)
 
 
 def measure(images: np.ndarray, some: Sequence[Case], scorer: Scorer, segmenter: Segmenter) -> dict[str, np.ndarray]:

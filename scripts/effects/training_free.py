@@ -153,7 +153,7 @@ def dense(studio: Studio, judges: Any) -> dict[str, Any]:
 
             def draw(rows: slice, seeds: list[int], arguments: layouts.Draw = arguments) -> np.ndarray:
                 part = some[rows]  # noqa: B023 - drawn before the next count
-                return pipe.generate([c.caption for c in part], seeds, **arguments(part))
+                return pipe.generate(**{"prompts": [c.caption for c in part], "seeds": seeds, **arguments(part)})
 
             drawn[name] = studio.draw(["dense", count, name, cases], len(some), draw, cfg.batch_size)
         measured = {name: layouts.measure(images, some, scorer, segmenter) for name, images in drawn.items()}

@@ -126,6 +126,21 @@ def inversion(eps_fn, x, labels, levels):
     return np.stack(states)
 
 
+# Composable Diffusion
+
+
+def composed(u, conds, weights, s):
+    """One image's guided noise from its unconditional and (k, ...) conditional predictions."""
+    eps = u.copy()
+    for c, w in zip(conds, weights, strict=True):
+        eps += s * w * (c - u)
+    return eps
+
+
+def rescaled(eps, cond, share):
+    return share * eps * cond.std() / eps.std() + (1 - share) * eps
+
+
 # MagicFusion
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmix
-from jaxmix import DenseDiffusion, InputError, MagicFusion, Segment, StyleAligned, StyleID
+from jaxmix import ComposableDiffusion, DenseDiffusion, InputError, MagicFusion, Segment, StyleAligned, StyleID
 from jaxmix.methods.style_id import style_id_sites
 from jaxmix.pipeline.job import denoise
 from jaxmix.testing import moved
@@ -16,7 +16,7 @@ from jaxmix.tuning import lora
 
 README = Path(__file__).parents[2] / "jaxmix" / "README.md"
 PROMPTS, SEEDS, STEPS = ["a red car on the snow", "a dog"], [1, 2], 2
-NAMES = ["VMix", "LoRA", "DenseDiffusion", "StyleAligned", "StyleID", "MagicFusion"]
+NAMES = ["VMix", "LoRA", "DenseDiffusion", "StyleAligned", "StyleID", "MagicFusion", "ComposableDiffusion"]
 EXCLUDED = {
     ("DenseDiffusion", "StyleID"): "places of the keys",  # masks say where the own pixels are, not the style's
     ("StyleAligned", "StyleID"): "keys",
@@ -47,6 +47,7 @@ def pieces(tiny_pipeline):
         "StyleAligned": lambda s: StyleAligned([2], strength=s),
         "StyleID": lambda s: StyleID(**style, strength=s),
         "MagicFusion": lambda s: MagicFusion(["a fish", "a boat"], strength=s, switch=0),
+        "ComposableDiffusion": lambda s: ComposableDiffusion([["by the sea", "fog"], ["a boat"]], [[1, s, -s], [1, s]]),
     }
 
 

@@ -16,7 +16,9 @@ ROW = Row("mini", "sample", 8, 2, "float32", 2, tiny=True)
 def test_a_method_changes_what_is_drawn_by_a_fitting_amount_of_work(engine):
     plain, made = program("ours", ROW), program(engine, ROW)
     work = made.flops() / plain.flops()
-    low, high = {"ours-fusion": (1.4, 1.55), "ours-aligned": (1.0, 1.3)}.get(engine, (1.0, 1.05))
+    three = (1.4, 1.55)  # branches, where the plain sampler has two
+    bounds = {"ours-fusion": three, "ours-composable": three, "ours-aligned": (1.0, 1.3)}
+    low, high = bounds.get(engine, (1.0, 1.05))
     assert low <= work <= high
     pictures = [np.asarray(jax.jit(p.fn)(*materialize(p))) for p in (plain, made)]
     assert all(np.isfinite(x).all() for x in pictures)

@@ -32,6 +32,10 @@ def test_layouts_say_what_the_captions_do_not(count):
             assert mask[top:bottom, left:right].sum() == mask.sum() > 0
     order = [case.caption.index(case.objects[0][0]) < case.caption.index(case.objects[-1][0]) for case in some]
     assert 0 < sum(order) < len(order)
+    for case in some:
+        assert sorted(case.alone) == sorted(
+            next(one for one in case.alone if phrase in one) for phrase, _, _ in case.objects
+        )
     again = layouts.cases(12, 3, count)
     assert [c.caption for c in again] == [c.caption for c in some[:12]]
 
@@ -46,6 +50,16 @@ def test_layouts_agree_with_captions_that_say_places(count):
             assert top < top2
         else:
             assert left < left2 and ("left of" if count == 2 else "in a row") in case.caption
+
+
+def test_objects_are_composed_of_their_own_captions(mini):
+    some = layouts.cases(3, 3, 3)
+    asked = layouts.conditions(mini)["Composable Diffusion"](some)
+    (method,) = asked["methods"]
+    assert [[first, *more] for first, more in zip(asked["prompts"], method.prompts, strict=True)] == [
+        list(case.alone) for case in some
+    ]
+    mini.check(jaxmix.Request(prompts=asked["prompts"]), method)
 
 
 def test_the_judges_find_real_objects_where_they_are():

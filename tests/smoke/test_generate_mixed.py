@@ -31,6 +31,7 @@ BUILT = {
     "style_aligned": {"StyleAligned"},
     "style_transfer": {"StyleID"},
     "fuse": {"MagicFusion"},
+    "compose": {"ComposableDiffusion"},
 }
 APART = [("dense", "style_transfer"), ("style_aligned", "style_transfer")]
 TOGETHER = [pair for pair in itertools.combinations(BUILT, 2) if pair not in APART]
@@ -68,6 +69,7 @@ def fields(files):
         "style_aligned": {"group": "g"},
         "style_transfer": {"content": picture, "style": picture},
         "fuse": {"expert_prompt": "an ink drawing of a cat"},
+        "compose": {"prompt": f"{PROMPT} AND fog :0.5"},
     }
 
 
@@ -130,6 +132,13 @@ def test_a_row_of_two_methods_that_exclude_each_other_is_bad_and_says_which(file
         ({"content": "PICTURE"}, "no field 'style', expected a picture"),
         ({"style": "PICTURE"}, "no field 'content', expected a picture"),
         ({"k_expert": 2}, "k_expert: found 2.0 without 'expert_prompt'"),
+        (
+            {"prompt": "a cat AND"},
+            "prompt: found no text in part 2 of 2 of 'a cat AND', expected a prompt on each side",
+        ),
+        ({"prompt": "a cat :nan AND fog"}, "prompt: found the weight nan of 'a cat', expected a finite one; AND is a"),
+        ({"prompt": "a cat AND fog :1e99"}, "prompt: found the weight 1e99 of 'fog', expected a finite one"),
+        ({"compose": "no"}, 'compose: found text "no", expected on or off'),
         ({"labels": "color"}, "labels: found text \"color\" without 'vmix'"),
         ({"reference": "PICTURE"}, "without 'group'"),
         ({"style_strength": 0.5}, "style_strength: found 0.5 without 'group', or 'content' and 'style'"),
@@ -165,9 +174,11 @@ def test_of_many_rows_of_one_kind_the_bad_ones_are_found(files, tiny_pipeline, t
 
 
 def test_features_in_rows_stand_alone_and_say_so_before_anything_is_drawn(files, tiny_pipeline, tmp_path):
-    rows = [{**fields(files)["style_transfer"], **fields(files)[name]} for name in ("vmix", "fuse", "lora")]
+    names = ("vmix", "fuse", "lora", "compose")
+    rows = [{**fields(files)["style_transfer"], **fields(files)[name]} for name in names]
     buckets, bad = planned(tmp_path, tiny_pipeline, rows, features="rows")
-    assert [line.split(": ")[0] for line in bad] == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert [line.split(": ")[0] for line in bad] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:4"]
+    assert "content, style (style_transfer) and AND in the prompt (compose) in one row, which exclude" in bad[2]
     assert "vmix (vmix) and content, style (style_transfer) in one row" in bad[0]
     assert kinds(tiny_pipeline, buckets[0]) == {"Merge", "StyleID"}
 

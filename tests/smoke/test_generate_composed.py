@@ -1,0 +1,92 @@
+"""infer.generate with prompts joined by AND: what is drawn, what is said, and where AND is a word."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxmix
+from infer.flags import Config
+from infer.job import collect_rows, complete, draw, warn_of_cuts
+from infer.methods.method import Batch
+from infer.methods.registry import Methods
+from infer.png import read_settings
+
+AND = "a red car :1.1 AND a dog <b> :-0.5"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def read(tmp_path, rows, **flags):
+    """The config, the methods, and the good and bad rows of a job."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(prompts=str(path), out=str(tmp_path / "out"), **{"steps": 2, "devices": 1, **flags})
+    methods = Methods(config)
+    return config, methods, *collect_rows(config, methods)
+
+
+def test_composed_rows_are_drawn_said_and_kept(tiny_pipeline, tmp_path, capsys):
+    rows = [
+        {"prompt": AND, "seed": 3},
+        {"prompt": AND, "seed": 3, "compose": "off"},
+        {"prompt": "a boat AND AND fog"},
+        {"prompt": "a boat AND fog", "seed": 4},
+    ]
+    config, methods, good, bad = read(tmp_path, rows)
+    assert draw(config, good, bad, lambda: tiny_pipeline, None, methods) == 2
+    said, out = capsys.readouterr(), tmp_path / "out"
+    assert "bad row: rows.jsonl:3: prompt: found no text in part 2 of 3 of 'a boat AND AND fog'" in said.err
+    for line in (
+        "2 steps of ddim, 16x16, compose: 2 images in 1 batch of 2\n",
+        "    rows.jsonl:1: 1.1 x 'a red car', -0.5 x 'a dog <b>'\n    rows.jsonl:4: 1 x 'a boat', 1 x 'fog'\n",
+        "2 steps of ddim, 16x16: 1 images in 1 batch of 1\n",
+    ):
+        assert line in said.out
+    got = {p.name: np.asarray(Image.open(p), np.int16) for p in out.glob("0*.png")}
+    prompts, method = jaxmix.ComposableDiffusion.parse([AND, "a boat AND fog"])
+    drawn = tiny_pipeline.generate(prompts, [3, 4], 2, methods=(method,))
+    np.testing.assert_array_equal(got["0000_seed3.png"], drawn[0])
+    np.testing.assert_array_equal(got["0003_seed4.png"], drawn[1])
+    np.testing.assert_array_equal(got["0001_seed3.png"], tiny_pipeline.generate([AND], [3], 2)[0])
+    first, word = (read_settings(out / f"000{i}_seed3.png") for i in (0, 1))
+    assert (first["prompt"], first["method"], first["compose"]) == (AND, "compose", "on")
+    assert word["prompt"] == AND and not {"method", "compose", "parts"} & {*word}
+    page = (out / "gallery.html").read_text()
+    assert "1.1 x &#x27;a red car&#x27;, -0.5 x &#x27;a dog &lt;b&gt;&#x27;" in page
+    config, methods, good, bad = read(tmp_path, rows, resume=True, dry_run=True)
+    assert draw(config, good, bad, lambda: tiny_pipeline, None, methods) == 2
+    assert "plan: 0 images" in capsys.readouterr().out
+
+
+def test_a_group_has_as_many_prompts_as_the_most_of_its_rows(tiny_pipeline, tmp_path):
+    rows = [{"prompt": "a dog", "group": "g"}, {"prompt": AND, "group": "g"}, {"prompt": "a AND b AND c"}]
+    _, methods, good, _ = read(tmp_path, rows)
+    good, bad = complete(good, tiny_pipeline, methods)
+    buckets = list(methods.buckets(good))
+    assert not bad and [len(bucket.rows) for bucket in buckets] == [2, 1]
+    batch = Batch(buckets[0].rows, [2], frozenset({"style_aligned", "compose"}), draft=True)
+    made = next(one for m in methods.all if m.name == "compose" for one in m.build(tiny_pipeline, batch))
+    assert made == jaxmix.ComposableDiffusion([[], ["a dog <b>"]], [[1.0], [1.1, -0.5]])
+
+
+def test_the_words_cut_off_are_those_of_each_part(tiny_pipeline, tmp_path, capsys):
+    long = "a dog " * 40
+    _, methods, good, _ = read(tmp_path, [{"prompt": f"a cat AND {long}:0.5"}, {"prompt": f"a cat AND {'b ' * 20}"}])
+    good, _ = complete(good, tiny_pipeline, methods)
+    cuts = warn_of_cuts(tiny_pipeline, good)
+    assert [row.number for row in cuts] == [0] and "0.5" not in cuts[good[0]]
+    assert capsys.readouterr().err.count("prompt is too long for the model") == 1
+
+
+def test_the_flag_makes_and_a_word_but_for_rows_that_say_otherwise(tmp_path):
+    _, methods, good, _ = read(tmp_path, [{"prompt": AND}, {"prompt": AND, "compose": "on"}], compose="off")
+    assert [[method.name for method in methods.of(row)] for row in good] == [[], ["compose"]]
