@@ -41,8 +41,8 @@ prepare() {
   echo "$stamp" >"$venv/.installed-test"
 }
 
-# Compiling leaves a core idle now and then, and the memory maps of all programs are too many for one process.
-pytest="pytest -q -n auto --maxprocesses 4 --dist worksteal"
+# More workers than four would compile the same programs at the same time instead of finding them in the cache.
+pytest="pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 20 --durations-min 5"
 smoke="tests/laws tests/sharding tests/tuning tests/parity/test_fixtures.py tests/smoke/test_generate_pipeline.py tests/test_house.py tests/test_installed.py"
 
 if [ $kind = newest ]; then

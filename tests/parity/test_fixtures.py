@@ -4,6 +4,7 @@
 """
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -26,6 +27,8 @@ from jaxmix.weights import load_tree, read_config
 from tests.jobs import plain_job
 
 FOLDER = Path(__file__).parent / "fixtures"
+
+pytestmark = pytest.mark.skipif(find_spec("torch") is not None, reason="the live comparisons run here")
 
 
 @pytest.fixture(scope="module")
