@@ -1,6 +1,8 @@
-"""The plainest job that the sampler takes, for tests that go below `Pipeline.draw`."""
+"""The plainest job that the sampler takes, for tests that go below `Pipeline.draw`; a run as a kill leaves it."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 from jaxmix.pipeline.job import Denoiser, Job
 from jaxmix.rows import Text, tile
@@ -20,3 +22,14 @@ def with_context(pipe, request, context):
     states = request.checked(pipe).states(pipe)
     spliced = dataclasses.replace(states, context=states.context.at[:, 1].set(context))
     return dataclasses.replace(request, text=spliced)
+
+
+def killed_after(step: int, whole: Path, parts: Path, exported: str) -> None:
+    """Copy a run's folder as it was once ``step`` was saved, without what it ``exported`` at its end."""
+
+    def later(folder: str, names: list[str]) -> set[str]:
+        inside = Path(folder).name == "checkpoints"
+        return {name for name in names if name == exported or (inside and name.isdigit() and int(name) > step)}
+
+    shutil.copytree(whole, parts, ignore=later)
+    assert (parts / "checkpoints" / str(step)).is_dir() and not (parts / exported).exists()

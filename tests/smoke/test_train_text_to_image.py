@@ -10,6 +10,7 @@ import jaxmix
 from jaxmix.command import parse
 from jaxmix.models import AutoencoderKL, VAEConfig
 from jaxmix.types import InputError
+from tests.jobs import killed_after
 from train import text_to_image
 from train.autoencoder import export
 from train.scenes import Scenes
@@ -50,6 +51,7 @@ def shrunk(folder, vae_folder, config="mini_text_to_image.yaml", **changes):
         "train_batch_size": 2,
         "devices": 1,
         "max_train_steps": 2,
+        "checkpointing_steps": 1,
         "lr_warmup_steps": 0,
         "lr_cooldown_steps": 0,
         "log_steps": 1,
@@ -60,12 +62,12 @@ def shrunk(folder, vae_folder, config="mini_text_to_image.yaml", **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, vae_folder):
-    """A folder with two runs of two steps: `whole`, and `parts`, which was stopped after one step and resumed."""
+    """A folder with two runs of two steps: `whole`, and `parts`, which was killed after the first and resumed."""
     root = tmp_path_factory.mktemp("runs")
     options = {"mixed_precision": "bf16", "snr_gamma": 5.0}
     assert text_to_image.main(shrunk(root / "whole", vae_folder, validation_steps=2, **options)) == 0
-    for steps in (1, 2):
-        text_to_image.main(shrunk(root / "parts", vae_folder, max_train_steps=steps, **options))
+    killed_after(1, root / "whole", root / "parts", exported="pipeline")
+    assert text_to_image.main(shrunk(root / "parts", vae_folder, **options)) == 0
     return root
 
 
