@@ -1,13 +1,14 @@
 """Stable Diffusion in JAX and Flax with attention control, for TPUs and GPUs."""
 
 from jaxmix.control import KV, QKV, Control, Moments, Site
-from jaxmix.methods.dense_diffusion import DenseDiffusion, Segment, dense_diffusion
+from jaxmix.methods.dense_diffusion import DenseDiffusion, dense_diffusion
 from jaxmix.methods.lora import LoRA, apply_loras
 from jaxmix.methods.magic_fusion import MagicFusion
 from jaxmix.methods.style_aligned import StyleAligned, style_aligned
 from jaxmix.methods.style_id import StyleID, style_id
 from jaxmix.methods.vmix import VMix
 from jaxmix.pipeline.inverted import Inverted, hold
+from jaxmix.pipeline.layouts import Segment
 from jaxmix.pipeline.loading import from_flax, load
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request, Sizes, WeightEdit

@@ -46,8 +46,11 @@ class Denoiser:
         run = range(which[0], which[0] + count)
         # A slice where that is enough: nothing is gathered for plain guidance.
         rows = flat(self.text[slice(run.start, run.stop) if list(which) == list(run) else list(which)])
-        live = tuple(0.0 if branch == 0 else 1.0 for branch in which)
-        controls = tuple(to_branches(c, live).prepare(rows, hw) for c in self.controls)
+
+        def gates(c: Control) -> tuple[float, ...]:
+            return tuple(float(branch == 1 if c.of_prompt else branch > 0) for branch in which)
+
+        controls = tuple(to_branches(c, gates(c)).prepare(rows, hw) for c in self.controls)
         extra = None if rows.pooled is None else self.unet.embed_added(self.params, added(rows))
         kv = self.unet.precompute(self.params, rows.context, hw, controls)
 
