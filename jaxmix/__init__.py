@@ -4,6 +4,7 @@ from jaxmix.control import KV, QKV, Control, Moments, Site
 from jaxmix.methods.dense_diffusion import DenseDiffusion, dense_diffusion
 from jaxmix.methods.lora import LoRA, apply_loras
 from jaxmix.methods.magic_fusion import MagicFusion
+from jaxmix.methods.paint_with_words import PaintWithWords
 from jaxmix.methods.style_aligned import StyleAligned, style_aligned
 from jaxmix.methods.style_id import StyleID, style_id
 from jaxmix.methods.vmix import VMix
@@ -32,6 +33,7 @@ __all__ = [
     "MagicFusion",
     "Method",
     "Moments",
+    "PaintWithWords",
     "Pipeline",
     "Request",
     "Segment",

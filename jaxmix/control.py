@@ -87,9 +87,9 @@ class Control:
     """An edit of attention and features. Subclasses are final `jaxmix.rows.dataclass`es that override what they need.
 
     ``sites`` is a regular expression searched in `Site.name`; None is every site of the stages that are overridden:
-    attention layers (attn2 alone for ``told`` and ``kv``), GroupNorms for ``moments``, the resnets of up blocks for ``join``. A
-    pattern is searched among the same. ``window`` is the share of the sampling steps, from
-    start (0) to end (1), in which the control is live; outside of it the sampler runs a separate scan without it.
+    attention layers (attn2 alone for ``told`` and ``kv``), GroupNorms for ``moments``, the resnets of up blocks for
+    ``join``. A pattern is searched among the same. ``window`` is the share of the sampling steps, from start (0) to end
+    (1), in which the control is live; outside of it the sampler runs a separate scan without it.
     Numbers that may change without recompiling are arrays: convert with ``jnp.asarray(x, jnp.float32)``, since a
     Python float is weakly typed and costs one more trace.
     """

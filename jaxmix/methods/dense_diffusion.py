@@ -84,7 +84,7 @@ def place(pipe: Pipeline, prompts: Sequence[str], layouts: Sequence[Sequence[Seg
         for j, (segment, phrase, where) in enumerate(layout):
             if segment.weight != 1:
                 raise InputError(
-                    f"{where}: weight: found {segment.weight:g}, expected none: DenseDiffusion weighs all segments alike"
+                    f"{where}: weight: found {segment.weight:g}, expected 1: DenseDiffusion weighs none"
                 )
             masks[i, j] = inside(segment.mask)[::factor, ::factor]
             if not masks[i, j].any():
