@@ -5,6 +5,7 @@ from jaxmix.methods.dense_diffusion import DenseDiffusion, dense_diffusion
 from jaxmix.methods.lora import LoRA, apply_loras
 from jaxmix.methods.magic_fusion import MagicFusion
 from jaxmix.methods.paint_with_words import PaintWithWords
+from jaxmix.methods.structured_diffusion import StructuredDiffusion
 from jaxmix.methods.style_aligned import StyleAligned, style_aligned
 from jaxmix.methods.style_id import StyleID, style_id
 from jaxmix.methods.vmix import VMix
@@ -39,6 +40,7 @@ __all__ = [
     "Segment",
     "Site",
     "Sizes",
+    "StructuredDiffusion",
     "StyleAligned",
     "StyleID",
     "Text",

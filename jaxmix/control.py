@@ -37,7 +37,7 @@ from jaxtyping import Float, Int
 
 from jaxmix import kernels
 from jaxmix.rows import Text, dataclass, static, take
-from jaxmix.types import Array, InputError
+from jaxmix.types import AnyArray, Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class QKV(NamedTuple):
 class Told(NamedTuple):
     """The text states that one attn2 makes its keys and its values of: the same, unless a control says otherwise."""
 
-    k: Float[Array, "b s d"]
-    v: Float[Array, "b s d"]
+    k: Float[AnyArray, "b s d"]
+    v: Float[AnyArray, "b s d"]
 
 
 class KV(NamedTuple):
@@ -244,7 +244,7 @@ def validate(
         control.check(found)
 
 
-def apply_told(site: Site, context: Array, controls: Sequence[Control]) -> Told:
+def apply_told(site: Site, context: AnyArray, controls: Sequence[Control]) -> Told:
     """Apply the told stage of the controls that are live at an attn2 site to text states (b, s, d)."""
     c = Told(context, context)
     for control in _live(controls, site, "told"):

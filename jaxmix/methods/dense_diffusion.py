@@ -83,9 +83,7 @@ def place(pipe: Pipeline, prompts: Sequence[str], layouts: Sequence[Sequence[Seg
     for i, layout in enumerate(segments):
         for j, (segment, phrase, where) in enumerate(layout):
             if segment.weight != 1:
-                raise InputError(
-                    f"{where}: weight: found {segment.weight:g}, expected 1: DenseDiffusion weighs none"
-                )
+                raise InputError(f"{where}: weight: found {segment.weight:g}, expected 1: DenseDiffusion weighs none")
             masks[i, j] = inside(segment.mask)[::factor, ::factor]
             if not masks[i, j].any():
                 raise InputError(f"{where}: the mask is empty at the size of the latents, expected a pixel inside")
