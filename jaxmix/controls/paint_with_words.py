@@ -46,6 +46,7 @@ class PaintControl(Control):
     time: Float[Array, ""] = dataclasses.field(default_factory=lambda: jnp.ones((), jnp.float32))
     by: str = static(default="max")
 
+    claims = frozenset({"places of the keys"})  # what a word's place does to its scores is for one layout to say
     of_prompt = True
 
     def at(self, step: Array, t: Array) -> PaintControl:

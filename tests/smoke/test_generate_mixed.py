@@ -273,15 +273,21 @@ def test_a_group_may_hold_rows_with_and_without_a_layout_or_an_expert(files, tin
     assert list(made["StyleAligned"].pictures) == [0]
 
 
-def test_each_row_of_a_group_is_laid_out_by_its_own_method(files, tiny_pipeline, tmp_path):
-    rows = [{"group": "g", "segments": SEGMENTS, **more} for more in ({}, {"layout": "paint"})]
-    (bucket,), bad = planned(tmp_path, tiny_pipeline, [*rows, {"group": "g", "phrases": "the snow"}])
+def test_rows_of_a_group_without_segments_or_phrases_are_left_as_they_are(files, tiny_pipeline, tmp_path):
+    rows = [{"phrases": "the snow"}, {"segments": SEGMENTS, "layout": "paint"}, {}]
+    (bucket,), bad = planned(tmp_path, tiny_pipeline, [{"group": "g", **row} for row in rows])
     batch = Batch(bucket.rows, [3], frozenset(method.name for method in bucket.methods), draft=True)
     made = {type(one).__name__: one for method in bucket.methods for one in method.build(tiny_pipeline, batch)}
-    dense, paint = made["DenseDiffusion"], made["PaintWithWords"]
-    assert not bad and [[len(layout) for layout in one.layouts] for one in (dense, paint)] == [[1, 0, 0], [0, 1, 0]]
-    assert (list(dense.cross), list(paint.weight)) == ([1, 0, 0], [0, 0.4, 0])
-    assert [list(some) for some in made["StructuredDiffusion"].phrases] == [[], [], ["the snow"]]
+    paint = made["PaintWithWords"]
+    assert not bad and [len(layout) for layout in paint.layouts] == [0, 1, 0] and list(paint.weight) == [0, 0.4, 0]
+    assert [list(some) for some in made["StructuredDiffusion"].phrases] == [["the snow"], [], []]
+
+
+def test_a_group_of_two_layouts_is_refused(files, tiny_pipeline, tmp_path):
+    rows = [{"group": "g", "segments": SEGMENTS, **more} for more in ({}, {"layout": "paint"})]
+    buckets, bad = planned(tmp_path, tiny_pipeline, rows)
+    assert not buckets and len(bad) == 2
+    assert all("group g: found segments (dense) and segments (paint)" in line and "\n" not in line for line in bad)
 
 
 def test_a_group_of_two_sets_of_weights_is_refused(files, tiny_pipeline, tmp_path):
