@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxmix import DenseDiffusion, InputError, PaintWithWords, Request, Segment
+from jaxmix import DenseDiffusion, InputError, PaintWithWords, Request, Segment, StructuredDiffusion
 from jaxmix.pipeline.phrases import encoded_alone, find_phrase
 from jaxmix.testing import random_params
 from jaxmix.weights.single_file import CLIP_TOKENIZER
@@ -78,6 +78,15 @@ def test_a_column_is_a_phrases_if_it_is_for_either_encoder(sdxl):
     (paint,) = PaintWithWords([LAYOUT]).apply(sdxl, request).controls
     corner = np.asarray(paint.painted["4x4"])[0, 0]
     assert np.nonzero(corner)[0].tolist() == [3, 4, 5] and {*corner[3:6]} == {1.0}
+
+
+def test_sdxl_draws_under_both_methods(sdxl):
+    def draw(by):
+        methods = PaintWithWords([LAYOUT], weight=by), StructuredDiffusion([["a cat", "a car"]], strength=by)
+        return sdxl.generate([PROMPT], [1], 2, 3.0, methods=methods, output="latent")
+
+    off, on = draw(0.0), draw(1.0)
+    assert np.isfinite(on).all() and np.abs(on - off).max() > 1e-4
 
 
 def test_a_column_may_be_of_two_segments(sdxl):
