@@ -102,6 +102,8 @@ class Methods:
                 lacking = f"without {_switch_names(owners)}, expected it in the row, too"
                 raise InputError(f"{key}: found {_shown(row[key])} {self._other(owners, [row]) or lacking}")
         if self.wanted is not None and self.wanted not in here:
+            if other := self._other([self.wanted], [row]):
+                raise InputError(f"{self.wanted.switches[0]}: found it {other}")
             raise self.wanted.missing()
         for method in here:
             row = row.complete(**{key: value for key, value in method.defaults(row).items() if key in own})
@@ -110,7 +112,8 @@ class Methods:
     def _other(self, owners: Sequence[Method], rows: Sequence[Row]) -> str:
         """Return which choice of methods keeps any of `owners` from rows that have its switches, "" if none does."""
         for row, method in itertools.product(rows, owners):
-            if method.choice is not None and any(row[key] is not None for key in method.switches):
+            if not self._chosen(method, row) and any(row[key] is not None for key in method.switches):
+                assert method.choice is not None
                 key, name = method.choice
                 return f"with {key} {row[key] or self._first[key]!r}, expected {name!r}"
         return ""

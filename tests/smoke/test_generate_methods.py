@@ -69,6 +69,7 @@ def test_layouts_are_drawn_written_and_shown(files, tmp_path, capsys):
         {"prompt": prompt, "segments": [{"phrase": "a red car", "mask": str(files / "small.png")}]},
         {"prompt": prompt, "segments": [{"phrase": "a red car", "mask": str(files / "black.png")}]},
         {"prompt": prompt},
+        {"prompt": prompt, "segments": "a red car @ 0,0,1,1", "layout": "paint"},
     ]
     status, got = go(dense, files, tmp_path / "out", rows, part=1.0)
     assert status == 2
@@ -81,6 +82,7 @@ def test_layouts_are_drawn_written_and_shown(files, tmp_path, capsys):
         "small.png: found a mask of 16x8 pixels, expected the image's 16x16",
         "black.png: the mask is empty",
         ":8: no field 'segments', expected phrases and their places",
+        ":9: segments: found it with layout 'paint', expected 'dense'",
     ):
         assert line in said
     settings = read_settings(tmp_path / "out" / "0002_seed3.png")
