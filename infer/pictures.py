@@ -56,14 +56,19 @@ def write_picture(image: np.ndarray, out: Path) -> None:
     Image.fromarray(image).save(out)
 
 
-def mask_of(path: str, height: int, width: int) -> np.ndarray:
-    """Return a mask (height, width), true where the picture is lighter than grey; one of another size is refused."""
+def levels_of(path: str, height: int, width: int) -> np.ndarray:
+    """Return a mask (height, width) as the bytes of a picture; one of another size is refused."""
     with _open(path) as image:
         if image.size != (width, height):
             raise InputError(
                 f"{path}: found a mask of {image.width}x{image.height} pixels, expected the image's {width}x{height}"
             )
-    mask = open_picture(path, height, width, "L") > 127
+    return open_picture(path, height, width, "L")
+
+
+def mask_of(path: str, height: int, width: int) -> np.ndarray:
+    """Return a mask (height, width), true where the picture is lighter than grey; one of another size is refused."""
+    mask = levels_of(path, height, width) > 127
     if not mask.any():
         raise InputError(f"{path}: the mask is empty, expected white where the phrase goes")
     return mask

@@ -2,13 +2,16 @@
 
 from jaxmix.control import KV, QKV, Control, Moments, Site
 from jaxmix.methods.composable import ComposableDiffusion, split_and
-from jaxmix.methods.dense_diffusion import DenseDiffusion, Segment, dense_diffusion
+from jaxmix.methods.dense_diffusion import DenseDiffusion, dense_diffusion
 from jaxmix.methods.lora import LoRA, apply_loras
 from jaxmix.methods.magic_fusion import MagicFusion
+from jaxmix.methods.paint_with_words import PaintWithWords
+from jaxmix.methods.structured_diffusion import StructuredDiffusion
 from jaxmix.methods.style_aligned import StyleAligned, style_aligned
 from jaxmix.methods.style_id import StyleID, style_id
 from jaxmix.methods.vmix import VMix
 from jaxmix.pipeline.inverted import Inverted, hold
+from jaxmix.pipeline.layouts import Segment
 from jaxmix.pipeline.loading import from_flax, load
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request, Sizes, WeightEdit
@@ -33,11 +36,13 @@ __all__ = [
     "MagicFusion",
     "Method",
     "Moments",
+    "PaintWithWords",
     "Pipeline",
     "Request",
     "Segment",
     "Site",
     "Sizes",
+    "StructuredDiffusion",
     "StyleAligned",
     "StyleID",
     "Text",

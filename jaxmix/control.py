@@ -6,6 +6,7 @@ grad, vmap, remat and sharding of an adapter are plain JAX.
 
 The stages, in the order in which an attention layer meets them::
 
+    told     the text states that attn2 makes its keys and its values of, before the denoising loop
     kv       keys and values of attn2, before the denoising loop (they do not depend on the timestep)
     qkv      queries, keys and values
     logits   scaled scores before the softmax, float32; the only stage that forces the unfused path
@@ -36,7 +37,7 @@ from jaxtyping import Float, Int
 
 from jaxmix import kernels
 from jaxmix.rows import Text, dataclass, static, take
-from jaxmix.types import Array, InputError
+from jaxmix.types import AnyArray, Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,13 @@ class QKV(NamedTuple):
     v: Float[Array, "b s h d"]
 
 
+class Told(NamedTuple):
+    """The text states that one attn2 makes its keys and its values of: the same, unless a control says otherwise."""
+
+    k: Float[AnyArray, "b s d"]
+    v: Float[AnyArray, "b s d"]
+
+
 class KV(NamedTuple):
     """Keys and values of one attn2 after projection and head split."""
 
@@ -79,9 +87,10 @@ class Control:
     """An edit of attention and features. Subclasses are final `jaxmix.rows.dataclass`es that override what they need.
 
     ``sites`` is a regular expression searched in `Site.name`; None is every site of the stages that are overridden:
-    attention layers (attn2 alone for ``kv``), GroupNorms for ``moments``, the resnets of up blocks for ``join``. A
-    pattern is searched among the same. ``window`` is the share of the sampling steps, from start (0) to end (1), in
-    which the control is live (``span`` makes steps of it); outside of it the sampler runs a separate scan without it.
+    attention layers (attn2 alone for ``told`` and ``kv``), GroupNorms for ``moments``, the resnets of up blocks for
+    ``join``. A pattern is searched among the same. ``window`` is the share of the sampling steps, from start (0) to end
+    (1), in which the control is live (``span`` makes steps of it); outside of it the sampler runs a separate scan
+    without it.
     Numbers that may change without recompiling are arrays: convert with ``jnp.asarray(x, jnp.float32)``, since a
     Python float is weakly typed and costs one more trace.
     """
@@ -107,6 +116,10 @@ class Control:
         where this is false, `attend` runs as if the control were not there.
         """
         return None
+
+    def told(self, site: Site, c: Told) -> Told:
+        """Edit the text states of an attn2. Runs before the loop, so it must not depend on the step."""
+        return c
 
     def kv(self, site: Site, a: KV) -> KV:
         """Edit the keys and values of an attn2. Runs before the loop, so it must not depend on the step."""
@@ -164,6 +177,7 @@ class Control:
 
 Controls = tuple[Control, ...]
 _ATTENTION = ("qkv", "logits", "out")
+_TEXT = ("told", "kv")
 
 
 @functools.cache
@@ -193,9 +207,9 @@ def reach(
 ) -> list[Site]:
     """List the sites of a UNet at which the control's stages run, whatever its pattern says."""
     on_norms, on_joins = overrides(control, "moments"), overrides(control, "join")
-    on_attention = any(overrides(control, stage) for stage in _ATTENTION)
-    found = [s for s in attention if on_attention or (overrides(control, "kv") and s.name.endswith("attn2"))]
-    if not any(overrides(control, stage) for stage in (*_ATTENTION, "kv", "moments", "join")):
+    on_attention, on_text = (any(overrides(control, stage) for stage in some) for some in (_ATTENTION, _TEXT))
+    found = [s for s in attention if on_attention or (on_text and s.name.endswith("attn2"))]
+    if not any((on_attention, on_text, on_norms, on_joins)):
         found = list(attention)  # it changes nothing by itself
     return [*found, *(norms if on_norms else ()), *(joins if on_joins else ())]
 
@@ -231,6 +245,14 @@ def validate(
                 if other != kind or sum(type(c) is type(control) and matches(c, site.name) for c in controls) > 1:
                     raise InputError(f"{kind} and {other} exclude each other at {site.name}: both set its {claim}")
         control.check(found)
+
+
+def apply_told(site: Site, context: AnyArray, controls: Sequence[Control]) -> Told:
+    """Apply the told stage of the controls that are live at an attn2 site to text states (b, s, d)."""
+    c = Told(context, context)
+    for control in _live(controls, site, "told"):
+        c = control.told(site, c)
+    return c
 
 
 def apply_kv(site: Site, a: KV, controls: Sequence[Control]) -> KV:

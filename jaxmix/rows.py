@@ -121,6 +121,15 @@ def specs(node: T, axis: str) -> T:
     return map_rows(node, lambda x, mark, where: PartitionSpec(axis), lambda x: PartitionSpec())
 
 
+def own_words(node: T, told: np.ndarray) -> T:
+    """Return a tree for other prompts: its gates for the words of an image's own are multiplied by ``told`` (n,)."""
+
+    def close(x: Array, mark: str, where: str) -> Array:
+        return x * jnp.asarray(told, x.dtype).reshape(-1, *([1] * (x.ndim - 1))) if mark == "first" else x
+
+    return map_rows(node, close)
+
+
 def to_branches(node: T, live: Sequence[float] = (0.0, 1.0), first: Sequence[float] | None = None) -> T:
     """Repeat each image's row once a branch (branch minor) and multiply the gates by ``live[branch]``.
 

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from infer import layouts
-from infer.gallery import Picture
+from infer.methods import layout
 from infer.methods.method import Batch, Method, size_of
-from infer.methods.method import Flags as Base
-from infer.rows import Field, Row, check_number, check_share, check_text
+from infer.rows import Field, Row, check_number, check_share
 from jaxmix.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(Base):
-    """Segments, for rows that have none of their own, and how strongly they work.
+class Flags(layout.Flags):
+    """How strongly segments work, for rows that do not say.
 
     Attributes:
-        segments: layout: "PHRASE @ PLACE; PHRASE @ PLACE ...", each phrase word for word in the prompt and each place
-            left,top,right,bottom in shares of the image (0 to 1) or a mask.png of its size, white inside
-        layout: layout: the method that draws segments; default: dense (DenseDiffusion), the only one so far
         cross: DenseDiffusion: weight of the modulation of cross-attention, 0 for none (no unit)
         self_attention: DenseDiffusion: weight of the modulation of self-attention, 0 for none (no unit)
         area: DenseDiffusion: how much less a large segment gets, from 0 (the same) to 1 (no unit)
@@ -32,8 +26,6 @@ class Flags(Base):
             words
     """
 
-    segments: str | None = None
-    layout: str | None = None
     cross: float = 1.0
     self_attention: float = 0.3
     area: float = 1.0
@@ -42,7 +34,7 @@ class Flags(Base):
     strict_layout: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range, and segments that cannot be read."""
+        """Refuse numbers out of range."""
         super().__post_init__()
         for flag, value in (("--cross", self.cross), ("--self-attention", self.self_attention)):
             check_number(flag, value)
@@ -50,35 +42,23 @@ class Flags(Base):
             check_share(flag, value)
         if self.part == 0:
             raise InputError("--part: found 0, expected a share of the steps above 0")
-        if self.segments is not None:
-            layouts.check_segments("--segments", self.segments)
 
     def method(self) -> Method:
         """Return the method under these flags."""
         return Dense(self)
 
 
-class Dense(Method):
-    """Rows with segments."""
+class Dense(layout.Layout):
+    """Rows with segments, unless they name another method for them."""
 
     name = "dense"
-    switches = ("segments",)
-    choice = ("layout", "dense")
-    needs_rows = "no rows: expected --prompt with --segments, or --prompts FILE.jsonl whose rows have segments"
+    choice = ("layout", layout.FIRST)
 
     def __init__(self, flags: Flags) -> None:
         self.flags = flags
         numbers = {"cross": check_number, "self_attention": check_number, "area": check_share}
-        segments = Field(layouts.check_segments, flags.segments, lambda places: [place.stored() for place in places])
-        self.fields = {
-            "segments": segments,
-            "layout": Field(check_text, flags.layout),
-            **{name: Field(check, getattr(flags, name)) for name, check in numbers.items()},
-        }
-
-    def missing(self) -> InputError:
-        """Say what a layout is."""
-        return InputError("no field 'segments', expected phrases and their places")
+        own = {name: Field(check, getattr(flags, name)) for name, check in numbers.items()}
+        self.fields = {**self.shared(flags), **own}
 
     def settings(self, row: Row) -> dict[str, Any]:
         """Return the flags that no row can change."""
@@ -93,7 +73,7 @@ class Dense(Method):
             return [row[key] if self.on(row) else 0.0 for row in batch.rows]
 
         drawn = [
-            [jaxmix.Segment(place.phrase, place.draw(*size_of(row))) for place in row["segments"] or ()]
+            [jaxmix.Segment(place.phrase, place.draw(*size_of(row)), place.weight) for place in self.places(row)]
             for row in batch.rows
         ]
         return [
@@ -108,20 +88,6 @@ class Dense(Method):
             )
         ]
 
-    def write_inputs(self, row: Row, out: Path) -> None:
-        """Write the picture of the layout."""
-        layouts.save(row["segments"], *size_of(row), out / _layout_name(row))
-
-    def inputs(self, row: Row, out: Path) -> list[Picture]:
-        """Show the layout."""
-        height, width = size_of(row)
-        scale = layouts.enlargement(width)
-        return [Picture(_layout_name(row), width * scale, height * scale, "layout")]
-
     def shown(self, row: Row) -> dict[str, str]:
         """Say the weights."""
         return {"cross, self": f"{row['cross']:g}, {row['self_attention']:g}"}
-
-
-def _layout_name(row: Row) -> str:
-    return row.file_name.replace(".png", "_layout.png")

@@ -7,14 +7,24 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from infer.methods import compose, dense, fuse, lora, style_aligned, style_id, vmix
+from infer.methods import compose, dense, fuse, lora, paint, structured, style_aligned, style_id, vmix
 from infer.methods.method import Batch, Method
 from infer.rows import BadRow, Field, Row, kind_of
 from jaxmix.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(compose.Flags, fuse.Flags, style_id.Flags, style_aligned.Flags, dense.Flags, lora.Flags, vmix.Flags):
+class Flags(
+    compose.Flags,
+    fuse.Flags,
+    style_id.Flags,
+    style_aligned.Flags,
+    structured.Flags,
+    paint.Flags,
+    dense.Flags,
+    lora.Flags,
+    vmix.Flags,
+):
     """The flags of all methods; `--help` has those of the last one first."""
 
 
@@ -81,6 +91,8 @@ class Methods:
             value = getattr(self.flags, field.name)
             if owners and value != field.default and field.name not in _switches(owners) and not at_work & {*owners}:
                 flags = [f"--{key}" for key in sorted(_switches(owners)) if hasattr(self.flags, key)]
+                if other := self._other(owners, rows):
+                    raise InputError(f"--{field.name.replace('_', '-')}: found {value!r} {other}")
                 raise InputError(
                     f"--{field.name.replace('_', '-')}: found {value!r} without {_switch_names(owners)} in any row, "
                     f"expected it there{''.join(f' or {flag}' for flag in flags)}"
@@ -95,14 +107,24 @@ class Methods:
         for key in (key for key in self.fields if key in row.named):
             owners = [method for method in self.all if key in method.fields]
             if key not in _switches(owners) and not {*owners} & {*here}:
-                raise InputError(
-                    f"{key}: found {_shown(row[key])} without {_switch_names(owners)}, expected it in the row, too"
-                )
+                lacking = f"without {_switch_names(owners)}, expected it in the row, too"
+                raise InputError(f"{key}: found {_shown(row[key])} {self._other(owners, [row]) or lacking}")
         if self.wanted is not None and self.wanted not in here:
+            if other := self._other([self.wanted], [row]):
+                raise InputError(f"{self.wanted.switches[0]}: found it {other}")
             raise self.wanted.missing()
         for method in here:
             row = row.complete(**{key: value for key, value in method.defaults(row).items() if key in own})
         return row.complete(**own)
+
+    def _other(self, owners: Sequence[Method], rows: Sequence[Row]) -> str:
+        """Return which choice of methods keeps any of `owners` from rows that have its switches, "" if none does."""
+        for row, method in itertools.product(rows, owners):
+            if not self._chosen(method, row) and any(row[key] is not None for key in method.switches):
+                assert method.choice is not None
+                key, name = method.choice
+                return f"with {key} {row[key] or self._first[key]!r}, expected {name!r}"
+        return ""
 
     def complete(self, row: Row, pipe: Any) -> Row:
         """Return the row with what the model settles; raises InputError for one that its methods cannot draw."""

@@ -107,6 +107,9 @@ def bind(
 ) -> DenseDiffusionControl:
     """Return the control of layouts: ``masks`` (b, m, h, w), true inside, and ``token_segments`` (b, s), -1 for none.
 
+    Two text encoders may cut a prompt differently: then ``token_segments`` are (b, encoders, s), and a token belongs to
+    its segments in either.
+
     ``grids`` are the sizes of the UNet's feature maps for latents of (h, w); the masks are shrunk to them by nearest
     neighbour, the upper left one, from (h, w) each time. The weights are numbers or one a row.
     """
@@ -125,8 +128,9 @@ def bind(
             shared = (small * small.sum(-1, keepdims=True)).sum(1)
         pixels[f"{gh}x{gw}"] = jnp.asarray(bits)
         area[f"{gh}x{gw}"] = jnp.asarray(shared / (gh * gw), jnp.float32)
-    segments = np.asarray(token_segments)
+    segments = np.asarray(token_segments).reshape(b, -1, np.shape(token_segments)[-1])
     tokens = np.where(segments >= 0, np.uint32(1) << np.maximum(segments, 0).astype(np.uint32), 0).astype(np.uint32)
+    tokens = np.bitwise_or.reduce(tokens, axis=1)
 
     return DenseDiffusionControl(
         pixels=pixels,
@@ -139,12 +143,3 @@ def bind(
         sites=sites,
         window=window,
     )
-
-
-def find_tokens(phrase: Sequence[int], caption: Sequence[int]) -> int | None:
-    """Return where in the caption's token ids those of a phrase stand first, None if nowhere."""
-    n = len(phrase)
-    for start in range(len(caption) - n + 1):
-        if list(caption[start : start + n]) == list(phrase):
-            return start
-    return None

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.models.unet import sites
+from jaxmix.pipeline import layouts as shared
 from jaxmix.pipeline.batches import inside
+from jaxmix.pipeline.layouts import Segment
+from jaxmix.pipeline.phrases import Phrase, encoded_alone
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request
 from jaxmix.rows import numbers
-from jaxmix.types import AnyArray, Array, InputError
-
-
-class Segment(NamedTuple):
-    """A part of a prompt, word for word, and where it goes: a mask (H, W) of the image's size.
-
-    A pixel is inside where the mask is true, or at half of the whole or above: 0.5, or 128 in bytes.
-
-    An empty phrase is a place without words, such as a background.
-    """
-
-    phrase: str
-    mask: AnyArray
+from jaxmix.types import Array, InputError
 
 
 class DenseLayout(NamedTuple):
@@ -67,49 +58,47 @@ def dense_diffusion(
     return DenseLayout(method.control(pipe, placed), jnp.asarray(_splice(pipe, context, placed) if splice else context))
 
 
+class Placed(NamedTuple):
+    """Layouts at the size of the latents: masks (n, m, h, w), the segment of each token in each text encoder
+    (n, encoders, s), -1 for none, and the phrases, each with its image."""
+
+    masks: np.ndarray
+    owners: np.ndarray
+    phrases: list[tuple[int, Phrase]]
+
+
 def place(pipe: Pipeline, prompts: Sequence[str], layouts: Sequence[Sequence[Segment]]) -> Placed:
-    """Find each phrase in its prompt and shrink each mask to the latents; raises what `dense_diffusion` says."""
-    if len(prompts) != len(layouts):
-        raise InputError(f"layouts: found {len(layouts)}, expected one for each of the {len(prompts)} prompts")
-    factor = pipe.vae.config.factor
-    layouts = [[_segment(segment, i, j) for j, segment in enumerate(layout)] for i, layout in enumerate(layouts)]
-    masks, owners, phrases = [], [], []
-    most = max((len(layout) for layout in layouts), default=0)
-    if most == 0:
-        raise InputError("layouts: found no segment, expected at least one")
+    """Find each phrase in its prompt and shrink each mask to the latents; raises what `dense_diffusion` says.
+
+    Where a phrase stands more than once, the first place is meant; of segments that share tokens the last one has them.
+    """
+    segments = shared.place(pipe, prompts, layouts)
+    factor, most = pipe.vae.config.factor, max(map(len, segments))
     if most > dense.MOST_SEGMENTS:
         raise InputError(f"layouts: found {most} segments, expected at most {dense.MOST_SEGMENTS}")
-    size = np.shape(next(segment.mask for layout in layouts for segment in layout))
-    ids, _ = pipe.tokenize(prompts)
-    for i, layout in enumerate(layouts):
-        held = np.zeros((most, size[0] // factor, size[1] // factor), bool)
-        owner = np.full(ids.shape[1], -1)
-        for j, segment in enumerate(layout):
-            where = f"image {i}, segment {j} ({segment.phrase!r})"
-            held[j] = _latent_mask(segment.mask, size, factor, where)
-            if not segment.phrase.strip():
-                continue
-            tokens = pipe.token_ids(segment.phrase)
-            start = dense.find_tokens(tokens, ids[i])
-            if start is None:
-                raise InputError(f"{where}: the phrase is not in the prompt {prompts[i]!r}, expected it word for word")
-            owner[start : start + len(tokens)] = j
-            phrases.append((i, start, segment.phrase))
-        masks.append(held)
-        owners.append(owner)
-    return Placed(np.stack(masks), np.stack(owners), phrases)
+    height, width = shared.size_of(segments)
+    masks = np.zeros((len(prompts), most, height // factor, width // factor), bool)
+    owners = np.full((len(prompts), 1 + (pipe.text_encoder_2 is not None), pipe.text_length), -1)
+    phrases = []
+    for i, layout in enumerate(segments):
+        for j, (segment, phrase, where) in enumerate(layout):
+            if segment.weight != 1:
+                raise InputError(f"{where}: weight: found {segment.weight:g}, expected 1: DenseDiffusion weighs none")
+            masks[i, j] = inside(segment.mask)[::factor, ::factor]
+            if not masks[i, j].any():
+                raise InputError(f"{where}: the mask is empty at the size of the latents, expected a pixel inside")
+            if phrase is not None:
+                phrases.append((i, phrase))
+                for encoder, owner in enumerate(owners[i]):
+                    owner[phrase.tokens(encoder, 1)] = j
+    return Placed(masks, owners, phrases)
 
 
 def splice(pipe: Pipeline, context: np.ndarray, placed: Placed) -> np.ndarray:
     """Return text states (n, s, d) with those of each phrase, encoded alone, in its place in the sentence."""
     context = np.array(context)
-    names = sorted({phrase for _, _, phrase in placed.phrases})
-    if not names:
-        return context
-    alone = dict(zip(names, np.asarray(pipe.encode_prompt(names).context), strict=True))
-    for i, start, phrase in placed.phrases:
-        n = len(pipe.token_ids(phrase))
-        context[i, start : start + n] = alone[phrase][1 : 1 + n]
+    for image, tokens, channels, states in encoded_alone(pipe, placed.phrases):
+        context[image, tokens, channels] = states
     return context
 
 
@@ -171,31 +160,3 @@ class DenseDiffusion(Method):
             window=self.window,
             strict=self.strict,
         )
-
-
-class Placed(NamedTuple):
-    """Layouts at the size of the latents: masks (n, m, h, w), each token's segment (n, s), -1 for none, and where
-    each phrase stands, (image, first token, phrase)."""
-
-    masks: np.ndarray
-    owners: np.ndarray
-    phrases: list[tuple[int, int, str]]
-
-
-def _segment(segment: Any, i: int, j: int) -> Segment:
-    """Return a segment from itself, or from a pair (phrase, mask)."""
-    if not isinstance(segment, (tuple, list)) or len(segment) != 2 or not isinstance(segment[0], str):
-        raise InputError(f"image {i}, segment {j}: found {type(segment).__name__}, expected a Segment(phrase, mask)")
-    return Segment(*segment)
-
-
-def _latent_mask(mask: AnyArray, size: tuple[int, ...], factor: int, where: str) -> np.ndarray:
-    mask = np.asarray(mask)
-    if mask.ndim != 2 or mask.shape != size:
-        raise InputError(f"{where}: found a mask of shape {mask.shape}, expected {size}, that of the first")
-    if any(side % factor for side in size):
-        raise InputError(f"{where}: found a mask of {size[0]} x {size[1]} pixels, expected multiples of {factor}")
-    small = inside(mask)[::factor, ::factor]
-    if not small.any():
-        raise InputError(f"{where}: the mask is empty at the size of the latents, expected a pixel inside")
-    return small

@@ -113,7 +113,10 @@ class MagicFusion(Method):
         negatives = request.negatives if self.negative_prompts is None else self.negative_prompts
         assert negatives is not None and request.sizes is not None
         text = encode_branches(expert if self.own_text else pipe, [negatives, self.prompts], request.sizes.ids)
-        inside = request.controls if self.controls is None else over.tile(tuple(self.controls), n)
+        told_the_same = [a == b for a, b in zip(self.prompts, request.prompts, strict=True)]
+        inside = over.own_words(request.controls, np.asarray(told_the_same, np.float32))
+        if self.controls is not None:
+            inside = over.tile(tuple(self.controls), n)
         model = Denoiser(expert.unet, expert.params["unet"], text, inside)
         return request.add(guidance=(dataclasses.replace(blend, expert=model),))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from jaxmix.control import KV, QKV, Control, Site, apply_kv, attend
+from jaxmix.control import KV, QKV, Control, Site, Told, apply_kv, apply_told, attend
 from jaxmix.models.layers import GroupNorm, LayerNorm, Linear
 from jaxmix.types import AnyArray, Array
 
@@ -41,9 +41,10 @@ class Attention(nn.Module):
     def split(self, x: Array) -> Float[Array, "b n h d"]:
         return x.reshape(*x.shape[:2], self.heads, self.features // self.heads)
 
-    def kv(self, context: Float[AnyArray, "b s c"]) -> KV:
+    def kv(self, context: Float[AnyArray, "b s c"] | Told) -> KV:
         """Project a context to keys and values; needs no queries, so it can run outside the denoising loop."""
-        return KV(self.split(self.to_k(context)), self.split(self.to_v(context)))
+        c = context if isinstance(context, Told) else Told(context, context)
+        return KV(self.split(self.to_k(c.k)), self.split(self.to_v(c.v)))
 
     def __call__(
         self,
@@ -56,7 +57,7 @@ class Attention(nn.Module):
         if isinstance(context, KV):  # precomputed: the kv stage of the controls is already in it
             kv = context
         elif context is not None:
-            kv = apply_kv(site, self.kv(context), controls)
+            kv = apply_kv(site, self.kv(apply_told(site, context, controls)), controls)
         else:
             kv = self.kv(x)
         a = QKV(self.split(self.to_q(x)), *kv)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from jaxmix.control import KV, Control, Site, apply_join, apply_kv
+from jaxmix.control import KV, Control, Site, apply_join, apply_kv, apply_told
 from jaxmix.models.attention import Attention, Context, Transformer2DModel
 from jaxmix.models.config import UNetConfig
 from jaxmix.models.layers import Conv, GroupNorm, Linear, timestep_embedding, upsample_nearest
@@ -247,7 +247,7 @@ class UNet2DConditionModel(nn.Module):
         latent_hw: tuple[int, int],
         controls: Sequence[Control] = (),
     ) -> dict[str, KV]:
-        """Project a context to the keys and values of every attn2, with the kv stage of the controls applied.
+        """Project a context to the keys and values of every attn2, with the told and kv stages of the controls applied.
 
         Neither depends on the timestep, so the sampler calls this once outside of its loop and hands the result to
         `__call__` in place of the context.
@@ -257,7 +257,7 @@ class UNet2DConditionModel(nn.Module):
             if site.name.endswith(".attn2"):
                 p = subtree(params, site.name)
                 layer = Attention(site.heads, p["to_k"]["kernel"].shape[-1], self.dtype, parent=None)
-                kv = layer.apply({"params": p}, context, method="kv")
+                kv = layer.apply({"params": p}, apply_told(site, context, controls), method="kv")
                 out[site.name] = apply_kv(site, kv, controls)
         return out
 

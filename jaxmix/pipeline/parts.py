@@ -97,5 +97,10 @@ class Parts:
         return tokenize(self.tokenizers[0], self.text_length, prompts)
 
     def token_ids(self, phrase: str) -> list[int]:
-        """Return the ids of a phrase alone, without start and end."""
-        return list(self.tokenizers[0](phrase, verbose=False)["input_ids"][1:-1])
+        """Return the (first) tokenizer's ids of a phrase alone, without start and end."""
+        return self.ids_of(phrase)[0]
+
+    def ids_of(self, text: str) -> list[list[int]]:
+        """Return the ids of a text for each text encoder, without start and end, however many they are."""
+        tokenizers = self.tokenizers if self.text_encoder_2 is not None else self.tokenizers[:1]
+        return [list(tokenizer(text, verbose=False)["input_ids"][1:-1]) for tokenizer in tokenizers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,20 +40,23 @@ def encode_branches(parts: Parts, branches: Sequence[Sequence[str | None]], size
     """Return what the branches of each image are told, (n, branches, ...): each a list of one prompt an image.
 
     None is no prompt at all, which for SDXL base are states of zeros and elsewhere those of "". ``sizes`` are the six
-    numbers that SDXL is told. All are encoded in one call, so that equal prompts are encoded equally.
+    numbers that SDXL is told. Each branch is encoded by itself: rounding depends on the number of rows, so a prompt
+    would else be encoded in another way beside further branches than without them.
     """
-    n, count = len(branches[0]), len(branches)
-    text = encode_prompts(parts, [branch[i] or "" for i in range(n) for branch in branches])
+    return functools.reduce(join, (_encode_branch(parts, branch, sizes) for branch in branches))
+
+
+def _encode_branch(parts: Parts, prompts: Sequence[str | None], sizes: Sequence[int]) -> Text:
+    text = encode_prompts(parts, [prompt or "" for prompt in prompts])
     context, pooled = text.context, text.pooled
     if parts.zeros_for_empty_prompt:
-        keep = np.asarray([[branch[i] is not None for branch in branches] for i in range(n)]).reshape(-1)
+        keep = np.asarray([prompt is not None for prompt in prompts])
         context = jnp.where(keep[:, None, None], context, 0)
         pooled = None if pooled is None else jnp.where(keep[:, None], pooled, 0)
-    context = context.reshape(n, count, *context.shape[1:])
     if pooled is None:
-        return Text(context)
-    time_ids = jnp.broadcast_to(jnp.asarray(sizes, jnp.float32), (n, count, 6))
-    return Text(context, pooled.reshape(n, count, -1), time_ids)
+        return Text(context[:, None])
+    time_ids = jnp.broadcast_to(jnp.asarray(sizes, jnp.float32), (len(prompts), 1, 6))
+    return Text(context[:, None], pooled[:, None], time_ids)
 
 
 def join(text: Text, more: Text) -> Text:

@@ -46,7 +46,7 @@ class Config:
         latents: comma list of sides, in latents of 8 px (4 px of mini).
         batch: comma list of numbers of images.
         engines: comma list of ours, flax, torch, torch-compile, and our sampler with a method: ours-vmix, ours-dense,
-            ours-aligned, ours-styleid, ours-fusion, ours-composable.
+            ours-paint, ours-structured, ours-aligned, ours-styleid, ours-fusion, ours-composable.
         rounds: timed calls of each engine.
         device: cpu or gpu.
         dtype: float32 or bfloat16.

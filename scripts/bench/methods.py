@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.control import Control
-from jaxmix.controls import dense_diffusion, style_aligned
+from jaxmix.controls import dense_diffusion, paint_with_words, structured_diffusion, style_aligned
+from jaxmix.controls.structured_diffusion import StructuredControl
 from jaxmix.controls.style_id import StyleIDControl
 from jaxmix.models.unet import sites, subtree
 from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import Composed, Guidance, SaliencyBlend, make_solver
+from jaxmix.samplers.sigmas import training_sigmas
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError
 from scripts.bench.ours import Program, sampling_job
@@ -30,8 +32,16 @@ def method_program(engine: str, row: Row, plain: Program, unet: Any) -> Program:
     """Return our sampler with the method of an engine's name, from the plain sampler of the row and its UNet."""
     if row.task != "sample":
         raise InputError(f"{row.name}: {engine} has a part in the sampler alone, expected --tasks sample")
-    made = {"ours-dense": _dense, "ours-aligned": _aligned, "ours-styleid": _style_id}
-    return (made | {"ours-fusion": _fusion, "ours-composable": _composable})[engine](row, plain, unet)
+    made = {
+        "ours-dense": _dense,
+        "ours-paint": _paint,
+        "ours-structured": _structured,
+        "ours-aligned": _aligned,
+        "ours-styleid": _style_id,
+        "ours-fusion": _fusion,
+        "ours-composable": _composable,
+    }
+    return made[engine](row, plain, unet)
 
 
 def _with(plain: Program, control: Control) -> Program:
@@ -41,15 +51,48 @@ def _with(plain: Program, control: Control) -> Program:
     return dataclasses.replace(plain, fn=sample)
 
 
+WORDS = (np.arange(2, 4), np.arange(5, 7))
+"""The tokens of two phrases."""
+
+
+def _halves(row: Row, unet: Any) -> tuple[int, np.ndarray, list[tuple[int, int]]]:
+    """Return the number of tokens, the masks (2, h, w) of two segments, left and right, and the sizes of the grids."""
+    side = row.latents
+    masks = np.zeros((2, side, side), bool)
+    masks[0, :, : side // 2], masks[1, :, side // 2 :] = True, True
+    grids = sorted({site.hw for site in sites(unet.config, (side, side))})
+    return configs(row.model, row.tiny)["text_length"], masks, grids
+
+
 def _dense(row: Row, plain: Program, unet: Any) -> Program:
     """Two segments, left and right, in all steps: outside of its window the method is the plain program."""
-    tokens, side = configs(row.model, row.tiny)["text_length"], row.latents
-    masks = np.zeros((row.batch, 2, side, side), bool)
-    masks[:, 0, :, : side // 2], masks[:, 1, :, side // 2 :] = True, True
+    tokens, masks, grids = _halves(row, unet)
     owners = np.full((row.batch, tokens), -1)
-    owners[:, 2:4], owners[:, 5:7] = 0, 1
-    grids = sorted({site.hw for site in sites(unet.config, (side, side))})
+    for segment, words in enumerate(WORDS):
+        owners[:, words] = segment
+    masks = np.broadcast_to(masks, (row.batch, *masks.shape))
     return _with(plain, dense_diffusion.bind(masks, owners, grids, window=(0.0, 1.0)))
+
+
+def _paint(row: Row, plain: Program, unet: Any) -> Program:
+    """The same segments, painted."""
+    tokens, masks, grids = _halves(row, unet)
+    drawn = paint_with_words.paint(list(masks), [1.0, 1.0], WORDS, tokens, grids)
+    painted = {grid: np.repeat(x[None], row.batch, axis=0) for grid, x in drawn.items()}
+    schedule = NoiseSchedule.from_config(configs(row.model, row.tiny)["scheduler"])
+    return _with(plain, paint_with_words.bind(painted, training_sigmas(schedule)))
+
+
+def _structured(row: Row, plain: Program, unet: Any) -> Program:
+    """Values of other states than the keys': what the phrases' own states change of them is an input."""
+    context = plain.inputs["context"]
+    change = jax.ShapeDtypeStruct((row.batch, *context.shape[1:]), context.dtype)
+
+    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
+        control = StructuredControl(x["change"], jnp.ones((row.batch,)), sites=structured_diffusion.ATTN2)
+        return plain.fn(params, x, (control,))
+
+    return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, "change": change})
 
 
 def _aligned(row: Row, plain: Program, unet: Any) -> Program:

@@ -17,7 +17,15 @@ MODELS = ("mini", "sd15", "sdxl")
 TASKS = ("unet", "sample", "decode")
 PEERS = ("ours", "flax", "torch", "torch-compile")
 # Our sampler with a training-free method.
-METHODS = ("ours-dense", "ours-aligned", "ours-styleid", "ours-fusion", "ours-composable")
+METHODS = (
+    "ours-dense",
+    "ours-paint",
+    "ours-structured",
+    "ours-aligned",
+    "ours-styleid",
+    "ours-fusion",
+    "ours-composable",
+)
 ENGINES = (*PEERS, "ours-vmix", *METHODS)  # those after the peers: for their ratio to our plain sampler
 DTYPES = ("float32", "bfloat16")
 PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent

@@ -1,4 +1,4 @@
-"""DenseDiffusion measured: objects drawn to layouts, beside plain and composed prompts and paint-with-words."""
+"""DenseDiffusion measured: objects drawn to layouts, beside plain prompting and other methods for the same."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import numpy as np
 from PIL import Image
 
 import jaxmix
-from jaxmix import ComposableDiffusion, DenseDiffusion
+from jaxmix import ComposableDiffusion, DenseDiffusion, PaintWithWords, StructuredDiffusion
 from jaxmix.control import Site
 from jaxmix.controls.dense_diffusion import DenseDiffusionControl
-from jaxmix.rows import dataclass, gate, per_row
+from jaxmix.rows import dataclass
 from jaxmix.types import Array
 from train.scenes import Scenes
 from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
 from train.scorer import SIZE, Scorer
 from train.segmenter import Segmenter
 
-PAINT = 0.4  # the weight of eDiff-I's open port
 MARGIN = 2  # pixels around an object that its place holds
 
 
@@ -87,42 +86,6 @@ def cases(n: int, seed: int, count: int, worded: bool = False) -> list[Case]:
 
 
 @dataclass
-class PaintWithWords(jaxmix.Control):
-    """eDiff-I's paint-with-words (arXiv 2211.01324, section 5): words get more attention where they are painted.
-
-    A + w log(1 + sigma) max(A) at the pixels of each phrase's mask, in cross-attention, at all steps. ``region`` maps a
-    grid to (rows, pixels, tokens); ``sigmas`` is the noise of each timestep.
-    """
-
-    region: dict[str, Array] = per_row()
-    weight: Array = gate()
-    sigmas: Array = dataclasses.field(default_factory=lambda: jnp.ones((1000,)))
-    sigma: Array = dataclasses.field(default_factory=lambda: jnp.ones(()))
-
-    def at(self, step: Array, t: Array) -> PaintWithWords:
-        """Look up the noise."""
-        return dataclasses.replace(self, sigma=self.sigmas[t.astype(jnp.int32)])
-
-    def logits(self, site: Site, x: Array) -> Array:
-        """Raise the scores."""
-        region = self.region["x".join(map(str, site.hw))][:, None]
-        most = x.max((1, 2, 3), keepdims=True)
-        return x + self.weight[:, None, None, None] * jnp.log1p(self.sigma) * most * region
-
-
-def paint_with_words(pipe: jaxmix.Pipeline, control: DenseDiffusionControl, weight: float = PAINT) -> PaintWithWords:
-    """Return the baseline for the places and words of a DenseDiffusion control."""
-    region = {
-        grid: ((pixels[:, :, None] & control.tokens[:, None]) != 0).astype(jnp.float32)
-        for grid, pixels in control.pixels.items()
-    }
-    abar = np.maximum(pipe.schedule.alphas_cumprod, 1e-4)
-    sigmas = jnp.asarray(np.sqrt((1 - abar) / abar), jnp.float32)
-    rows = control.tokens.shape[0]
-    return PaintWithWords(region, jnp.full((rows,), weight), sigmas, sites=r"\.attn2$")
-
-
-@dataclass
 class FixedRange(DenseDiffusionControl):
     """Ablation: scores move by a fixed amount and not by a part of the way to their row's extremes."""
 
@@ -156,8 +119,11 @@ def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
         return lambda some: {"methods": (kind([c.segments for c in some], **options),)}
 
     def painted(some: Sequence[Case]) -> dict[str, Any]:
-        made = jaxmix.dense_diffusion(pipe, [c.caption for c in some], [c.segments for c in some])
-        return {"controls": (paint_with_words(pipe, made.control),)}
+        return {"methods": (PaintWithWords([c.segments for c in some]),)}
+
+    def structured(some: Sequence[Case]) -> dict[str, Any]:
+        phrases = [[phrase for phrase, _, _ in c.objects] for c in some]
+        return {"methods": (StructuredDiffusion(phrases),)}
 
     def composed(some: Sequence[Case]) -> dict[str, Any]:
         firsts, further = [c.alone[0] for c in some], [c.alone[1:] for c in some]
@@ -167,6 +133,7 @@ def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
         "plain prompt": lambda some: {},
         "Composable Diffusion": composed,
         "paint-with-words": painted,
+        "Structured Diffusion": structured,
         "DenseDiffusion": dense(),
         "without cross-attention": dense(cross=0.0),
         "without self-attention": dense(self_=0.0),
@@ -180,7 +147,7 @@ def conditions(pipe: jaxmix.Pipeline) -> dict[str, Draw]:
 
 STRONG = "cross 4, self 1, all steps"
 # The rest are the paper's ablations.
-MAIN = ("plain prompt", "Composable Diffusion", "paint-with-words", "DenseDiffusion", STRONG)
+MAIN = ("plain prompt", "Composable Diffusion", "paint-with-words", "Structured Diffusion", "DenseDiffusion", STRONG)
 
 
 def measure(images: np.ndarray, some: Sequence[Case], scorer: Scorer, segmenter: Segmenter) -> dict[str, np.ndarray]:

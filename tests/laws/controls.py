@@ -4,7 +4,18 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxmix import KV, QKV, Control, Moments, gate
+from jaxmix.control import Told
 from jaxmix.rows import like as rows_like
+
+
+@struct.dataclass
+class TellTwice(Control):
+    """told: makes the values of states of another size."""
+
+    scale: jnp.ndarray = gate()
+
+    def told(self, site, c):
+        return Told(c.k, c.v + rows_like(self.scale, c.v) * c.v)
 
 
 @struct.dataclass
@@ -72,6 +83,7 @@ class Claiming(FlipKeys):
 
 # (class, sites) of one control a stage, on attn1, attn2 and norms.
 CASES = {
+    "told on attn2": (TellTwice, r"\.attn2$"),
     "kv on attn2": (ShiftValues, r"\.attn2$"),
     "qkv on attn1": (FlipKeys, r"\.attn1$"),
     "qkv on attn2": (FlipKeys, r"\.attn2$"),

@@ -179,3 +179,47 @@ def snb(u_g, c_g, u_e, c_e, s, k_g, k_e, own_uncond=False):
     mask = omega[1] > omega[0]
     eps_g, eps_e = u_g + s * (c_g - u_g), u_e + s * (c_e - u_e)
     return np.where(mask[..., None], eps_e, eps_g), mask, omega
+
+
+# Paint-with-words
+
+
+def corners(mask, shape):
+    """Resize (h, w) bilinearly, corner on corner."""
+    out = np.zeros(shape)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            y = i * (mask.shape[0] - 1) / max(shape[0] - 1, 1)
+            x = j * (mask.shape[1] - 1) / max(shape[1] - 1, 1)
+            for a in range(mask.shape[0]):
+                for b in range(mask.shape[1]):
+                    out[i, j] += max(0, 1 - abs(y - a)) * max(0, 1 - abs(x - b)) * mask[a, b]
+    return out
+
+
+def painted_attention(q, k, v, region, c, sigma, by="max"):
+    """One image, (n, h, d) queries and (s, h, d) keys: W of its region (n, s) is added before the 1 / sqrt(d)."""
+    out, d = np.zeros_like(q), q.shape[-1]
+    scores = np.stack([q[:, head] @ k[:, head].T for head in range(q.shape[1])])
+    measure = scores.max() if by == "max" else scores.std(ddof=1)
+    for head in range(q.shape[1]):
+        w = c * np.log(1 + sigma) * measure * region
+        out[:, head] = softmax((scores[head] + w) / np.sqrt(d)) @ v[:, head]
+    return out
+
+
+# Structured Diffusion
+
+
+def structured_attention(q, k, context, spans, project):
+    """One image: the mean over the full prompt and each span, spliced into it, of attention with the same keys.
+
+    ``spans`` are (first token, states (m, d)) of each phrase alone, ``project`` makes values (s, h, d).
+    """
+    contexts = [context]
+    for start, states in spans:
+        spliced = context.copy()
+        spliced[start : start + len(states)] = states
+        contexts.append(spliced)
+    each = [attention(q[None], k[None], project(one)[None])[0] for one in contexts]
+    return sum(each) / len(each)

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 import jaxmix
-from jaxmix import ComposableDiffusion, DenseDiffusion, InputError, MagicFusion, Segment, StyleAligned, StyleID
+from jaxmix import (
+    ComposableDiffusion,
+    DenseDiffusion,
+    InputError,
+    MagicFusion,
+    PaintWithWords,
+    Segment,
+    StructuredDiffusion,
+    StyleAligned,
+    StyleID,
+)
 from jaxmix.methods.style_id import style_id_sites
 from jaxmix.pipeline.job import denoise
 from jaxmix.testing import moved
@@ -16,8 +26,19 @@ from jaxmix.tuning import lora
 
 README = Path(__file__).parents[2] / "jaxmix" / "README.md"
 PROMPTS, SEEDS, STEPS = ["a red car on the snow", "a dog"], [1, 2], 2
-NAMES = ["VMix", "LoRA", "DenseDiffusion", "StyleAligned", "StyleID", "MagicFusion", "ComposableDiffusion"]
+NAMES = [
+    "VMix",
+    "LoRA",
+    "DenseDiffusion",
+    "PaintWithWords",
+    "StructuredDiffusion",
+    "StyleAligned",
+    "StyleID",
+    "MagicFusion",
+    "ComposableDiffusion",
+]
 EXCLUDED = {
+    ("DenseDiffusion", "PaintWithWords"): "places of the keys",  # two layouts of the same words
     ("DenseDiffusion", "StyleID"): "places of the keys",  # masks say where the own pixels are, not the style's
     ("StyleAligned", "StyleID"): "keys",
 }
@@ -44,6 +65,8 @@ def pieces(tiny_pipeline):
         "VMix": lambda s: mixer.on("all", s),
         "LoRA": lambda s: learnt.on(s),
         "DenseDiffusion": lambda s: DenseDiffusion(layout, cross=s, self_=0.3 * s, window=(0.0, 0.5), splice=False),
+        "PaintWithWords": lambda s: PaintWithWords(layout, weight=0.4 * s),
+        "StructuredDiffusion": lambda s: StructuredDiffusion([["a red car", "the snow"], ["dog"]], strength=s),
         "StyleAligned": lambda s: StyleAligned([2], strength=s),
         "StyleID": lambda s: StyleID(**style, strength=s),
         "MagicFusion": lambda s: MagicFusion(["a fish", "a boat"], strength=s, switch=0),
@@ -89,7 +112,7 @@ def test_a_pair_works_and_strength_zero_of_either_is_the_other_alone_bit_for_bit
 @pytest.mark.parametrize("pair", EXCLUDED, ids=" + ".join)
 def test_a_pair_that_makes_no_sense_is_refused_before_anything_compiles(draw, pair):
     before = denoise._cache_size()
-    with pytest.raises(InputError, match=f"exclude each other at .*attn1: both set its {EXCLUDED[pair]}"):
+    with pytest.raises(InputError, match=f"exclude each other at .*attn[12]: both set its {EXCLUDED[pair]}"):
         draw(**dict.fromkeys(pair, 1.0))
     assert denoise._cache_size() == before
 

@@ -74,16 +74,14 @@ def test_the_judges_find_real_objects_where_they_are():
     assert wrong["inside"].mean() < 0.3
 
 
-def test_paint_with_words_raises_the_scores_of_painted_words(mini):
+def test_methods_for_layouts_are_told_the_objects(mini):
     case = layouts.cases(1, 3, 2)[0]
-    made = jaxmix.dense_diffusion(mini, [case.caption], [case.segments])
-    control = layouts.paint_with_words(mini, made.control, 0.5).at(jnp.asarray(0), jnp.asarray(500))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 256, made.control.tokens.shape[1])), jnp.float32)
-    change = np.asarray(control.logits(Site("a.attn2", 2, (16, 16)), x) - x)
-    abar = mini.schedule.alphas_cumprod[500]
-    region = (np.asarray(made.control.pixels["16x16"])[0][:, None] & np.asarray(made.control.tokens)[0][None]) != 0
-    by = 0.5 * np.log1p(np.sqrt((1 - abar) / abar)) * float(x.max()) * region
-    np.testing.assert_allclose(change[0], np.broadcast_to(by, change[0].shape), atol=1e-4)
+    made = {name: draw([case]).get("methods", ()) for name, draw in layouts.conditions(mini).items()}
+    assert set(layouts.MAIN) <= set(made)
+    assert [segment.phrase for segment in made["paint-with-words"][0].layouts[0]] == [p for p, _, _ in case.objects]
+    assert made["Structured Diffusion"][0].phrases == [[phrase for phrase, _, _ in case.objects]]
+    for methods in made.values():
+        mini.check(jaxmix.Request(prompts=[case.caption]), methods)
 
 
 def test_a_fixed_range_moves_scores_by_the_strength_itself(mini):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer import dense, fuse, style_aligned, style_transfer
+from infer import dense, fuse, generate, style_aligned, style_transfer
 from infer.layouts import check_segments, picture
 from infer.png import read_settings
 from jaxmix.command import run
@@ -60,6 +60,7 @@ def test_layouts_are_drawn_written_and_shown(files, tmp_path, capsys):
         {"prompt": prompt, "segments": [{"phrase": "a red car", "mask": str(files / "small.png")}]},
         {"prompt": prompt, "segments": [{"phrase": "a red car", "mask": str(files / "black.png")}]},
         {"prompt": prompt},
+        {"prompt": prompt, "segments": "a red car @ 0,0,1,1", "layout": "paint"},
     ]
     status, got = go(dense, files, tmp_path / "out", rows, part=1.0)
     assert status == 2
@@ -72,6 +73,7 @@ def test_layouts_are_drawn_written_and_shown(files, tmp_path, capsys):
         "small.png: found a mask of 16x8 pixels, expected the image's 16x16",
         "black.png: the mask is empty",
         ":8: no field 'segments', expected phrases and their places",
+        ":9: segments: found it with layout 'paint', expected 'dense'",
     ):
         assert line in said
     settings = read_settings(tmp_path / "out" / "0002_seed3.png")
@@ -85,9 +87,38 @@ def test_layouts_are_drawn_written_and_shown(files, tmp_path, capsys):
     assert "0002_seed3_layout.png" in (tmp_path / "out" / "gallery.html").read_text()
 
 
+def test_painted_words_and_phrases_are_drawn_written_and_shown(files, tmp_path):
+    """One job, one size: a box is the mask of the same place, grey is half of it, and rows keep what they are."""
+    prompt, half = "a red car on the snow", str(files / "half.png")
+    Image.fromarray(np.asarray(Image.open(half)) // 255 * 51).save(tmp_path / "grey.png")
+    paint = {"prompt": prompt, "seed": 3, "layout": "paint"}
+    rows = [
+        {**paint, "segments": "a red car @ 0,0,0.5,1:0.5; the snow @ 0.5,0,1,1", "paint": 0.8},
+        {**paint, "segments": [{"phrase": "a red car", "mask": half}], "paint": 0.2},
+        {**paint, "segments": [{"phrase": "a red car", "mask": str(tmp_path / "grey.png"), "weight": 5}], "paint": 0.2},
+        {"prompt": prompt, "seed": 3, "phrases": ["a red car", "the snow"]},
+    ]
+    status, got = go(generate, files, tmp_path / "out", rows)
+    names = [f"{i:04d}_seed3.png" for i in range(4)]
+    assert status == 0 and {*names, "0000_seed3_layout.png"} <= {*got} and "0003_seed3_layout.png" not in got
+    assert np.abs(got[names[1]] - got[names[2]]).max() <= 1
+    assert np.abs(got[names[0]] - got[names[1]]).max() > 0 and np.abs(got[names[3]] - got[names[1]]).max() > 0
+    first, last = (read_settings(tmp_path / "out" / names[i]) for i in (0, 3))
+    assert first["segments"][0] == {"phrase": "a red car", "box": [0.0, 0.0, 0.5, 1.0], "weight": 0.5}
+    assert (first["method"], first["paint"], first["paint_by"]) == ("paint", 0.8, "max") and "cross" not in first
+    assert (last["method"], last["phrases"]) == ("structured", ["a red car", "the snow"])
+    page = (tmp_path / "out" / "gallery.html").read_text()
+    assert "0000_seed3_layout.png" in page and "a red car; the snow" in page
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
+        ("a dog @ 0,0,1,1:x", 'weight: expected a number, found text "x"'),
+        ("a dog @ 0,0,1,1:nan", "weight: expected a number, found nan"),
+        ("a dog @ nowhere.png:0.5", "no such file: nowhere.png"),
+        ([{"phrase": "a dog", "box": [0, 0, 1, 1], "weight": True}], "weight: expected a number, found a truth value"),
+        ([{"phrase": "a dog", "box": [0, 0, 1, 1], "height": 1}], "and maybe 'weight'"),
         ("a dog", "expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png', found 'a dog'"),
         ("a dog @ 0,0,1", r"expected 4 numbers, found \[0.0, 0.0, 1.0\]"),
         ("a dog @ 0,0,2,1", "expected shares of the image from 0 to 1"),

@@ -28,13 +28,15 @@ BUILT = {
     "vmix": {"Mix"},
     "lora": {"Merge"},
     "dense": {"DenseDiffusion"},
+    "paint": {"PaintWithWords"},
+    "structured": {"StructuredDiffusion"},
     "style_aligned": {"StyleAligned"},
     "style_transfer": {"StyleID"},
     "fuse": {"MagicFusion"},
     "compose": {"ComposableDiffusion"},
 }
 APART = [("dense", "style_transfer"), ("style_aligned", "style_transfer")]
-TOGETHER = [pair for pair in itertools.combinations(BUILT, 2) if pair not in APART]
+TOGETHER = [pair for pair in itertools.combinations(BUILT, 2) if pair not in (*APART, ("dense", "paint"))]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,8 @@ def fields(files):
         "vmix": {"vmix": str(files / "vmix.safetensors"), "labels": "color", "vmix_scale": 0.5},
         "lora": {"lora": f"{files / 'lora.safetensors'}:0.5"},
         "dense": {"segments": SEGMENTS},
+        "paint": {"segments": SEGMENTS, "layout": "paint", "paint": 0.5},
+        "structured": {"phrases": "a red car; the snow"},
         "style_aligned": {"group": "g"},
         "style_transfer": {"content": picture, "style": picture},
         "fuse": {"expert_prompt": "an ink drawing of a cat"},
@@ -126,7 +130,38 @@ def test_a_row_of_two_methods_that_exclude_each_other_is_bad_and_says_which(file
     [
         ({"cross": 2}, "cross: found 2.0 without 'segments', expected it in the row, too"),
         ({"layout": "dense"}, "layout: found text \"dense\" without 'segments'"),
-        ({"layout": "paint", "segments": SEGMENTS}, 'layout: found text "paint", expected one of dense'),
+        ({"layout": "ink", "segments": SEGMENTS}, 'layout: found text "ink", expected one of dense, paint'),
+        ({"paint": 1, "segments": SEGMENTS}, "paint: found 1.0 with layout 'dense', expected 'paint'"),
+        (
+            {"cross": 1, "segments": SEGMENTS, "layout": "paint"},
+            "cross: found 1.0 with layout 'paint', expected 'dense'",
+        ),
+        ({"paint": 1}, "paint: found 1.0 without 'segments', expected it in the row, too"),
+        ({"paint": float("nan"), "segments": SEGMENTS, "layout": "paint"}, "paint: expected a number, found nan"),
+        (
+            {"paint": True, "segments": SEGMENTS, "layout": "paint"},
+            "paint: expected a number, found a truth value true",
+        ),
+        ({"segments": SEGMENTS + ":inf", "layout": "paint"}, "segments[0]: weight: expected a number, found inf"),
+        (
+            {"segments": [{"phrase": "a red car", "box": [0, 0, 1, 1], "weight": "x"}], "layout": "paint"},
+            'segments[0]: weight: expected a number, found text "x"',
+        ),
+        ({"segments": SEGMENTS + ":2"}, "('a red car'): weight: found 2, expected 1: DenseDiffusion weighs none"),
+        ({"segments": "a cat @ 0,0,1,1", "layout": "paint"}, "segment 0 ('a cat'): the phrase is not in the prompt"),
+        (
+            {"segments": "a red car @ PICTURE", "layout": "paint", "height": 32},
+            "a.png: found a mask of 16x16 pixels, expected the image's 16x32",
+        ),
+        ({"phrases": []}, "phrases: found none, expected phrases of the prompt such as"),
+        ({"phrases": " ; "}, "phrases: found none, expected phrases of the prompt such as"),
+        ({"phrases": 5}, "phrases: found 5, expected phrases of the prompt"),
+        ({"phrases": ["a red car", True]}, "phrases[1]: expected text, found a truth value true"),
+        ({"phrases": ["a red car", ""]}, "phrases[1]: found no words"),
+        (
+            {"phrases": "a red car; a cat"},
+            "phrase 1 ('a cat'): the phrase is not in the prompt 'a red car on the snow'",
+        ),
         ({"transfer": "ink", "content": "PICTURE"}, 'transfer: found text "ink", expected one of style_id'),
         ({"gamma": 0.5}, "gamma: found 0.5 without 'content' and 'style'"),
         ({"content": "PICTURE"}, "no field 'style', expected a picture"),
@@ -158,7 +193,8 @@ def test_a_row_of_two_methods_that_exclude_each_other_is_bad_and_says_which(file
 )
 def test_a_row_with_part_of_a_method_is_one_line_and_the_others_stay(files, tiny_pipeline, tmp_path, row, line):
     paths = {"PICTURE": str(files / "a.png"), "VMIX": str(files / "vmix.safetensors")}
-    row = {key: paths.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+    for name, path in paths.items():
+        row = {key: value.replace(name, path) if isinstance(value, str) else value for key, value in row.items()}
     buckets, bad = planned(tmp_path, tiny_pipeline, [{}, row, {}])
     assert [len(bucket.rows) for bucket in buckets] == [2]
     assert len(bad) == 1 and bad[0].startswith("rows.jsonl:2: ") and line in bad[0] and "\n" not in bad[0]
@@ -202,7 +238,11 @@ def test_a_flag_is_the_field_of_every_row_that_does_not_name_it(files, tiny_pipe
         ({"gamma": 0.5}, "--gamma: found 0.5 without 'content' and 'style' in any row"),
         ({"cross": 2.0}, "--cross: found 2.0 without 'segments' in any row, expected it there or --segments"),
         ({"reference": "PICTURE"}, "without 'group' in any row"),
-        ({"layout": "paint", "segments": SEGMENTS}, '--layout: found text "paint", expected one of dense'),
+        ({"layout": "ink", "segments": SEGMENTS}, '--layout: found text "ink", expected one of dense, paint'),
+        ({"paint": 0.5, "segments": SEGMENTS}, "--paint: found 0.5 with layout 'dense', expected 'paint'"),
+        ({"paint": float("nan")}, "--paint: expected a number, found nan"),
+        ({"segments": SEGMENTS + ":nan"}, "--segments[0]: weight: expected a number, found nan"),
+        ({"phrases": ";"}, "--phrases: found none, expected phrases of the prompt"),
     ],
 )
 def test_a_flag_of_a_method_that_no_row_has_is_an_error(files, tmp_path, flags, line):
@@ -233,6 +273,23 @@ def test_a_group_may_hold_rows_with_and_without_a_layout_or_an_expert(files, tin
     assert [len(layout) for layout in dense.layouts] == [0, 0, 1] and list(dense.cross) == [0, 0, 1.0]
     assert list(dense.self_) == [0, 0, 0.3] and list(fusion.strength) == [0, 0, 1.0]
     assert list(made["StyleAligned"].pictures) == [0]
+
+
+def test_rows_of_a_group_without_segments_or_phrases_are_left_as_they_are(files, tiny_pipeline, tmp_path):
+    rows = [{"phrases": "the snow"}, {"segments": SEGMENTS, "layout": "paint"}, {}]
+    (bucket,), bad = planned(tmp_path, tiny_pipeline, [{"group": "g", **row} for row in rows])
+    batch = Batch(bucket.rows, [3], frozenset(method.name for method in bucket.methods), draft=True)
+    made = {type(one).__name__: one for method in bucket.methods for one in method.build(tiny_pipeline, batch)}
+    paint = made["PaintWithWords"]
+    assert not bad and [len(layout) for layout in paint.layouts] == [0, 1, 0] and list(paint.weight) == [0, 0.4, 0]
+    assert [list(some) for some in made["StructuredDiffusion"].phrases] == [["the snow"], [], []]
+
+
+def test_a_group_of_two_layouts_is_refused(files, tiny_pipeline, tmp_path):
+    rows = [{"group": "g", "segments": SEGMENTS, **more} for more in ({}, {"layout": "paint"})]
+    buckets, bad = planned(tmp_path, tiny_pipeline, rows)
+    assert not buckets and len(bad) == 2
+    assert all("group g: found segments (dense) and segments (paint)" in line and "\n" not in line for line in bad)
 
 
 def test_a_group_of_two_sets_of_weights_is_refused(files, tiny_pipeline, tmp_path):
