@@ -138,7 +138,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """Builds the schedule that a diffusers `scheduler_config.json` describes.
+        """Build the schedule that a diffusers `scheduler_config.json` describes.
 
         Missing keys take the defaults of DDIMScheduler, except that a class that never clips (PNDM, Euler, ...) is
         not made to clip. Raises InputError naming the key for an unsupported value or an unknown key.
@@ -172,7 +172,7 @@ class NoiseSchedule:
         return cls(**fields, extra=tuple(sorted(extra.items())))
 
     def to_config(self) -> dict[str, Any]:
-        """Returns the `scheduler_config.json` dict, with the class name and the harmless keys it was read with."""
+        """Return the `scheduler_config.json` dict, with the class name and the harmless keys it was read with."""
         config: dict[str, Any] = {"_class_name": self.class_name}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -183,7 +183,7 @@ class NoiseSchedule:
         return config | {key: json.loads(value) for key, value in self.extra}
 
     def option(self, key: str, default: Any) -> Any:
-        """Returns what the config says of a solver option that is no field, such as `solver_order`.
+        """Return what the config says of a solver option that is no field, such as `solver_order`.
 
         The default stands for a missing key and for null.
         """
@@ -227,7 +227,7 @@ class NoiseSchedule:
         return np.float32(1) if self.set_alpha_to_one else self.alphas_cumprod[0]
 
     def timesteps(self, steps: int) -> np.ndarray:
-        """Returns the timesteps of a DDIM run of `steps` steps in the order visited, int32 (steps,), descending.
+        """Return the timesteps of a DDIM run of `steps` steps in the order visited, int32 (steps,), descending.
 
         Spacings are those of arXiv 2305.08891, Table 2, rounded as diffusers rounds. `steps_offset` acts on `leading`
         only. Raises InputError if steps is not in [1, num_train_timesteps].
@@ -244,14 +244,14 @@ class NoiseSchedule:
         return grid.astype(np.int32)
 
     def check_steps(self, steps: int) -> int:
-        """Returns num_train_timesteps; raises InputError if steps is not an integer from 1 to it."""
+        """Return num_train_timesteps; raises InputError if steps is not an integer from 1 to it."""
         total = self.num_train_timesteps
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
             raise InputError(f"steps is {steps!r}, expected an integer from 1 to {total}")
         return total
 
     def check_first_timestep(self, steps: int, first: float) -> None:
-        """Raises InputError if `steps_offset` pushes the first timestep of a run past the schedule."""
+        """Raise InputError if `steps_offset` pushes the first timestep of a run past the schedule."""
         if first >= self.num_train_timesteps:
             raise InputError(
                 f"steps is {steps} with steps_offset {self.steps_offset}: the first timestep would be {int(first)}, "
@@ -259,17 +259,17 @@ class NoiseSchedule:
             )
 
     def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
+        """Return x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
         signal, sigma = self._coefficients(t, x0)
         return signal * _f32(x0) + sigma * _f32(noise)
 
     def velocity(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns v_t = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (arXiv 2202.00512, appendix D)."""
+        """Return v_t = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (arXiv 2202.00512, appendix D)."""
         signal, sigma = self._coefficients(t, x0)
         return signal * _f32(noise) - sigma * _f32(x0)
 
     def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns what a model of this prediction type learns to output at (x_t, t)."""
+        """Return what a model of this prediction type learns to output at (x_t, t)."""
         if self.prediction_type == "epsilon":
             return _f32(noise)
         if self.prediction_type == "sample":
@@ -277,22 +277,22 @@ class NoiseSchedule:
         return self.velocity(x0, noise, t)
 
     def to_x0(self, pred: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns the x0 that a model output `pred` at (x, t) stands for, unclipped."""
+        """Return the x0 that a model output `pred` at (x, t) stands for, unclipped."""
         signal, sigma = self._coefficients(t, x)
         return prediction_to_x0(self.prediction_type, _f32(pred), _f32(x), signal, sigma)
 
     def to_eps(self, pred: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns the noise that a model output `pred` at (x, t) stands for."""
+        """Return the noise that a model output `pred` at (x, t) stands for."""
         signal, sigma = self._coefficients(t, x)
         return prediction_to_eps(self.prediction_type, _f32(pred), _f32(x), signal, sigma)
 
     def snr(self, t: jax.Array) -> jax.Array:
-        """Returns the signal-to-noise ratio abar_t / (1 - abar_t), float32, shape of t."""
+        """Return the signal-to-noise ratio abar_t / (1 - abar_t), float32, shape of t."""
         abar = jnp.asarray(self.alphas_cumprod)[t]
         return abar / (1 - abar)
 
     def _coefficients(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply x."""
+        """Return sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply x."""
         abar = jnp.asarray(self.alphas_cumprod)[t]
         abar = abar.reshape(abar.shape + (1,) * (x.ndim - abar.ndim))
         return jnp.sqrt(abar), jnp.sqrt(1 - abar)
@@ -301,7 +301,7 @@ class NoiseSchedule:
 def prediction_to_x0(
     prediction_type: str, pred: jax.Array, x: jax.Array, signal: jax.Array, sigma: jax.Array
 ) -> jax.Array:
-    """Returns x0 from a prediction at x = signal x0 + sigma eps, where signal = sqrt(abar), sigma = sqrt(1 - abar).
+    """Return x0 from a prediction at x = signal x0 + sigma eps, where signal = sqrt(abar), sigma = sqrt(1 - abar).
 
     A v prediction is turned into x0 directly: by way of eps it would divide by signal, which a cosine schedule brings
     to nearly zero at the last timesteps.
@@ -316,7 +316,7 @@ def prediction_to_x0(
 def prediction_to_eps(
     prediction_type: str, pred: jax.Array, x: jax.Array, signal: jax.Array, sigma: jax.Array
 ) -> jax.Array:
-    """Returns eps from a prediction at x = signal x0 + sigma eps."""
+    """Return eps from a prediction at x = signal x0 + sigma eps."""
     if prediction_type == "epsilon":
         return pred
     if prediction_type == "sample":
@@ -334,7 +334,7 @@ def _cumprod(alphas: np.ndarray) -> np.ndarray:
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:
-    """Returns an even float32 grid, built from both ends as torch.linspace builds it."""
+    """Return an even float32 grid, built from both ends as torch.linspace builds it."""
     start32, end32 = np.float32(start), np.float32(end)
     if steps == 1:
         return np.asarray([start32], np.float32)

@@ -36,7 +36,7 @@ def imports(path: Path) -> list[str]:
 
 
 def place(module: str) -> str:
-    """The room (or ground floor or roof module) of a dotted name inside jaxmix."""
+    """Return the room (or ground floor or roof module) of a dotted name inside jaxmix."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 

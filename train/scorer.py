@@ -157,7 +157,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 
 
 def load_scorer(path: str | Path = WEIGHTS) -> Scorer:
-    """Loads a trained scorer; its class names are in the file, and its size and channels if they are not the usual."""
+    """Load a trained scorer; its class names are in the file, and its size and channels if they are not the usual."""
     scorer = Scorer(None, **read_facts(path))
     target = jax.eval_shape(scorer.net.init, jax.random.key(0), jnp.zeros((1, scorer.size, scorer.size, 3)))["params"]
     return dataclasses.replace(scorer, params=load_tree(path, target))

@@ -161,7 +161,7 @@ def _segment(net: SegmentNet, params: Any, images: jax.Array) -> tuple[jax.Array
 
 
 def load_segmenter(path: str | Path = WEIGHTS) -> Segmenter:
-    """Loads a trained segmenter; its size, channels and names are in the file if they are not the usual."""
+    """Load a trained segmenter; its size, channels and names are in the file if they are not the usual."""
     segmenter = Segmenter(None, **read_facts(path))
     images = jnp.zeros((1, segmenter.size, segmenter.size, 3))
     target = jax.eval_shape(segmenter.net.init, jax.random.key(0), images)["params"]
@@ -263,7 +263,7 @@ def make_loss(cfg: Config) -> Callable[..., tuple[jax.Array, dict[str, jax.Array
 
 
 def scores(segmenter: Segmenter, images: np.ndarray, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What the masks of pictures of known scenes are worth.
+    """Return how good the masks of pictures of known scenes are.
 
     `iou`, the mean over pictures of the IoU of masks (probability 0.5); `centre_error`, the mean distance of the
     middle of the bounding box from the true one, pixels; `correlation` of the distance from the picture's middle with

@@ -71,7 +71,7 @@ class LoRA(Method):
             self.lora(path).on(strength).check(pipe, None)
 
     def on(self, row: Row) -> bool:
-        """A row of LoRAs all at strength 0 is one without."""
+        """Return whether any LoRA of the row has a strength other than 0."""
         return bool(_live(row["lora"]))
 
     def weights(self, row: Row) -> Hashable:

@@ -181,7 +181,7 @@ class StyleAligned(Method):
         return bad
 
     def program(self, rows: Sequence[Row]) -> Hashable:
-        """Groups with a picture are a program of their own."""
+        """Compile groups with a reference picture as a program of their own."""
         return bool(rows[0]["reference"])
 
     def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:

@@ -94,7 +94,7 @@ class StyleID(Method):
         return [(f"{c} in the style of {s}", {"content": c, "style": s}) for c in contents for s in styles]
 
     def defaults(self, row: Row) -> Mapping[str, Any]:
-        """The method inverts DDIM, in the number of steps of whom it follows."""
+        """Default to DDIM, which the method inverts, with the steps of the code that the pairing follows."""
         return {"sampler": "ddim", "steps": 50 if self.flags.pairing == "reference" else 20}
 
     def missing(self) -> InputError:

@@ -96,7 +96,7 @@ class VMix(Method):
         return tuple(found)
 
     def weights(self, row: Row) -> Hashable:
-        """The adapter's LoRA is merged into the weights."""
+        """Name the adapter, if its LoRA is merged into the weights."""
         used = self.flags.vmix_lora == "on" and self.opened(row["vmix"]).lora is not None
         return ("vmix", row["vmix"]) if used else None
 

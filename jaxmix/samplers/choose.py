@@ -20,7 +20,7 @@ SAMPLERS = (
 
 
 def make_solver(name: str, schedule: NoiseSchedule, steps: int) -> Solver:
-    """Makes the solver of that name for a run of `steps` steps.
+    """Make the solver of that name for a run of `steps` steps.
 
     The name says which solver and whether its levels are Karras's; all other options are those of the schedule's
     config. Raises InputError for an unknown name, impossible steps, and options that the sampler does not have.
@@ -36,7 +36,7 @@ def make_solver(name: str, schedule: NoiseSchedule, steps: int) -> Solver:
 
 
 def default_sampler(schedule: NoiseSchedule) -> str:
-    """Returns the name of the sampler that the schedule's config asks for, "ddim" where there is none like it here."""
+    """Return the name of the sampler that the schedule's config asks for, "ddim" where there is none like it here."""
     karras = "_karras" if schedule.option("use_karras_sigmas", False) else ""
     if schedule.class_name == "EulerDiscreteScheduler":
         return "euler" + karras

@@ -102,7 +102,7 @@ def stack(guidance: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def by_branch(rows_fn: ModelFn, branches: int) -> BranchFn:
-    """Returns the function that predicts every branch of each image, float32 (n, branches, h, w, c).
+    """Return the function that predicts every branch of each image, float32 (n, branches, h, w, c).
 
     `rows_fn` is called with that many rows per image, branch minor: u0, c0, u1, c1, ... (so that sharding the rows
     never parts the branches of an image), and must hold the contexts of the branches in that order.
@@ -117,7 +117,7 @@ def by_branch(rows_fn: ModelFn, branches: int) -> BranchFn:
 
 
 def classifier_free_guidance(predict: BranchFn, scale: jax.Array | float, rescale: jax.Array | float = 0.0) -> ModelFn:
-    """Returns the guided model function u + scale (c - u), one row per image.
+    """Return the guided model function u + scale (c - u), one row per image.
 
     `predict` gives the unconditional and the conditional branch, as `by_branch` does. `scale` is a scalar or (n,),
     traced; 1 is the conditional and 0 the unconditional prediction. Guidance is computed in float32, whatever dtype the

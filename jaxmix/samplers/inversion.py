@@ -34,7 +34,7 @@ class DDIMInversion:
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, label: str = "next") -> "DDIMInversion":
-        """Makes the inversion of a DDIM run of `steps` steps.
+        """Make the inversion of a DDIM run of `steps` steps.
 
         "next" starts from the final abar of the schedule and ends at the first timestep of sampling. "own" takes the
         image for the state at the last timestep of sampling, and ends at the schedule's last of all (999).
@@ -67,7 +67,7 @@ class DDIMInversion:
         return self.timesteps.shape[0]
 
     def step(self, i: jax.Array | int, x: jax.Array, pred: jax.Array) -> jax.Array:
-        """Returns the float32 state after step i, from the state x and the prediction at (x, timesteps[i])."""
+        """Return the float32 state after step i, from the state x and the prediction at (x, timesteps[i])."""
         x, pred = x.astype(jnp.float32), pred.astype(jnp.float32)
         signal, sigma = jnp.sqrt(self.alphas_cumprod[i]), jnp.sqrt(1 - self.alphas_cumprod[i])
         x0 = prediction_to_x0(self.prediction_type, pred, x, signal, sigma)
@@ -78,7 +78,7 @@ class DDIMInversion:
 def invert(
     model_fn: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]], inversion: DDIMInversion, x: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Runs an inversion from clean latents x (n, ...); `model_fn(x, t, step)` returns the prediction and what to keep.
+    """Run an inversion from clean latents x (n, ...); `model_fn(x, t, step)` returns the prediction and what to keep.
 
     Returns the states (S + 1, n, ...), float32, from x to the noise, and what was kept of each step, stacked.
     """

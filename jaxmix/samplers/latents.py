@@ -17,7 +17,7 @@ from jaxmix.types import Array, InputError
 
 
 def image_to_image_start(steps: int, strength: float) -> int:
-    """Returns the step at which a run over an image starts (arXiv 2108.01073), as diffusers counts it.
+    """Return the step at which a run over an image starts (arXiv 2108.01073), as diffusers counts it.
 
     Strength 1 runs all steps and keeps nearly nothing of the image, less strength runs the last int(steps * strength)
     steps. Raises InputError for a strength outside (0, 1], or so little that no step is left.
@@ -31,7 +31,7 @@ def image_to_image_start(steps: int, strength: float) -> int:
 
 
 def noised(solver: Solver, x0: jax.Array, noise: jax.Array, i: jax.Array | int) -> jax.Array:
-    """Returns signal_i x0 + sigma_i noise, float32: what x is before step i if the image is x0. i may be S, the end."""
+    """Return signal_i x0 + sigma_i noise, float32: what x is before step i if the image is x0. i may be S, the end."""
     x0, noise = jnp.asarray(x0, jnp.float32), jnp.asarray(noise, jnp.float32)
     return solver.signals[i] * x0 + solver.sigmas[i] * noise
 
@@ -39,7 +39,7 @@ def noised(solver: Solver, x0: jax.Array, noise: jax.Array, i: jax.Array | int) 
 def inpaint(
     solver: Solver, x0: jax.Array, noise: jax.Array, mask: jax.Array
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the `latents_fn` that repaints where mask is 1 and holds the rest to the image x0.
+    """Return the `latents_fn` that repaints where mask is 1 and holds the rest to the image x0.
 
     After each step the rest is x0 under `noise` at that level, and x0 itself after the last (arXiv 2201.09865, eq. 8,
     without resampling). x0 and noise are latents (n, h, w, c); mask broadcasts against them, from 0 to 1.
@@ -56,7 +56,7 @@ def inpaint(
 
 
 def pin(states: jax.Array, gate: jax.Array) -> Callable[[jax.Array, jax.Array | int], jax.Array]:
-    """Returns the `latents_fn` that holds images to the course `states` (n, S + 1, h, w, c) where gate (n,) is not 0.
+    """Return the `latents_fn` that holds images to the course `states` (n, S + 1, h, w, c) where gate (n,) is not 0.
 
     After step i the state of such an image is states[:, i + 1].
     """

@@ -52,13 +52,13 @@ class Solver(Protocol):
         ...
 
     def memory(self, x: jax.Array) -> Any:
-        """Returns what the solver carries beside x, as it is before the first step of a run; () for nothing."""
+        """Return what the solver carries beside x, as it is before the first step of a run; () for nothing."""
         ...
 
     def step(
         self, i: jax.Array, x: jax.Array, memory: Any, pred: jax.Array, noise: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Returns the state and the memory after step i."""
+        """Return the state and the memory after step i."""
         ...
 
 
@@ -86,7 +86,7 @@ def sample(
     start: int = 0,
     stop: int | None = None,
 ) -> Any:
-    """Runs the solver from x (n, ...), the state before step `start`, and returns the float32 state before step `stop`.
+    """Run the solver from x (n, ...), the state before step `start`, and returns the float32 state before step `stop`.
 
     None is the end.
 

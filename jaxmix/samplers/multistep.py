@@ -40,7 +40,7 @@ class DPMSolver2M:
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, sde: bool = False, karras: bool = False) -> "DPMSolver2M":
-        """Makes the solver of a schedule; `sde` is diffusers' algorithm_type "sde-dpmsolver++".
+        """Make the solver of a schedule; `sde` is diffusers' algorithm_type "sde-dpmsolver++".
 
         Raises InputError if the schedule cannot be run in that many steps or asks for what this solver does not have.
         """
@@ -98,7 +98,7 @@ class DPMSolver2M:
         return self.timesteps.shape[0]
 
     def memory(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the memory before the first step: some x0, which counts for 0."""
+        """Return the memory before the first step: some x0, which counts for 0."""
         # x and not zeros, so that under shard_map it varies over the devices as what replaces it does.
         return x.astype(jnp.float32), jnp.zeros((), jnp.float32)
 
@@ -110,7 +110,7 @@ class DPMSolver2M:
         pred: jax.Array,
         noise: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Returns the float32 state after step i and the memory, from the state x and the prediction at it.
+        """Return the float32 state after step i and the memory, from the state x and the prediction at it.
 
         `noise` (shape of x, standard normal) is required by the SDE and ignored by the deterministic solver.
         """

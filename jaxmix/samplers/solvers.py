@@ -18,7 +18,7 @@ from jaxmix.types import InputError
 
 
 def static() -> Any:
-    """Declares a field that is part of the pytree's structure: another value is another program."""
+    """Declare a field that is part of the pytree's structure: another value is another program."""
     return dataclasses.field(metadata={"static": True})
 
 
@@ -42,7 +42,7 @@ class OneStep(abc.ABC):
 
     @abc.abstractmethod
     def coefficients(self, i: jax.Array | int) -> Coefficients:
-        """Returns the numbers of step i."""
+        """Return the numbers of step i."""
 
     @property
     def steps(self) -> int:
@@ -50,13 +50,13 @@ class OneStep(abc.ABC):
         return self.timesteps.shape[0]
 
     def memory(self, x: jax.Array) -> tuple[()]:
-        """Returns what is carried from step to step beside x: nothing."""
+        """Return what is carried from step to step beside x: nothing."""
         return ()
 
     def step(
         self, i: jax.Array | int, x: jax.Array, memory: tuple[()], pred: jax.Array, noise: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[()]]:
-        """Returns the float32 state after step i, from the state x and the prediction at (x, timesteps[i]), and ().
+        """Return the float32 state after step i, from the state x and the prediction at (x, timesteps[i]), and ().
 
         `noise` (shape of x, standard normal) is required by a stochastic solver and ignored by others.
         """
@@ -94,7 +94,7 @@ class DDIM(OneStep):
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> "DDIM":
-        """Makes the solver of a schedule; `eta` from 0 (deterministic) to 1 (as noisy as DDPM).
+        """Make the solver of a schedule; `eta` from 0 (deterministic) to 1 (as noisy as DDPM).
 
         Raises InputError if the schedule cannot be run in that many steps, or not by DDIM.
         """
@@ -143,7 +143,7 @@ class DDIM(OneStep):
         return jnp.ones((), jnp.float32)
 
     def coefficients(self, i: jax.Array | int) -> Coefficients:
-        """Returns the numbers of step i."""
+        """Return the numbers of step i."""
         abar, previous, added = self.alphas_cumprod[i], self.previous[i], self.added[i]
         # Rounding may bring the difference below 0 where eta is 1 and the previous abar is near 1.
         direction = jnp.sqrt(jnp.maximum(1 - previous - added**2, 0))
@@ -170,7 +170,7 @@ class Euler(OneStep):
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, ancestral: bool = False, karras: bool = False) -> "Euler":
-        """Makes the solver of a schedule; `ancestral` replaces at each step what noise can be replaced.
+        """Make the solver of a schedule; `ancestral` replaces at each step what noise can be replaced.
 
         Raises InputError if the schedule cannot be run in that many steps or asks for what this solver does not have.
         """
@@ -206,5 +206,5 @@ class Euler(OneStep):
         return None
 
     def coefficients(self, i: jax.Array | int) -> Coefficients:
-        """Returns the numbers of step i."""
+        """Return the numbers of step i."""
         return Coefficients(self.signals[i], self.sigmas[i], self.signals[i + 1], self.down[i], self.up[i])

@@ -35,7 +35,7 @@ _LISTED = 8  # how many keys of each kind an error spells out
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a `config.json`, or the one in a model's or scheduler's folder.
+    """Read a `config.json`, or the one in a model's or scheduler's folder.
 
     Raises InputError naming the file if it is missing or holds no JSON object.
     """
@@ -61,7 +61,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def find_weights(folder: str | os.PathLike[str]) -> Path:
-    """Returns the file of a model's folder that has its weights: safetensors, an index of shards, or Flax msgpack.
+    """Return the file of a model's folder that has its weights: safetensors, an index of shards, or Flax msgpack.
 
     A file is checked and returned as it is. Raises InputError if there is none, and says what to do if there are
     pickles instead.
@@ -85,7 +85,7 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a model's folder, a safetensors file, an index of shards, or a Flax msgpack file, by its name.
+    """Open a model's folder, a safetensors file, an index of shards, or a Flax msgpack file, by its name.
 
     Reads tables of contents only. Raises InputError for a path with no weights and for damaged files.
     """
@@ -103,7 +103,7 @@ def load_tree(
     dtype: Any = None,
     ignore: Sequence[str] = IGNORED_KEYS,
 ) -> dict[str, Any]:
-    """Loads a source, or the file or folder at a path, into a tree of JAX arrays shaped like `target`.
+    """Load a source, or the file or folder at a path, into a tree of JAX arrays shaped like `target`.
 
     `target` holds ShapeDtypeStructs or arrays. Floating leaves become `dtype`, by default each that of its target
     leaf; "auto" keeps the precision of the source, which must then be one for all. Keys in `ignore` may be there
@@ -128,7 +128,7 @@ def load_tree(
 
 
 def _converted(source: Source, key: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns the array in one piece of memory and in `dtype`, with all of its numbers finite."""
+    """Return the array in one piece of memory and in `dtype`, with all of its numbers finite."""
     converted = array
     if array.dtype != dtype or not array.flags.c_contiguous:
         converted = aligned_empty(array.shape, dtype)

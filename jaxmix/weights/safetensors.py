@@ -61,7 +61,7 @@ class Header:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Reads and checks the header of a safetensors file, without reading any tensor.
+    """Read and checks the header of a safetensors file, without reading any tensor.
 
     Raises InputError naming the file if it is missing, truncated, or not a safetensors file.
     """
@@ -95,7 +95,7 @@ class SafetensorsFile(Source):
 
 
 def read_tensor(file: BufferedReader, entry: FileEntry) -> np.ndarray:
-    """Reads one tensor into aligned memory of its own."""
+    """Read one tensor into aligned memory of its own."""
     array = aligned_empty(entry.shape, entry.dtype)
     file.seek(entry.offset)
     if file.readinto(array.reshape(-1).view(np.uint8).data) != entry.nbytes:
@@ -104,7 +104,7 @@ def read_tensor(file: BufferedReader, entry: FileEntry) -> np.ndarray:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialised array at a 64-byte boundary, which JAX adopts on the CPU without a copy."""
+    """Return an uninitialised array at a 64-byte boundary, which JAX adopts on the CPU without a copy."""
     nbytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -112,7 +112,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def encode_header(entries: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
-    """Returns the header of a file whose tensors follow in the order of `entries`."""
+    """Return the header of a file whose tensors follow in the order of `entries`."""
     contents: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for key, (dtype, shape) in entries.items():
@@ -156,7 +156,7 @@ def _read_header(path: Path, file: BufferedReader) -> Header:
 
 
 def _entry(value: dict[str, Any], base: int) -> tuple[FileEntry, int]:
-    """Returns a tensor's entry and the byte after its last, both counted from the start of the file."""
+    """Return a tensor's entry and the byte after its last, both counted from the start of the file."""
     name, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}")

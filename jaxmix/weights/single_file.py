@@ -103,7 +103,7 @@ def open_single_file(
     config: Mapping[str, Mapping[str, Any]] | None = None,
     prediction_type: str | None = None,
 ) -> SingleFile:
-    """Opens a checkpoint in the original layout; no tensor is read but, for 2.x, one that tells its prediction type.
+    """Open a checkpoint in the original layout; no tensor is read but, for 2.x, one that tells its prediction type.
 
     `config` overrides settings by part ("unet", ..., "scheduler"), for what shapes cannot tell: numbers of heads and of
     norm groups. `prediction_type` ("epsilon" or "v_prediction") overrides what is told from the keys `v_pred` and
@@ -163,7 +163,7 @@ def open_single_file(
 
 
 def _find(by_part: Mapping[str, Table], key: str) -> tuple[str | None, Link | None]:
-    """Returns the part that a file's tensor is of, and its names."""
+    """Return the part that a file's tensor is of, and its names."""
     if not key.endswith(_BUFFERS):
         for part, table in by_part.items():
             if (link := table.of_file(key)) is not None:
@@ -172,7 +172,7 @@ def _find(by_part: Mapping[str, Table], key: str) -> tuple[str | None, Link | No
 
 
 def _linked(link: Link, entry: FileEntry) -> dict[str, FileEntry]:
-    """Returns our tensors that one tensor of the file holds, each where it is in the file."""
+    """Return our tensors that one tensor of the file holds, each where it is in the file."""
     shape = entry.shape
     if link.how == "transposed":
         shape = shape[::-1]
@@ -193,7 +193,7 @@ def save_single_file(
     extras: Extras | None = None,
     dtype: Any = None,
 ) -> None:
-    """Writes the parts of a pipeline as one file in the original layout of its family ("sd1", "sd2" or "sdxl").
+    """Write the parts of a pipeline as one file in the original layout of its family ("sd1", "sd2" or "sdxl").
 
     `configs` and `params` are by part; `configs["scheduler"]`, if given, decides whether `v_pred` and `ztsnr` are
     written. `extras` are copied as they are; with those of the file that the pipeline came from, every tensor of that
@@ -250,7 +250,7 @@ def save_single_file(
 
 
 def family_of_configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the family in whose layout a pipeline with these configs is written: its text encoders decide."""
+    """Return the family in whose layout a pipeline with these configs is written: its text encoders decide."""
     if "text_encoder_2" in configs:
         return "sdxl"
     return "sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"
@@ -280,7 +280,7 @@ class _Held(NamedTuple):
         return shape
 
     def array(self) -> np.ndarray:
-        """Returns the values in the file's order; only a pointwise tensor still lacks its axes of one."""
+        """Return the values in the file's order; only a pointwise tensor still lacks its axes of one."""
         leaves = (self.leaves[ours] for ours in self.link.ours)
         arrays = [names.to_torch_layout(leaf_path, np.asarray(jax.device_get(leaf))) for leaf_path, leaf in leaves]
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
@@ -288,7 +288,7 @@ class _Held(NamedTuple):
 
 
 def _marks(scheduler: Mapping[str, Any], told: str) -> list[str]:
-    """Returns the empty tensors that say of a noise schedule what the other tensors, which tell `told`, do not."""
+    """Return the empty tensors that say of a noise schedule what the other tensors, which tell `told`, do not."""
     marks = [ZERO_SNR_KEY] if scheduler.get("rescale_betas_zero_snr") else []
     if scheduler.get("prediction_type") == "v_prediction" != told:
         marks.append(V_PREDICTION_KEY)
@@ -298,7 +298,7 @@ def _marks(scheduler: Mapping[str, Any], told: str) -> list[str]:
 def _check_told(
     where: str, family: str, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes, prediction: str
 ) -> None:
-    """Raises InputError if a file of these shapes and this prediction type would be opened as another model."""
+    """Raise InputError if a file of these shapes and this prediction type would be opened as another model."""
     family_of(where, shapes)
     told = read_configs(where, family, shapes, prediction)
     if "scheduler" in configs:
@@ -308,7 +308,7 @@ def _check_told(
 
 
 def _prediction_type(family: str, shapes: Shapes, read: Callable[[str], np.ndarray]) -> str:
-    """Returns what the tensors tell; `read` gives one of them."""
+    """Return what the tensors tell; `read` gives one of them."""
     if V_PREDICTION_KEY in shapes:
         return "v_prediction"
     key = _spread_key(shapes)

@@ -61,7 +61,7 @@ _FULL_OPEN_CLIP, _USED_OPEN_CLIP = 24, 23  # Stable Diffusion 2 reads the state 
 
 
 def read_configs(where: str, family: str, shapes: Shapes, prediction_type: str) -> dict[str, dict[str, Any]]:
-    """Returns the config of every part; raises InputError for shapes that no supported model has."""
+    """Return the config of every part; raises InputError for shapes that no supported model has."""
     # Only Stable Diffusion 2 has two sizes: v prediction was trained at 768 pixels, epsilon at 512.
     model = "sd21" if family == "sd2" and prediction_type == "v_prediction" else _MODELS[family]
     size = RELEASED[model]["unet"]["sample_size"]
@@ -92,7 +92,7 @@ def read_configs(where: str, family: str, shapes: Shapes, prediction_type: str) 
 
 
 def scheduler_config(family: str, prediction_type: str, zero_terminal_snr: bool) -> dict[str, Any]:
-    """Returns the `scheduler_config.json` of a family: one noise schedule for all of them."""
+    """Return the `scheduler_config.json` of a family: one noise schedule for all of them."""
     config = {**RELEASED[_MODELS[family]]["scheduler"], "prediction_type": prediction_type}
     if zero_terminal_snr:
         # The last timestep, where there is no signal, must be visited (arXiv 2305.08891).
@@ -101,7 +101,7 @@ def scheduler_config(family: str, prediction_type: str, zero_terminal_snr: bool)
 
 
 def untold(given: Mapping[str, Mapping[str, Any]], told: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns the settings of a model that a single file of it would not give back, as "part.key=value (told)"."""
+    """Return the settings of a model that a single file of it would not give back, as "part.key=value (told)"."""
     found = []
     for part, config in told.items():
         for key in _COMPUTED.get(part, ()):
@@ -112,7 +112,7 @@ def untold(given: Mapping[str, Mapping[str, Any]], told: Mapping[str, Mapping[st
 
 
 def _plain(config: Mapping[str, Any], key: str) -> Any:
-    """Returns a setting in one form: a list for what may be one number for all blocks."""
+    """Return a setting in one form: a list for what may be one number for all blocks."""
     value = config.get(key)
     if key == "attention_head_dim" and config.get("num_attention_heads") is not None:
         value = config["num_attention_heads"]
@@ -269,7 +269,7 @@ def _depth(shapes: Shapes, module: str) -> int:
 
 
 def _indices(shapes: Shapes, prefix: str) -> list[int]:
-    """Returns the numbers that follow `prefix` in the file's keys, sorted."""
+    """Return the numbers that follow `prefix` in the file's keys, sorted."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return sorted({int(hit[1]) for key in shapes if (hit := pattern.match(key))})
 

@@ -34,12 +34,12 @@ class Extras:
     layout: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, key: str) -> np.ndarray:
-        """Returns one tensor as the file has it."""
+        """Return one tensor as the file has it."""
         return read_entry(str(self.path), self.entries[key])
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Extras | None:
-        """Returns what a single file left in a diffusers folder (or that file in it), or None if nothing.
+        """Return what a single file left in a diffusers folder (or that file in it), or None if nothing.
 
         Raises InputError if it is damaged.
         """
@@ -58,7 +58,7 @@ class Extras:
         return cls(path, family, file.entries, layout)
 
     def reopen(self) -> dict[str, FileEntry]:
-        """Returns where the tensors are now: the file may have been written again since it was opened."""
+        """Return where the tensors are now: the file may have been written again since it was opened."""
         if not self.entries:
             return {}
         now = SafetensorsFile(self.path).entries
@@ -68,7 +68,7 @@ class Extras:
 
 
 def save_extras(extras: Extras | None, folder: str | os.PathLike[str]) -> None:
-    """Writes what is of no part into a diffusers folder, where `Extras.open` finds it; what was there before goes."""
+    """Write what is of no part into a diffusers folder, where `Extras.open` finds it; what was there before goes."""
     path = Path(folder) / EXTRAS_FILE
     if extras is None or not (extras.entries or extras.layout):
         path.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ def save_extras(extras: Extras | None, folder: str | os.PathLike[str]) -> None:
 
 
 def read_entry(path: str, entry: FileEntry) -> np.ndarray:
-    """Returns one tensor of a file, in memory of its own; raises InputError if the file is gone or was cut off."""
+    """Return one tensor of a file, in memory of its own; raises InputError if the file is gone or was cut off."""
     try:
         with open(path, "rb") as file:
             return read_tensor(file, entry)

@@ -44,7 +44,7 @@ _VARIANTS = [
 
 
 def family_of(where: str, shapes: Shapes) -> str:
-    """Returns "sd1", "sd2" or "sdxl"; raises InputError with one line that says what else the file is."""
+    """Return "sd1", "sd2" or "sdxl"; raises InputError with one line that says what else the file is."""
     if not {f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"} <= set(shapes):
         raise InputError(f"{where}: this is {_kind(shapes)}, {EXPECTED}")
     for pattern, kind in _VARIANTS:
@@ -87,7 +87,7 @@ def _kind(shapes: Shapes) -> str:
 
 
 def _check_widths(where: str, shapes: Shapes, prefixes: list[str]) -> None:
-    """Raises InputError if the UNet attends to text of another width than the text encoders give together."""
+    """Raise InputError if the UNet attends to text of another width than the text encoders give together."""
     wanted = next((s[1] for key, s in shapes.items() if key.endswith(".attn2.to_k.weight") and len(s) == 2), None)
     names = ("token_embedding.weight", "embeddings.token_embedding.weight")
     tables = [prefix + name for prefix in prefixes for name in names]

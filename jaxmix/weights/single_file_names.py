@@ -77,12 +77,12 @@ class Table:
         self.inverse = {ours: theirs for theirs, ours in self.modules.items()}
 
     def of_file(self, key: str) -> Link | None:
-        """Returns the link of a file's key, or None if the part has no such module."""
+        """Return the link of a file's key, or None if the part has no such module."""
         ours = _replace(key.removeprefix(self.prefix), self.modules) if key.startswith(self.prefix) else None
         return None if ours is None else self._link(key, ours)
 
     def of_ours(self, key: str) -> Link | None:
-        """Returns the link that holds our key, or None if the file has no such module."""
+        """Return the link that holds our key, or None if the file has no such module."""
         theirs = _replace(key, self.inverse)
         return None if theirs is None else self._link(self.prefix + theirs, key)
 
@@ -127,7 +127,7 @@ class OpenClipTable(Table):
 
 
 def unet_table(config: Mapping[str, Any]) -> Table:
-    """Returns the table of a UNet with this diffusers config (block types and layers are looked at)."""
+    """Return the table of a UNet with this diffusers config (block types and layers are looked at)."""
     blocks, layers = len(config["block_out_channels"]), int(config["layers_per_block"])
     modules = {
         "time_embed.0": "time_embedding.linear_1",
@@ -166,7 +166,7 @@ def unet_table(config: Mapping[str, Any]) -> Table:
 
 
 def vae_table(config: Mapping[str, Any]) -> Table:
-    """Returns the table of an autoencoder with this diffusers config. The file counts `up` from the finest level."""
+    """Return the table of an autoencoder with this diffusers config. The file counts `up` from the finest level."""
     blocks, layers = len(config["block_out_channels"]), int(config["layers_per_block"])
     modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half in ("encoder", "decoder"):
@@ -191,7 +191,7 @@ def vae_table(config: Mapping[str, Any]) -> Table:
 def tables(
     family: str, configs: Mapping[str, Mapping[str, Any]], prefixes: Mapping[str, str] | None = None
 ) -> dict[str, Table]:
-    """Returns the table of every part of a family. `prefixes` are those of the text encoders, if not the usual ones."""
+    """Return the table of every part of a family. `prefixes` are those of the text encoders, if not the usual ones."""
     found = {"unet": unet_table(configs["unet"]), "vae": vae_table(configs["vae"])}
     for part, usual in TEXTS[family].items():
         prefix = (prefixes or {}).get(part, usual[0])
@@ -209,7 +209,7 @@ def is_open_clip(family: str, part: str) -> bool:
 
 
 def text_prefixes(family: str, keys: Collection[str]) -> dict[str, str | None]:
-    """Returns the prefix that each text encoder of a family has in a file, None for one that is not there."""
+    """Return the prefix that each text encoder of a family has in a file, None for one that is not there."""
     return {
         part: next((prefix for prefix in prefixes if prefix + _EMBEDDING[is_open_clip(family, part)] in keys), None)
         for part, prefixes in TEXTS[family].items()
@@ -217,7 +217,7 @@ def text_prefixes(family: str, keys: Collection[str]) -> dict[str, str | None]:
 
 
 def canonical(part: str, key: str) -> str:
-    """Returns our name of a text encoder's tensor with `text_model.`, which transformers 5 leaves out."""
+    """Return our name of a text encoder's tensor with `text_model.`, which transformers 5 leaves out."""
     if part.startswith("text_encoder") and not key.startswith((TEXT_MODEL, "text_projection.")):
         return TEXT_MODEL + key
     return key
@@ -228,7 +228,7 @@ def _inside(theirs: str, ours: str, modules: Mapping[str, str]) -> dict[str, str
 
 
 def _replace(key: str, modules: Mapping[str, str]) -> str | None:
-    """Returns `key` with the module that it is in (the longest one listed) under its other name."""
+    """Return `key` with the module that it is in (the longest one listed) under its other name."""
     end = key.rfind(".")
     while end > 0:
         if (other := modules.get(key[:end])) is not None:

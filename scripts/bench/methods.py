@@ -61,7 +61,7 @@ def _aligned(row: Row, plain: Program, unet: Any) -> Program:
 
 
 def _style_id(row: Row, plain: Program, unet: Any) -> Program:
-    """Stored features of one content and one style for all images, at the attn1 of the last two up blocks.
+    """Store features of one content and one style for all images, at the attn1 of the last two up blocks.
 
     Under guidance like the plain sampler it is compared with, though the method itself needs no second branch.
     """

@@ -66,7 +66,7 @@ class Studio:
         self._merged: dict[tuple[str, str, float], jaxmix.Pipeline] = {}
 
     def pipeline(self, condition: Condition) -> jaxmix.Pipeline:
-        """The pipeline of a condition, with its LoRA merged."""
+        """Return the pipeline of a condition, with its LoRA merged."""
         pipe = self.models[condition.model]
         if not condition.lora:
             return pipe
@@ -78,14 +78,14 @@ class Studio:
         return self._merged[key]
 
     def _lora(self, condition: Condition) -> jaxmix.LoRA:
-        """The LoRA of a condition's adapter. Raises `InputError` where its file has none."""
+        """Return the LoRA of a condition's adapter. Raises `InputError` where its file has none."""
         lora = self.adapters[condition.adapter].lora
         if lora is None:
             raise InputError(f"{condition.adapter}: found no LoRA in this VMix file, expected one trained along")
         return lora
 
     def control(self, condition: Condition, pipe: jaxmix.Pipeline) -> tuple[Any, ...]:
-        """The controls of a condition, for any number of pictures."""
+        """Return the controls of a condition, for any number of pictures."""
         if not condition.scale:
             return ()
         return (self.adapters[condition.adapter].bind(pipe, condition.labels, condition.scale),)

@@ -39,7 +39,7 @@ class Findings:
     finetuned: dict[str, Measures]
 
     def effect(self, name: str, measure: str, than: str = "base") -> Effect:
-        """The paired difference of a condition from the base (or another condition), in sd of the base."""
+        """Return the paired difference of a condition from the base (or another condition), in sd of the base."""
         base = self.measures["base"][measure]
         unit = paired(base, base).sd
         return paired(self.measures[name][measure], self.measures[than][measure], unit)
@@ -50,7 +50,7 @@ class Findings:
         return [(paired(after[d], before[d]), self.effect("all 1", d)) for d in DIMENSIONS]
 
     def share_kept(self) -> tuple[float, float]:
-        """The share of the effect that is left on the fine-tuned model, and half of its interval.
+        """Return the share of the effect that is left on the fine-tuned model, and half of its interval.
 
         The ratio of the sums over the dimensions, in sd of the base's pictures: a dimension that hardly moves weighs
         little.
@@ -67,7 +67,7 @@ class Findings:
 
 
 def cell(effect: Effect, p: bool = False) -> str:
-    """An effect in sd with its interval, such as "+0.81 ±0.07", and its p-value if asked."""
+    """Return an effect in sd with its interval, such as "+0.81 ±0.07", and its p-value if asked."""
     text = f"{effect.in_sd:+.2f} ±{effect.half_in_sd:.2f}"
     return f"{text} p={effect.p:.0e}" if p else text
 
@@ -115,7 +115,7 @@ def verdicts(found: Findings) -> list[Verdict]:
 
 
 def accuracy(found: Findings, name: str, score: str) -> str:
-    """The share judged right in per cent, and the paired difference from the base in points."""
+    """Return the share judged right in per cent, and the paired difference from the base in points."""
     share = 100 * float(found.measures[name][score].mean())
     if name == "base":
         return f"{share:.1f}"
@@ -175,7 +175,7 @@ def report(found: Findings) -> str:
 
 
 def mean_distance(sites: Mapping[str, float]) -> float:
-    """The mean over sites."""
+    """Return the mean over sites."""
     return float(np.mean(list(sites.values())))
 
 

@@ -66,7 +66,7 @@ def paired(changed: np.ndarray, before: np.ndarray, sd: float | None = None) -> 
 
 
 def spread(values: np.ndarray) -> float:
-    """Standard deviation (n - 1) of the values that are not NaN."""
+    """Return the standard deviation (n - 1) of the values that are not NaN."""
     values = np.asarray(values, np.float64)
     values = values[np.isfinite(values)]
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0

@@ -175,7 +175,7 @@ def _layout(case: layouts.Case) -> np.ndarray:
 
 
 def aligned(studio: Studio, judges: Any) -> dict[str, Any]:
-    """Sets in the style of their first image."""
+    """Measure sets drawn in the style of their first image."""
     cfg, pipe = studio.cfg, studio.pipe
     some = styles.sets(cfg.cases, cfg.seed)
     drawn = {}

@@ -79,7 +79,7 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 
 
 def codepoints(emoji: str) -> tuple[str, ...]:
-    """The spellings under which packages file an emoji: with and without the variation selector."""
+    """Return the spellings under which packages file an emoji: with and without the variation selector."""
     full = "-".join(f"{ord(c):04x}" for c in emoji)
     bare = "-".join(f"{ord(c):04x}" for c in emoji if ord(c) != 0xFE0F)
     return full, bare, f"{bare}-fe0f"
@@ -113,7 +113,7 @@ def read_svg(folder: Path, emoji: str) -> Image.Image:
 
 
 def paper(drawing: Image.Image) -> Image.Image:
-    """Puts white paper inside and a thin way around a black drawing, so that it shows on dark backgrounds too."""
+    """Put white paper inside and a thin way around a black drawing, so that it shows on dark backgrounds too."""
     size = drawing.width
     margin = size // 12
     canvas = Image.new("RGBA", (size + 2 * margin, drawing.height + 2 * margin))

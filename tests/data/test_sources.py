@@ -16,7 +16,7 @@ SIZES = [(12, 16), (16, 12), (9, 9), (8, 20), (12, 16)]
 
 
 def metadata(folder, *rows):
-    """A folder with these lines, and one good picture 000.png."""
+    """Return a folder with these lines, and one good picture 000.png."""
     make_folder(folder, SIZES[:1])
     (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(r)}\n" if isinstance(r, dict) else r for r in rows))
     return folder

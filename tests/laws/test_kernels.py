@@ -20,7 +20,7 @@ def qkv(n, s, h, d, b=2, dtype=jnp.float32):
 
 
 def reference(q, k, v):
-    """The definition, float64."""
+    """Return attention by its definition, float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     x = np.einsum("bnhd,bshd->bhns", q, k) / np.sqrt(q.shape[-1])
     p = np.exp(x - x.max(-1, keepdims=True))

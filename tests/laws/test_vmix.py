@@ -28,14 +28,14 @@ def fresh(tiny_pipeline):
 
 @pytest.fixture(scope="module")
 def trained(fresh):
-    """An adapter with every learnt array moved away from its start."""
+    """Return an adapter with every learnt array moved away from its start."""
     params = moved(fresh.params, jax.random.key(1), 0.3)
     return VMix(fresh.config, {**params, "aes_emb": fresh.params["aes_emb"]})
 
 
 @pytest.fixture(scope="module")
 def with_lora(tiny_pipeline, trained):
-    """The trained adapter with a LoRA: two patterns, each with its own rank and alpha."""
+    """Return the trained adapter with a LoRA: two patterns, each with its own rank and alpha."""
     params, factors = tiny_pipeline.params["unet"], {}
     for i, (pattern, rank, alpha) in enumerate([(r"attn2\.to_(q|k|v)$", 3, 2.0), (r"resnets\.0\.conv1$", 2, 5.0)]):
         made = lora.init(jax.random.key(i), params, pattern, rank, alpha)

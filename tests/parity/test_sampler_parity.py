@@ -42,7 +42,7 @@ def weights():
 
 
 def small_model(xp, x, t, context):
-    """A perceptron on pixels that mixes x, t and context, in numpy-like library `xp`."""
+    """Apply a perceptron on pixels that mixes x, t and context, in numpy-like library `xp`."""
     first, second, last = (xp.asarray(weight) for weight in weights())
     return xp.tanh(x @ first + (context @ second)[:, None, None, :] + t / 1000) @ last
 
@@ -65,7 +65,7 @@ def torch_trajectory(scheduler, predict, x, scale=SCALE, eta=0.0, noises=None):
 
 @functools.partial(jax.jit, static_argnames="start")
 def jax_trajectory(solver, x, context, noises, scale, known=None, start=0):
-    """The states after every step; `known` (image, noise, mask) is for inpainting."""
+    """Return the states after every step; `known` (image, noise, mask) is for inpainting."""
     rows = context.reshape(-1, context.shape[-1])
     guided = classifier_free_guidance(by_branch(lambda x, t, step: small_model(jnp, x, t, rows), 2), scale)
     last, starts = sample(
@@ -81,7 +81,7 @@ def jax_trajectory(solver, x, context, noises, scale, known=None, start=0):
 
 
 def run_both(config, scale=SCALE, eta=0.0, **changes):
-    """Returns the states after every step, (steps, n, h, w, c), of ours and of torch."""
+    """Return the states after every step, (steps, n, h, w, c), of ours and of torch."""
     draw = np.random.default_rng(1).normal
     x, context = draw(size=(3, 4, 4, 4)).astype("f4"), draw(size=(3, 2, 3)).astype("f4")  # context: (n, branch, d)
     noises = draw(size=(STEPS, *x.shape)).astype("f4")
@@ -244,7 +244,7 @@ def scheduler_trajectory(name, scheduler, x, monkeypatch, start=0, after=lambda 
 
 
 def both(name, config, monkeypatch, steps=STEPS):
-    """The states after every step from pure noise, ours and torch's."""
+    """Return the states after every step from pure noise, ours and torch's."""
     solver, scheduler = pair(name, config, steps)
     x, context, noises = data(steps)
     theirs = scheduler_trajectory(name, scheduler, torch.from_numpy(x) * scheduler.init_noise_sigma, monkeypatch)

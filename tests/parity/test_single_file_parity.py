@@ -133,7 +133,7 @@ def state(part, model):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def written(request, tmp_path_factory):
-    """A diffusers folder of a small random pipeline, its torch models, and the single file that ours made of it."""
+    """Return a diffusers folder of a small random pipeline, its torch models, and the single file we made of it."""
     family = request.param
     torch.manual_seed(0)
     models = torch_models(SMALL[family])
@@ -234,7 +234,7 @@ def full_shapes():
 
 
 def file_shapes(family, shapes):
-    """The single file of a model: every tensor of ours must have one place in it."""
+    """Return the single file of a model: every tensor of ours must have one place in it."""
     found = {}
     for part, table in tables(family, FULL[family]).items():
         for key, shape in shapes[part].items():

@@ -118,7 +118,7 @@ class Oracle:
         self.schedule = diffusers.DDPMScheduler(**BETAS, prediction_type=prediction_type)
 
     def loss(self, batch, drawn):
-        """The mean squared error of some rows."""
+        """Return the mean squared error of some rows."""
         cfg, schedule = self.cfg, self.schedule
         x, noise, t = (torch.tensor(a) for a in (batch["latents_mean"], drawn["noise"], drawn["t"]))
         x = x.double() * cfg.scaling

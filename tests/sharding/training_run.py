@@ -61,7 +61,7 @@ def weights():
 
 
 def batches(start):
-    """This process's rows of the batches from `start` on."""
+    """Yield this process's rows of the batches from `start` on."""
     share = ROWS // jax.process_count()
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     for step in range(start, STEPS):

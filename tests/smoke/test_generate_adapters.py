@@ -26,7 +26,7 @@ NAME = "0000_seed0.png"
 
 @pytest.fixture(scope="module")
 def files(tiny_pipeline, tmp_path_factory):
-    """A folder with the pipeline ("model"), an adapter as if trained ("vmix.safetensors") and a LoRA of its own."""
+    """Return a folder with the pipeline ("model"), an adapter as if trained ("vmix.safetensors") and a LoRA."""
     path = tmp_path_factory.mktemp("adapters")
     dataclasses.replace(tiny_pipeline, tokenizer=ASSETS / "mini" / "tokenizer").save(path / "model")
     fresh = jaxmix.VMix.init(jax.random.key(0), tiny_pipeline, LABELS)

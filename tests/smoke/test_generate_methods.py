@@ -19,7 +19,7 @@ from jaxmix.types import InputError
 
 @pytest.fixture(scope="module")
 def files(tiny_pipeline, tmp_path_factory):
-    """A folder with the pipeline ("model"), another one ("expert"), a mask and two pictures."""
+    """Return a folder with the pipeline ("model"), another one ("expert"), a mask and two pictures."""
     path = tmp_path_factory.mktemp("methods")
     whole = dataclasses.replace(tiny_pipeline, tokenizer=ASSETS / "mini" / "tokenizer")
     whole.save(path / "model")

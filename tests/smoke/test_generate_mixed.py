@@ -39,7 +39,7 @@ TOGETHER = [pair for pair in itertools.combinations(BUILT, 2) if pair not in APA
 
 @pytest.fixture(scope="module")
 def files(tiny_pipeline, tmp_path_factory):
-    """A folder with an adapter ("vmix.safetensors", without a LoRA), a LoRA and a picture."""
+    """Return a folder with an adapter ("vmix.safetensors", without a LoRA), a LoRA and a picture."""
     path = tmp_path_factory.mktemp("mixed")
     cross = [
         (site.name, subtree(tiny_pipeline.params["unet"], site.name)["to_v"]["kernel"].shape[-1])
@@ -68,7 +68,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def fields(files):
-    """What each method is switched on by, of a row of PROMPT."""
+    """Return the fields that switch on each method in a row of PROMPT."""
     picture = str(files / "a.png")
     return {
         "vmix": {"vmix": str(files / "vmix.safetensors"), "labels": "color", "vmix_scale": 0.5},
@@ -81,7 +81,7 @@ def fields(files):
 
 
 def read(tmp_path, rows, wanted="", **flags):
-    """The config, the methods, and the good and bad rows of a job."""
+    """Return the config, the methods, and the good and bad rows of a job."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": PROMPT, **row}) + "\n" for row in rows))
     config = Config(prompts=str(path), out=str(tmp_path / "out"), **{"steps": 2, "devices": 1, **flags})
@@ -90,14 +90,14 @@ def read(tmp_path, rows, wanted="", **flags):
 
 
 def planned(tmp_path, pipe, rows, **flags):
-    """The buckets of a job, and the reasons of its bad rows."""
+    """Return the buckets of a job, and the reasons of its bad rows."""
     _, methods, good, bad = read(tmp_path, rows, **flags)
     good, unfit = complete(good, pipe, methods)
     return list(methods.buckets(good)), [str(row) for row in (*bad, *unfit)]
 
 
 def kinds(pipe, bucket):
-    """The names of the classes that are built for a bucket, as a check of them builds them."""
+    """Return the names of the classes that are built for a bucket, as a check of them builds them."""
     names = frozenset(method.name for method in bucket.methods)
     batch = Batch(bucket.rows, bucket.groups or (), names, bucket.weights, draft=True)
     made = [one for method in bucket.methods for one in method.build(pipe, batch)]

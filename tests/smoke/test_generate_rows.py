@@ -91,7 +91,7 @@ METHODS = Methods(Config())
 
 
 def buckets(rows):
-    """The rows of each bucket, where no row has a group."""
+    """Return the rows of each bucket, where no row has a group."""
     held = [dataclasses.replace(row, extra=tuple((key, None) for key in METHODS.fields)) for row in rows]
     return [bucket.rows for bucket in METHODS.buckets(held)]
 

@@ -37,7 +37,7 @@ def shrunk(folder, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with two runs of two steps: `whole`, and `parts`, which was stopped after one step and resumed."""
+    """Return a folder with two runs of two steps: `whole`, and `parts`, stopped after one step and resumed."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))

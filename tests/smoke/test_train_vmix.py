@@ -28,7 +28,7 @@ def base(tiny_pipeline, tmp_path_factory):
 
 
 def shrunk(base, folder, **changes):
-    """The committed config at the size of the tiny pipeline."""
+    """Return the committed config at the size of the tiny pipeline."""
     cfg = parse(vmix.main, ["--config", str(CONFIGS / "vmix_mini.yaml"), "--output_dir", str(folder)])
     small = {
         "pretrained_model_name_or_path": str(base),
@@ -50,7 +50,7 @@ def shrunk(base, folder, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base):
-    """A folder with two runs of two steps: `whole`, and `parts`, which was stopped after one step and resumed."""
+    """Return a folder with two runs of two steps: `whole`, and `parts`, stopped after one step and resumed."""
     root = tmp_path_factory.mktemp("runs")
     options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
     with pytest.MonkeyPatch.context() as patch:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def rows(folder):
-    """The rows of the logs without what a clock decides."""
+    """Return the rows of the logs without what a clock decides."""
     lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if k not in ("samples_per_second", "mfu")} for x in lines]
 
@@ -44,7 +44,7 @@ def test_five_kills_at_random_steps_leave_the_weights_and_the_loss_curve_as_they
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with the states of steps 2, 4 and 6, and how to make one."""
+    """Return a folder with the states of steps 2, 4 and 6, and how to make one."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     checkpoints = Checkpoints(folder, keep=None)
     for step in (2, 4, 6):

@@ -28,7 +28,7 @@ def saved(tiny_pipeline, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy that a test may change."""
+    """Return a copy that a test may change."""
     return shutil.copytree(saved, tmp_path / "pipeline")
 
 
@@ -128,7 +128,7 @@ def flax_tree(params):
 
 
 def clip_tree(params):
-    """The same for transformers' Flax text encoder, which nests by every dot."""
+    """Return the same for transformers' Flax text encoder, which nests by every dot."""
     return names.unflatten({(*".".join(p[:-1]).split("."), p[-1]): np.asarray(x) for p, x in names.flatten(params)})
 
 

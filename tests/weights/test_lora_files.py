@@ -34,7 +34,7 @@ def factors(shape, rank, seed=0):
 
 
 def as_torch(f):
-    """The two factors in torch's layout."""
+    """Return the two factors in torch's layout."""
     axes = {2: (1, 0), 4: (3, 2, 0, 1)}
     return tuple(np.ascontiguousarray(f[role].transpose(axes[f[role].ndim])) for role in ("down", "up"))
 

@@ -118,7 +118,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def targets():
-    """The abstract parameters of every part of every family."""
+    """Return the abstract parameters of every part of every family."""
     models = {
         "unet": lambda c: UNet2DConditionModel(UNetConfig.from_dict(c)),
         "vae": lambda c: AutoencoderKL(VAEConfig.from_dict(c)),
@@ -137,7 +137,7 @@ def params(targets):
 
 
 def extra_tensors(family):
-    """What files of this family hold besides, in several dtypes."""
+    """Return what else files of this family hold, in several dtypes."""
     found = {
         "alphas_cumprod": np.linspace(1, 0, 10, dtype="f4"),
         "model_ema.decay": np.array(0.9999, np.float32),
@@ -188,7 +188,7 @@ def same_tensors(a, b):
 
 
 def changed(path, to, add=(), drop=(), rename=lambda key: key):
-    """A copy of a file with tensors added, dropped (by the beginning of their names) or renamed."""
+    """Return a copy of a file with tensors added, dropped (by the beginning of their names) or renamed."""
     tensors = {rename(k): v for k, v in load_file(path).items() if not k.startswith(tuple(drop))}
     save_file(tensors | dict(add), to)
     return to

@@ -56,7 +56,7 @@ def _fill(size: int, column: np.ndarray) -> np.ndarray:
 
 
 def plain(colour: str) -> Paint:
-    """A painter of one colour with a slight change of lightness from scene to scene."""
+    """Return a painter of one colour with a slight change of lightness from scene to scene."""
     base = _rgb(*PLAIN[colour])
 
     def paint(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -91,7 +91,7 @@ def checks(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ground(size: int, edge: np.ndarray | np.floating, above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Puts `below` under a skyline `edge` (1, size) in [0, 1]; both are columns or pictures of colours."""
+    """Put `below` under a skyline `edge` (1, size) in [0, 1]; both are columns or pictures of colours."""
     y, _ = _grid(size)
     share = np.clip((y - edge) * np.float32(size) + np.float32(0.5), 0, 1)[..., None]
     return above + share * (below - above)

@@ -53,7 +53,7 @@ WITHOUT_ARTICLE = frozenset({"grapes", "cherries", "glasses", "corn", "bread", "
 
 
 def with_article(phrase: str, noun: str = "") -> str:
-    """Puts "a" or "an" before a phrase, unless its noun takes none."""
+    """Put "a" or "an" before a phrase, unless its noun takes none."""
     if (noun or phrase) in WITHOUT_ARTICLE:
         return phrase
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
@@ -88,7 +88,7 @@ def caption(
     relation: str = "",
     places: Sequence[str] = (),
 ) -> str:
-    """The content caption of a scene with one to three objects, given their names.
+    """Return the content caption of a scene with one to three objects, given their names.
 
     `places`, where they are said, has a word for each object. Several objects of one name are counted.
     """
@@ -105,7 +105,7 @@ def caption(
 
 
 def label_phrase(labels: Mapping[str, int]) -> str:
-    """The words of the labels that are not neutral, in a fixed order, such as "vivid colors, blurry"."""
+    """Return the words of the labels that are not neutral, in a fixed order, such as "vivid colors, blurry"."""
     return ", ".join(LABEL_WORDS[d][0 if labels[d] > 0 else 1] for d in LABEL_WORDS if labels.get(d))
 
 

@@ -23,7 +23,7 @@ def blur(image: np.ndarray) -> np.ndarray:
 
 
 def apply_labels(image: np.ndarray, labels: Mapping[str, int]) -> np.ndarray:
-    """Applies color, light and focus labels (+1, 0, -1) to float32 (h, w, 3) in [0, 1]; returns uint8.
+    """Apply color, light and focus labels (+1, 0, -1) to float32 (h, w, 3) in [0, 1]; returns uint8.
 
     Composition is the scene's own affair: it decides where the objects stand.
     """
@@ -42,7 +42,7 @@ def apply_labels(image: np.ndarray, labels: Mapping[str, int]) -> np.ndarray:
 
 
 def measure(image: np.ndarray) -> dict[str, float]:
-    """The number that each label moves, from uint8 (h, w, 3); a +1 label moves its own number up.
+    """Return the number that each label moves, from uint8 (h, w, 3); a +1 label moves its own number up.
 
     color: mean of max - min over the channels; light: mean luma; focus: mean absolute Laplacian of the luma, all in
     [0, 1]. Composition needs the masks: see `off_centre`.

@@ -201,7 +201,7 @@ class Scenes:
         return tuple(mates[i] for i in rng.choice(len(mates), count, replace=False))
 
     def _arranged(self, plan: Plan, rng: np.random.Generator) -> Plan:
-        """Adds sizes and boxes that keep to the words of a plan."""
+        """Add sizes and boxes that keep to the words of a plan."""
         count, composition = len(plan.objects), plan.labels["composition"]
         bounds = {2: layout.TWO, 3: layout.THREE}.get(count, layout.ONE[plan.size_word])
         if count == 3 and (plan.relation or plan.places):
@@ -241,7 +241,7 @@ class Scenes:
                 return (first, second), RELATIONS[relation]
 
     def caption(self, plan: Plan) -> str:
-        """The content caption of a plan."""
+        """Return the content caption of a plan."""
         names = [self.atlas.objects[o] for o in plan.objects]
         return caption(plan.style, names, plan.background, plan.size_word, plan.relation, plan.places)
 
@@ -319,7 +319,7 @@ class Scenes:
         mask[y0:y1, x0:x1] = sprite.mask[inside]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The scene of an index.
+        """Return the scene of an index.
 
         Returns `image` uint8 (size, size, 3); `caption`, its content; `text`, the caption with the label words where
         they are said; `labels` {dimension: +1, 0, -1}; `masks` bool (3, size, size); `objects` int32 (3,), indices
