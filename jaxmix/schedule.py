@@ -21,8 +21,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
-# diffusers classes that share this noise schedule. Which of them a folder names says only which solver its author
-# preferred. True: the class clips x0 when its config does not say otherwise.
+# diffusers classes that share this noise schedule. The one a folder names only tells which solver its author preferred.
+# True: the class clips x0 unless its config says otherwise.
 _CLASSES = {
     "DDIMScheduler": True,
     "DDPMScheduler": True,
@@ -81,9 +81,9 @@ _FIXED = {"use_flow_sigmas": False}
 class NoiseSchedule:
     """A discrete variance-preserving noise schedule with the fields of diffusers' DDIMScheduler.
 
-    `timestep_spacing` None stands for each solver's own default, as in diffusers: "leading" for DDIM, "linspace" for
-    Euler and DPM-Solver. `rescale_betas_zero_snr` shifts the betas so that abar is 0 at the last timestep
-    (arXiv 2305.08891, Algorithm 1); an epsilon prediction says nothing about x0 there.
+    `timestep_spacing` None is each solver's own default, as in diffusers: "leading" for DDIM, "linspace" for Euler and
+    DPM-Solver. `rescale_betas_zero_snr` shifts the betas so that abar is 0 at the last timestep (arXiv 2305.08891,
+    Algorithm 1); an epsilon prediction carries no information about x0 there.
 
     Timesteps `t` are integers in [0, num_train_timesteps). The object is hashable and holds no arrays, so it can be a
     static argument of `jax.jit`. The array methods take `t` as a scalar or (b,), x0, noise, x and pred as (b, ...),
@@ -172,7 +172,7 @@ class NoiseSchedule:
         return cls(**fields, extra=tuple(sorted(extra.items())))
 
     def to_config(self) -> dict[str, Any]:
-        """Return the `scheduler_config.json` dict, with the class name and the harmless keys it was read with."""
+        """Return the `scheduler_config.json` dict, with the class name and the harmless keys it was read from."""
         config: dict[str, Any] = {"_class_name": self.class_name}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -183,9 +183,9 @@ class NoiseSchedule:
         return config | {key: json.loads(value) for key, value in self.extra}
 
     def option(self, key: str, default: Any) -> Any:
-        """Return what the config says of a solver option that is no field, such as `solver_order`.
+        """Return the config's value of a solver option that is not a field, such as `solver_order`.
 
-        The default stands for a missing key and for null.
+        A missing key or null gives the default.
         """
         for name, value in self.extra:
             if name == key and value != "null":
@@ -229,14 +229,14 @@ class NoiseSchedule:
     def timesteps(self, steps: int) -> np.ndarray:
         """Return the timesteps of a DDIM run of `steps` steps in the order visited, int32 (steps,), descending.
 
-        Spacings are those of arXiv 2305.08891, Table 2, rounded as diffusers rounds. `steps_offset` acts on `leading`
+        Spacings are those of arXiv 2305.08891, Table 2, rounded as diffusers does. `steps_offset` applies to `leading`
         only. Raises InputError if steps is not in [1, num_train_timesteps].
         """
         total = self.check_steps(steps)
         if self.timestep_spacing == "linspace":
             grid = np.linspace(0, total - 1, steps).round()[::-1]
         elif self.timestep_spacing == "trailing":
-            # arange may run one element too far by rounding; it would be timestep -1.
+            # Rounding may make arange one element too long, which would be timestep -1.
             grid = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
         else:
             grid = (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
@@ -277,12 +277,12 @@ class NoiseSchedule:
         return self.velocity(x0, noise, t)
 
     def to_x0(self, pred: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Return the x0 that a model output `pred` at (x, t) stands for, unclipped."""
+        """Return the x0 that a model output `pred` at (x, t) implies, unclipped."""
         signal, sigma = self._coefficients(t, x)
         return prediction_to_x0(self.prediction_type, _f32(pred), _f32(x), signal, sigma)
 
     def to_eps(self, pred: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Return the noise that a model output `pred` at (x, t) stands for."""
+        """Return the noise that a model output `pred` at (x, t) implies."""
         signal, sigma = self._coefficients(t, x)
         return prediction_to_eps(self.prediction_type, _f32(pred), _f32(x), signal, sigma)
 
@@ -303,8 +303,8 @@ def prediction_to_x0(
 ) -> jax.Array:
     """Return x0 from a prediction at x = signal x0 + sigma eps, where signal = sqrt(abar), sigma = sqrt(1 - abar).
 
-    A v prediction is turned into x0 directly: by way of eps it would divide by signal, which a cosine schedule brings
-    to nearly zero at the last timesteps.
+    A v prediction is turned into x0 directly: going through eps would divide by signal, which is nearly zero at the
+    last timesteps of a cosine schedule.
     """
     if prediction_type == "epsilon":
         return (x - sigma * pred) / signal
@@ -329,12 +329,12 @@ def _f32(x: jax.Array) -> jax.Array:
 
 
 def _cumprod(alphas: np.ndarray) -> np.ndarray:
-    # torch.cumprod accumulates float32 on the CPU in float64 and rounds every entry once.
+    # On the CPU torch.cumprod accumulates float32 in float64 and rounds every entry once.
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:
-    """Return an even float32 grid, built from both ends as torch.linspace builds it."""
+    """Return an even float32 grid, built from both ends as torch.linspace does."""
     start32, end32 = np.float32(start), np.float32(end)
     if steps == 1:
         return np.asarray([start32], np.float32)

@@ -1,4 +1,4 @@
-"""DenseDiffusion (arXiv 2308.12964) as users hold it: prompts and masks in, controls and text states out."""
+"""DenseDiffusion (arXiv 2308.12964) as a method: prompts and masks in, controls and text states out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxmix.types import AnyArray, Array, InputError
 class Segment(NamedTuple):
     """A part of a prompt, word for word, and where it goes: a mask (H, W) of the image's size.
 
-    A pixel is inside where the mask is true, or at half of the whole or above: 0.5, or 128 in bytes.
+    A pixel is inside where the mask is true, or at least half its full value: 0.5, or 128 in bytes.
 
     An empty phrase is a place without words, such as a background.
     """
@@ -118,7 +118,7 @@ _splice = splice  # the function below has a flag of that name
 
 @dataclasses.dataclass(frozen=True)
 class DenseDiffusion(Method):
-    """Lay out each prompt by its own segments; what the fields do is said at `dense_diffusion`.
+    """Lay out each prompt by its own segments; see `dense_diffusion` for the fields.
 
     ``layouts`` has a list of segments an image; ``cross``, ``self_`` and ``area`` are numbers or one an image.
     """

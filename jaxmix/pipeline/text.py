@@ -1,4 +1,4 @@
-"""Prompts to what the UNet is told of them, for one text encoder or two."""
+"""Prompts to the text conditioning of the UNet, for one text encoder or two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxmix.types import Params
 
 
 def encode(tokenizer: Any, encoder: CLIPTextModel, params: Params, prompts: Sequence[str]) -> TextStates:
-    """Return what a text encoder makes of each prompt."""
+    """Return a text encoder's states of each prompt."""
     ids, _ = tokenize(tokenizer, encoder.config.max_position_embeddings, prompts)
     return encode_ids(encoder, params, jnp.asarray(ids))
 
@@ -26,7 +26,7 @@ def encode(tokenizer: Any, encoder: CLIPTextModel, params: Params, prompts: Sequ
 def encode_prompts(parts: Parts, prompts: Sequence[str]) -> Text:
     """Return what the UNet attends to for each prompt: ``context`` (b, s, d) and, for SDXL, ``pooled`` (b, p).
 
-    SDXL attends to the layer before the last of both encoders, joined. ``time_ids`` are not of the prompt: None.
+    SDXL attends to the penultimate layers of both encoders, joined. ``time_ids`` do not come from the prompt: None.
     """
     first = encode(parts.tokenizers[0], parts.text_encoder, parts.params["text_encoder"], prompts)
     if parts.text_encoder_2 is None:
@@ -36,10 +36,10 @@ def encode_prompts(parts: Parts, prompts: Sequence[str]) -> Text:
 
 
 def encode_branches(parts: Parts, branches: Sequence[Sequence[str | None]], sizes: Sequence[int]) -> Text:
-    """Return what the branches of each image are told, (n, branches, ...): each a list of one prompt an image.
+    """Return the text of all branches, (n, branches, ...), given for each branch a list of one prompt per image.
 
-    None is no prompt at all, which for SDXL base are states of zeros and elsewhere those of "". ``sizes`` are the six
-    numbers that SDXL is told. All are encoded in one call, so that equal prompts are encoded equally.
+    None is no prompt at all: states of zeros for SDXL base, those of "" elsewhere. ``sizes`` are the six numbers that
+    SDXL takes. All are encoded in one call, so that equal prompts get equal states.
     """
     n, count = len(branches[0]), len(branches)
     text = encode_prompts(parts, [branch[i] or "" for i in range(n) for branch in branches])
@@ -56,5 +56,5 @@ def encode_branches(parts: Parts, branches: Sequence[Sequence[str | None]], size
 
 
 def join(text: Text, more: Text) -> Text:
-    """Return the branches (n, a, ...) of one and then (n, b, ...) of the other, (n, a + b, ...)."""
+    """Return the branches (n, a, ...) of the one followed by (n, b, ...) of the other, (n, a + b, ...)."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), text, more)

@@ -147,10 +147,10 @@ def test_attend_gives_what_the_kernel_gives_and_editing_scores_avoids_it(monkeyp
 @pytest.mark.parametrize(
     ("capability", "d", "dtype", "reason"),
     [
-        (8.0, 160, jnp.bfloat16, "cuDNN, because heads must be multiples of 8 and at most 128"),
-        (9.0, 260, jnp.bfloat16, "cuDNN, because heads must be multiples of 8 and at most 256"),
-        (9.0, 40, jnp.float32, "cuDNN, because it has no float32"),
-        (7.5, 40, jnp.float16, "cuDNN, because it needs a CUDA GPU of compute capability 8.0"),
+        (8.0, 160, jnp.bfloat16, "cuDNN: heads must be multiples of 8 and at most 128"),
+        (9.0, 260, jnp.bfloat16, "cuDNN: heads must be multiples of 8 and at most 256"),
+        (9.0, 40, jnp.float32, "cuDNN: it does not support float32"),
+        (7.5, 40, jnp.float16, "cuDNN: it needs a CUDA GPU of compute capability 8.0 or higher"),
     ],
 )
 def test_a_fallback_on_the_gpu_says_why(monkeypatch, caplog, capability, d, dtype, reason):
@@ -162,7 +162,7 @@ def test_a_fallback_on_the_gpu_says_why(monkeypatch, caplog, capability, d, dtyp
         kernels.choose(n, s, d, jnp.dtype(dtype))
         kernels.choose(n, s, d, jnp.dtype(dtype))
     assert [r.message for r in caplog.records if "cuDNN" in r.message] == [
-        f"attention of {n} queries, {s} keys, heads of {d}: XLA and not {reason}"
+        f"attention of {n} queries, {s} keys, heads of {d}: XLA instead of {reason}"
     ]
 
 

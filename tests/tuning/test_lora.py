@@ -179,7 +179,7 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_pipeline, pair):
     with pytest.raises(InputError, match=r"to_q: found down \(3, 3, 32, 3\) .* a LoRA for another base"):
         name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         apply_loras(pipe, [(LoRA({"unet": {name: factors}}), 1.0)])
-    with pytest.raises(InputError, match="changes the part text_encoder_2, which this pipeline has not"):
+    with pytest.raises(InputError, match="found factors for text_encoder_2, which this pipeline lacks"):
         apply_loras(pipe, [(LoRA({"text_encoder_2": {"text_projection": factors}}), 1.0)])
     with pytest.raises(InputError, match="found the part 'vae', expected one of unet"):
         LoRA({"vae": {}})
