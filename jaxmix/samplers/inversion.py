@@ -4,7 +4,7 @@ From x at the level a of one step to the level b of the next noisier one (arXiv 
 
     x_b = sqrt(abar_b) x0(x_a, eps) + sqrt(1 - abar_b) eps
 
-Which timestep the model is told at x_a is where the methods differ, and `create`'s ``label`` says: "next", that of b
+The methods differ in the timestep that the model is given at x_a, the ``label`` of `create`: "next", that of b
 (diffusers' DDIMInverseScheduler, StyleAligned), or "own", that of a (StyleID).
 """
 
@@ -28,7 +28,7 @@ LABELS = ("next", "own")
 class DDIMInversion:
     """DDIM inversion over the S timesteps of a sampling run, as a pytree of float32 tables."""
 
-    timesteps: jax.Array  # (S,) int32, ascending: what the model is told
+    timesteps: jax.Array  # (S,) int32, ascending: what the model is given
     alphas_cumprod: jax.Array  # (S + 1,) abar before each step, and at the end
     prediction_type: str = static()
 
@@ -36,8 +36,8 @@ class DDIMInversion:
     def create(cls, schedule: NoiseSchedule, steps: int, label: str = "next") -> "DDIMInversion":
         """Make the inversion of a DDIM run of `steps` steps.
 
-        "next" starts from the final abar of the schedule and ends at the first timestep of sampling. "own" takes the
-        image for the state at the last timestep of sampling, and ends at the schedule's last of all (999).
+        "next" starts from the final abar of the schedule and ends at the first timestep of sampling. "own" treats the
+        image as the state at the last timestep of sampling, and ends at the last timestep of the schedule (999).
         """
         if label not in LABELS:
             raise InputError(f"label is {label!r}, expected one of {', '.join(LABELS)}")
@@ -80,7 +80,7 @@ def invert(
 ) -> tuple[jax.Array, Any]:
     """Run an inversion from clean latents x (n, ...); `model_fn(x, t, step)` returns the prediction and what to keep.
 
-    Returns the states (S + 1, n, ...), float32, from x to the noise, and what was kept of each step, stacked.
+    Returns the states (S + 1, n, ...), float32, from x to the noise, and what was kept at each step, stacked.
     """
     x = jnp.asarray(x, jnp.float32)
 

@@ -197,7 +197,7 @@ def test_an_adapter_for_another_unet_is_one_clear_line(tiny_pipeline, fresh):
 
 
 def test_an_unknown_label_lists_the_known_ones(tiny_pipeline, fresh):
-    with pytest.raises(InputError, match=r"'colour' is not known, expected all, none or some of color, light, focus"):
+    with pytest.raises(InputError, match=r"found 'colour', expected all, none or some of color, light, focus"):
         fresh.bind(tiny_pipeline, "colour")
 
 

@@ -105,7 +105,7 @@ def test_a_scale_is_filled_in_for_rows_that_resume(files, tmp_path, capsys):
     ("flags", "words"),
     [
         (["--labels", "color"], "--labels: found 'color' without 'vmix' in any row, expected it there or --vmix"),
-        (["--vmix", "VMIX", "--labels", "colour"], "'colour' is not known, expected all, none or some of color, light"),
+        (["--vmix", "VMIX", "--labels", "colour"], "found 'colour', expected all, none or some of color, light"),
         (["--vmix", "no.safetensors"], "no such file"),
         (["--vmix", "STYLE"], "expected a VMix adapter written by jaxmix"),
         (["--lora", "VMIX"], "LoRA"),

@@ -173,7 +173,10 @@ def test_dropped_captions_and_labels_have_their_shares(tmp_path, base):
         ({"scenes": {}}, "train_data_dir, scenes: found neither, expected one of them"),
         ({"train_data_dir": "no/such"}, "train_data_dir, scenes: found both, expected one of them"),
         ({"train_data_dir": "no/such", "scenes": {}}, "no/such"),
-        ({"labels": {"color": ("vivid",)}}, "labels: 'color' is ('vivid',), expected a pair (label, rare token)"),
+        (
+            {"labels": {"color": ("vivid",)}},
+            "labels: found ('vivid',) for 'color', expected a pair (label, rare token)",
+        ),
         ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps: found 3, expected a divisor"),
     ],
 )
