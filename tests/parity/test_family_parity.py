@@ -311,7 +311,7 @@ def test_added_conditioning_that_does_not_fit_is_named():
         with pytest.raises(InputError) as e:
             jax.eval_shape(unet.init, jax.random.key(0), x, 0, context, (), added)
         assert message in str(e.value) and "\n" not in str(e.value)
-    with pytest.raises(InputError, match="this model has none"):
+    with pytest.raises(InputError, match="expected none for this model"):
         plain.embed_added({}, good)
 
 

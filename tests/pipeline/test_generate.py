@@ -108,7 +108,7 @@ def test_tiles_reach_every_pixel(tiny_pipeline):
             {"guidance_rescale": [0.1, 0.2]},
             "guidance_rescale: found 2 values, expected 1 or one for each",
         ),
-        ({"tile": 0}, "tile=0, overlap=0"),
+        ({"tile": 0}, "tile: found 0 with overlap 0"),
     ],
 )
 def test_a_mistake_is_one_line(tiny_pipeline, settings, message):

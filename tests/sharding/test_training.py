@@ -184,7 +184,7 @@ def test_devices_are_as_many_as_divide_the_rows():
     ("arguments", "words"),
     [
         ((16, 1, 9), "devices: found 9, expected 0"),
-        ((12, 1, 8), "train_batch_size: found 12 rows a micro-batch"),
+        ((12, 1, 8), "train_batch_size: found 12 rows per micro-batch"),
         ((16, 3, 8), "fsdp: found 3, expected a divisor of the 8 devices"),
         ((16, 0), "fsdp: found 0"),
         ((3, 2), "expected a multiple of fsdp 2"),

@@ -167,7 +167,7 @@ def test_dropped_captions_and_labels_have_their_shares(tmp_path, base):
         ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
         ({"value_mixing": False, "rank": 0}, "value_mixing is off and rank is 0: nothing would learn"),
         ({"lora_targets": "to_(q"}, "lora pattern: 'to_(q' is not a regular expression"),
-        ({"lora_targets": "attn3"}, "'attn3' is found in none of the"),
+        ({"lora_targets": "attn3"}, "'attn3' matches none of the"),
         ({"label_dropout_rate": 1.5}, "label_dropout_rate: found 1.5, expected 0 to 1"),
         ({"labels": {"colour": ("vivid", "[V]")}}, "labels: scenes have no 'colour', expected some of color, light,"),
         ({"scenes": {}}, "train_data_dir, scenes: found neither, expected one of them"),

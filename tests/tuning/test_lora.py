@@ -162,7 +162,7 @@ def test_one_trace_of_the_merge_for_any_strengths_and_loras(tiny_pipeline, pair)
 @pytest.mark.parametrize(
     ("pattern", "rank", "message"),
     [
-        ("attn9", 2, "'attn9' is found in none of the"),
+        ("attn9", 2, "'attn9' matches none of the"),
         ("attn[", 2, "is not a regular expression"),
         ("attn1", 0, "lora rank: found 0, expected 1 or more"),
     ],

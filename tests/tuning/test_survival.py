@@ -115,7 +115,7 @@ def test_if_nothing_is_sound_the_run_does_not_start_anew_by_itself(folder):
     for step in (2, 4, 6):
         damage(folder / str(step))
     checkpoints = Checkpoints(folder)
-    with pytest.raises(InputError, match="no sound one is left"):
+    with pytest.raises(InputError, match="none is intact"):
         checkpoints.resume("latest", state(1))
     checkpoints.close()
 
