@@ -111,9 +111,7 @@ def fit(
     micro = cfg.train_batch_size // cfg.gradient_accumulation_steps
     stepper = Stepper(update, training_devices(micro, cfg.fsdp, cfg.devices), cfg.fsdp)
     if len(stepper.devices) < len(jax.devices()) and not cfg.devices:
-        _say(
-            f"{len(stepper.devices)} of {len(jax.devices())} devices: more cannot split the {micro} rows of a micro-batch"
-        )
+        _say(f"{len(stepper.devices)} of {len(jax.devices())} devices: no more divide a micro-batch of {micro} rows")
     folder = Path(cfg.output_dir)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoints_total_limit)
     log: ScalarLog | None = None

@@ -1,6 +1,6 @@
 """The one rule between our parameter names and torch's.
 
-The module path joined with '.' is the torch name already; only leaf names and layouts differ. A `kernel` is
+The module path joined with '.' is already the torch name; only leaf names and layouts differ. A `kernel` is
 (*spatial, in, out) here and (out, in, *spatial) in torch, for dense layers and convolutions alike.
 """
 
@@ -14,12 +14,12 @@ Path = tuple[str, ...]
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
-# VAE attention as Stable Diffusion 1.x and 2.x files name it, from before diffusers had one Attention class.
+# VAE attention as named in Stable Diffusion 1.x and 2.x files, from before diffusers had one Attention class.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_PATTERN = re.compile(r"^(.*\battentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)$")
 _ATTENTION_WEIGHT = re.compile(r"\battentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight$")
 
-# transformers wrote this prefix until version 5 and dropped it then.
+# transformers wrote this prefix before version 5.
 _CLIP_PREFIX = "text_model."
 
 
@@ -51,7 +51,7 @@ def to_torch_key(path: Path) -> str:
 
 
 def to_torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that torch gives the leaf at `path`."""
+    """Return the shape of the leaf at `path` in torch."""
     if path[-1] == "kernel" and len(shape) >= 2:
         return (shape[-1], shape[-2], *shape[:-2])
     return tuple(shape)

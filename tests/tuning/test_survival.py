@@ -106,7 +106,7 @@ def test_values_that_read_well_but_differ_are_damage(folder, monkeypatch):
     read = checkpoints._manager.restore
     other = lambda *a, **k: (lambda s: {**s, "w": s["w"].at[3, 5].add(1e-7)})(read(*a, **k))  # noqa: E731
     monkeypatch.setattr(checkpoints._manager, "restore", other)
-    with pytest.raises(DamagedError, match=r"1 array\(s\) are not as saved .*'w'"):
+    with pytest.raises(DamagedError, match=r"1 array\(s\) not as saved, .*'w'"):
         checkpoints.restore(6, state(1))
     checkpoints.close()
 

@@ -300,7 +300,7 @@ def test_bad_metadata_and_paths_are_refused(tiny_pipeline, lora, tmp_path):
     with pytest.raises(InputError, match="no such file"):
         LoRA.load(tmp_path / "none.safetensors", tiny_pipeline)
     (tmp_path / "pickle.pt").touch()
-    with pytest.raises(InputError, match="is a Python pickle"):
+    with pytest.raises(InputError, match="found a Python pickle"):
         LoRA.load(tmp_path / "pickle.pt", tiny_pipeline)
     with pytest.raises(InputError, match=r"expected a file that ends in \.safetensors"):
         lora.save(tmp_path / "lora.bin")
