@@ -101,7 +101,7 @@ class Plain(Base):
                 check(flag, value)
         for flag, value in (("--batch-size", self.batch_size), ("--devices", self.devices)):
             if value is not None and value < 1:
-                raise InputError(f"{flag}: expected at least 1, found {value}")
+                raise InputError(f"{flag}: found {value}, expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,7 +174,7 @@ def complete(rows: Sequence[Row], pipe: Any, methods: Methods) -> tuple[list[Row
             check_steps("steps", whole.steps, most)
             for key in ("height", "width"):
                 if (pixels := getattr(whole, key)) % factor:
-                    raise InputError(f"{key}: expected a multiple of {factor} pixels, found {pixels}")
+                    raise InputError(f"{key}: found {pixels}, expected a multiple of {factor} pixels")
             if row.image is not None:
                 image_to_image_start(whole.steps, row.strength)
             open_pictures([whole])

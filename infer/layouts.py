@@ -73,7 +73,7 @@ def _from_text(key: str, part: str) -> dict[str, Any]:
     phrase, at, place = part.rpartition("@")
     if not at:
         raise InputError(
-            f"{key}: expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png', found {part.strip()!r}"
+            f"{key}: found {part.strip()!r}, expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png'"
         )
     numbers = place.split(",")
     try:
@@ -95,7 +95,7 @@ def _place(where: str, item: Any) -> Place:
     if "box" in item:
         left, top, right, bottom = _numbers(f"{where}: box", item["box"], 4)
         if not (left < right and top < bottom):
-            raise InputError(f"{where}: box: expected left < right and top < bottom, found {item['box']}")
+            raise InputError(f"{where}: box: found {item['box']}, expected left < right and top < bottom")
         return Place(phrase, box=(left, top, right, bottom))
     corners = item["polygon"]
     if not isinstance(corners, (list, tuple)) or len(corners) < 3:
@@ -107,9 +107,9 @@ def _place(where: str, item: Any) -> Place:
 def _numbers(where: str, value: Any, count: int) -> list[float]:
     good = isinstance(value, (list, tuple)) and len(value) == count
     if not good or any(isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) for x in value):
-        raise InputError(f"{where}: expected {count} numbers, found {value!r}")
+        raise InputError(f"{where}: found {value!r}, expected {count} numbers")
     if min(value) < 0 or max(value) > 1:
-        raise InputError(f"{where}: expected shares of the image from 0 to 1, found {list(value)}")
+        raise InputError(f"{where}: found {list(value)}, expected shares of the image from 0 to 1")
     return [float(x) for x in value]
 
 

@@ -135,7 +135,7 @@ def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None)
     kinds = {".txt": _from_text, ".jsonl": _from_json}
     if path.suffix not in (*kinds, ".csv"):
         raise InputError(
-            f"{path}: expected a .txt, .jsonl or .csv file of prompts, found '{path.suffix or 'no suffix'}'"
+            f"{path}: found '{path.suffix or 'no suffix'}', expected a .txt, .jsonl or .csv file of prompts"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -266,7 +266,7 @@ def _checked(check: Callable[[str, Any], Any], key: str, value: Any) -> Any:
 def check_text(key: str, value: Any) -> str:
     """Return `value` if it is text that a PNG and a manifest can hold."""
     if not isinstance(value, str):
-        raise InputError(f"{key}: expected text, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected text")
     if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InputError(f"{key}: holds a character that is not text (NUL or half a surrogate pair)")
     return value
@@ -275,7 +275,7 @@ def check_text(key: str, value: Any) -> str:
 def check_seed(key: str, value: Any) -> int:
     """Return `value` if it is a whole number from 0 to 2^32 - 1."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SEED:
-        raise InputError(f"{key}: expected a whole number from 0 to {MAX_SEED}, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a whole number from 0 to {MAX_SEED}")
     return value
 
 
@@ -283,28 +283,28 @@ def check_steps(key: str, value: Any, most: int | None = None) -> int:
     """Return `value` if it is a whole number of denoising steps, at least 1 and at most `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
         expected = "of at least 1" if most is None else f"from 1 to {most}"
-        raise InputError(f"{key}: expected a whole number {expected}, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a whole number {expected}")
     return value
 
 
 def check_number(key: str, value: Any) -> float:
     """Return `value` as a float if it is a finite number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{key}: expected a number, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a number")
     return float(value)
 
 
 def check_share(key: str, value: Any) -> float:
     """Return `value` as a float if it is a number from 0 to 1."""
     if not 0 <= check_number(key, value) <= 1:
-        raise InputError(f"{key}: expected a number from 0 to 1, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a number from 0 to 1")
     return float(value)
 
 
 def check_pixels(key: str, value: Any) -> int:
     """Return `value` if it is a whole number of pixels; the model's own limits are checked once it is known."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{key}: expected a whole number of pixels, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a whole number of pixels")
     return value
 
 
@@ -327,7 +327,7 @@ def check_id(key: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:
-        raise InputError(f"{key}: expected a name, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a name")
     return check_text(key, value)
 
 

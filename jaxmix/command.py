@@ -263,7 +263,7 @@ def _check_file(path: str, known: set[str]) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: not readable as YAML: {_one_line(str(error))}") from None
     if not isinstance(content, Mapping):
-        raise InputError(f"--config {path}: expected keys and values, found {type(content).__name__}")
+        raise InputError(f"--config {path}: found {type(content).__name__}, expected keys and values")
     for key in _flat_keys(content, known):
         if key not in known:
             raise InputError(f"--config {path}: unknown key '{key}'{near_misses(key, known)}")
@@ -281,6 +281,8 @@ def _flat_keys(content: Mapping[str, Any], known: set[str], prefix: str = "") ->
 def _one_line(message: str) -> str:
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r'^Parser key "([^"]+)":', r"--\1:", message)
-    message = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, found ", message)
-    message = re.sub(r"Does not validate .+? Subtypes: \[(.+)\] .* Given value: ", r"expected \1, found ", message)
+    message = re.sub(r"Expected an? (.+?)\. Got value: (.*)$", r"found \2, expected \1", message)
+    message = re.sub(
+        r"Does not validate .+? Subtypes: \[(.+)\] .* Given value: (.*)$", r"found \2, expected \1", message
+    )
     return re.sub(r"<class '(\w+)'>|typing\.", r"\1", message).replace(", NoneType", " or null")

@@ -208,7 +208,7 @@ def validate(
     for control in controls:
         kind = type(control).__name__
         if not isinstance(control, Control):
-            raise InputError(f"controls: expected Control objects, found {kind}")
+            raise InputError(f"controls: found {kind}, expected Control objects")
         start, stop = control.window
         if not 0.0 <= start < stop <= 1.0:
             raise InputError(f"{kind}: window={control.window} is not 0 <= start < stop <= 1")

@@ -52,7 +52,7 @@ class Flags(Base):
             ("--fuse-strength", self.fuse_strength),
         ):
             if check_number(flag, value) < 0:
-                raise InputError(f"{flag}: expected a number >= 0, found {value:g}")
+                raise InputError(f"{flag}: found {value:g}, expected a number >= 0")
 
     def method(self) -> Method:
         """Return the method under these flags."""

@@ -59,15 +59,15 @@ class Flags(Base):
         """Refuse numbers out of range, and a picture that is not there."""
         super().__post_init__()
         if self.group_size is not None and self.group_size < 2:
-            raise InputError(f"--group-size: expected at least 2, the reference and one more, found {self.group_size}")
+            raise InputError(f"--group-size: found {self.group_size}, expected at least 2, the reference and one more")
         for flag, value in (("--style-strength", self.style_strength), ("--level", self.level)):
             check_share(flag, value)
         if not isinstance(self.adain, bool) and self.adain != "none" and not set(self.adain) <= set("qkv"):
-            raise InputError(f"--adain: expected some of qkv, or none, found {self.adain!r}")
+            raise InputError(f"--adain: found {self.adain!r}, expected some of qkv, or none")
         if self.reference is not None:
             check_file("--reference", self.reference)
         if self.offset < 0:
-            raise InputError(f"--offset: expected 0 or more steps, found {self.offset}")
+            raise InputError(f"--offset: found {self.offset}, expected 0 or more steps")
 
     def method(self) -> Method:
         """Return the method under these flags."""
@@ -144,11 +144,9 @@ class StyleAligned(Method):
             assert row.steps is not None
             open_picture(row["reference"], *size_of(row))
             if row.sampler != "ddim":
-                raise InputError(
-                    f"reference: a picture is held to its DDIM inversion, expected ddim, found {row.sampler}"
-                )
+                raise InputError(f"sampler: found {row.sampler}, expected ddim, to whose inversion a reference is held")
             if self.flags.offset >= row.steps:
-                raise InputError(f"--offset: expected fewer than the {row.steps} steps, found {self.flags.offset}")
+                raise InputError(f"--offset: found {self.flags.offset}, expected fewer than the {row.steps} steps")
             if row.image is not None:
                 raise InputError("image: found it beside a reference, expected none: the row starts from its inversion")
         return row

@@ -108,7 +108,7 @@ class StyleID(Method):
                 raise InputError(f"no field '{key}', expected a picture")
             open_cropped(row[key], *size_of(row))
         if row.sampler != "ddim":
-            raise InputError(f"sampler: the method inverts DDIM, expected ddim, found {row.sampler}")
+            raise InputError(f"sampler: found {row.sampler}, expected ddim, which the method inverts")
         if row.image is not None:
             raise InputError("image: found it beside 'content' and 'style', expected these alone")
         return row

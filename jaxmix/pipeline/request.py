@@ -233,7 +233,7 @@ class Request:
 def _controls(controls: Sequence[Any]) -> tuple[Control, ...]:
     for control in controls:
         if not isinstance(control, Control):
-            raise InputError(f"controls: expected Control objects, found {type(control).__name__}")
+            raise InputError(f"controls: found {type(control).__name__}, expected Control objects")
     return tuple(controls)
 
 

@@ -121,7 +121,7 @@ def trainer_config(config: Config) -> vmix.Config:
         raise InputError(f"recipe {path}: no such file")
     told = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(told, dict):
-        raise InputError(f"recipe {path}: expected keys and values, found {type(told).__name__}")
+        raise InputError(f"recipe {path}: found {type(told).__name__}, expected keys and values")
     fields = {field.name for field in dataclasses.fields(vmix.Config)}
     keys = {key: value for key, value in told.items() if key in fields}
     for key in ("rank", "lora_targets", "mixed_precision", "gradient_checkpointing"):

@@ -97,8 +97,8 @@ def test_layouts_are_drawn_written_and_shown(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("a dog", "expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png', found 'a dog'"),
-        ("a dog @ 0,0,1", r"expected 4 numbers, found \[0.0, 0.0, 1.0\]"),
+        ("a dog", "found 'a dog', expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png'"),
+        ("a dog @ 0,0,1", r"found \[0.0, 0.0, 1.0\], expected 4 numbers"),
         ("a dog @ 0,0,2,1", "expected shares of the image from 0 to 1"),
         ("a dog @ 0.5,0,0.5,1", "expected left < right and top < bottom"),
         ("a dog @ nowhere.png", "no such file: nowhere.png"),
@@ -151,7 +151,7 @@ def test_a_picture_as_reference_is_reconstructed_and_shown(files, tmp_path, caps
     with pytest.raises(InputError, match="no row can be drawn"):
         go(style_aligned, files, tmp_path / "bad", rows, sampler="euler", dry_run=True, **flags | {"offset": 0})
     said = capsys.readouterr().err
-    assert "expected ddim, found euler" in said
+    assert "found euler, expected ddim" in said
     assert ":1: group 0: its first row cannot be drawn, in whose style this one was to be" in said
 
 

@@ -149,7 +149,7 @@ def test_a_row_of_two_methods_that_exclude_each_other_is_bad_and_says_which(file
         ({"lora": "VMIX"}, "vmix.safetensors"),
         ({"expert_prompt": "b", "guidance_rescale": 0.5}, "guidance_rescale: found 0.5 with expert_prompt (fuse)"),
         ({"expert_prompt": "b", "k_expert": -1}, "fusion: k_expert: found [-1.0], expected numbers >= 0"),
-        ({"content": "PICTURE", "style": "PICTURE", "sampler": "euler"}, "expected ddim, found euler"),
+        ({"content": "PICTURE", "style": "PICTURE", "sampler": "euler"}, "found euler, expected ddim"),
         (
             {"content": "PICTURE", "style": "PICTURE", "image": "PICTURE"},
             "image: found it beside 'content' and 'style'",
