@@ -46,7 +46,7 @@ class Place:
         return np.array(canvas)
 
     def stored(self) -> dict[str, Any]:
-        """Return the segment as a row holds it."""
+        """Return the segment as it is stored in a row."""
         held: dict[str, Any] = {"phrase": self.phrase}
         if self.mask is not None:
             held["mask"] = self.mask
@@ -65,7 +65,8 @@ def check_segments(key: str, value: Any) -> tuple[Place, ...]:
     if isinstance(value, str):
         value = [_from_text(key, part) for part in value.split(";") if part.strip()]
     if not isinstance(value, (list, tuple)) or not value:
-        raise InputError(f'{key}: expected a list of segments such as {{"phrase": "a dog", "box": [0, 0.5, 0.5, 1]}}')
+        example = '{"phrase": "a dog", "box": [0, 0.5, 0.5, 1]}'
+        raise InputError(f"{key}: found {value!r}, expected a list of segments such as {example}")
     return tuple(_place(f"{key}[{i}]", item) for i, item in enumerate(value))
 
 
@@ -114,12 +115,12 @@ def _numbers(where: str, value: Any, count: int) -> list[float]:
 
 
 def enlargement(width: int) -> int:
-    """Return how many times larger the picture of a layout is, so that its words can be read."""
+    """Return the factor by which the picture of a layout is enlarged, so that its words are legible."""
     return max(1, round(CELL / width))
 
 
 def picture(places: Sequence[Place], height: int, width: int) -> Image.Image:
-    """Return the layout as people look at it: each segment in its colour with its phrase, enlarged if small."""
+    """Return a picture of the layout for people: each segment in its colour with its phrase, enlarged if small."""
     scale = enlargement(width)
     canvas = np.full((height, width, 3), 255, np.float32)
     for i, place in enumerate(places):

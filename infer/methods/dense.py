@@ -17,7 +17,7 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Flags(Base):
-    """Segments, for rows that have none of their own, and how strongly they work.
+    """Segments for rows without their own, and how strongly they act.
 
     Attributes:
         segments: layout: "PHRASE @ PLACE; PHRASE @ PLACE ...", each phrase word for word in the prompt and each place
@@ -27,7 +27,7 @@ class Flags(Base):
         self_attention: DenseDiffusion: weight of the modulation of self-attention, 0 for none (no unit)
         area: DenseDiffusion: how much less a large segment gets, from 0 (the same) to 1 (no unit)
         part: DenseDiffusion: share of the steps, from the first, in which attention is modulated
-        splice: DenseDiffusion: whether each phrase is encoded alone, besides
+        splice: DenseDiffusion: whether to replace each phrase's states by those of the phrase encoded alone
         strict_layout: DenseDiffusion: leave alone what the authors' code modulates oddly, overlaps and places without
             words
     """
@@ -119,7 +119,7 @@ class Dense(Method):
         return [Picture(_layout_name(row), width * scale, height * scale, "layout")]
 
     def shown(self, row: Row) -> dict[str, str]:
-        """Say the weights."""
+        """Show the weights."""
         return {"cross, self": f"{row['cross']:g}, {row['self_attention']:g}"}
 
 

@@ -188,7 +188,7 @@ def test_captions_cannot_break_the_gallery(tmp_path):
         (["--batch-size", "0"], "--batch-size: expected at least 1"),
         (["--devices", "0"], "--devices: expected at least 1"),
         (["--guidance-scale", "nan"], "--guidance_scale: found nan, expected float or null"),
-        (["--prompt", "a", "--prompts", "b"], "not both"),
+        (["--prompt", "a", "--prompts", "b"], "found both, expected one of them"),
         (["--dtype", "int8"], "--dtype"),
     ],
 )
@@ -199,7 +199,7 @@ def test_a_wrong_flag_is_one_line(flags, found):
 
 
 def test_more_devices_than_there_are_is_an_error():
-    with pytest.raises(InputError, match=r"--devices 1000: only \d+ here \(cpu\)"):
+    with pytest.raises(InputError, match=r"--devices: found 1000, expected at most the \d+ here \(cpu\)"):
         choose_mesh(1000, images=1)
 
 
@@ -251,7 +251,7 @@ def test_sizes_and_pictures_reach_the_pipeline(tmp_path):
     [
         ({"height": 10}, "height: found 10, expected a multiple of 4 pixels"),
         ({"strength": 0.1, "steps": 4, "image": True}, "strength is 0.1 with 4 steps: no step is left"),
-        ({"image": "text"}, "not a picture that can be opened"),
+        ({"image": "text"}, "not a readable picture"),
     ],
 )
 def test_a_row_that_the_model_cannot_draw_is_named(tmp_path, capsys, row, reason):

@@ -152,7 +152,7 @@ def test_a_picture_as_reference_is_reconstructed_and_shown(files, tmp_path, caps
         go(style_aligned, files, tmp_path / "bad", rows, sampler="euler", dry_run=True, **flags | {"offset": 0})
     said = capsys.readouterr().err
     assert "found euler, expected ddim" in said
-    assert ":1: group 0: its first row cannot be drawn, in whose style this one was to be" in said
+    assert ":1: group 0: its first row, in whose style this one was to be, cannot be drawn" in said
 
 
 def test_bad_groups_are_listed(files, tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_every_content_meets_every_style_in_both_modes(files, tmp_path, capsys):
 def test_style_transfer_says_what_is_missing(files, tmp_path, capsys):
     with pytest.raises(InputError, match="found one of them, expected both"):
         style_transfer.Config(content=str(files / "contents"))
-    with pytest.raises(InputError, match="found no picture here"):
+    with pytest.raises(InputError, match="found no pictures, expected files"):
         go(style_transfer, files, tmp_path / "a", content=str(tmp_path), style=str(files / "styles"))
     with pytest.raises(InputError, match="expected --content and --style"):
         go(style_transfer, files, tmp_path / "b")

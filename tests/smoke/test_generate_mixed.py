@@ -152,7 +152,7 @@ def test_a_row_of_two_methods_that_exclude_each_other_is_bad_and_says_which(file
         ({"content": "PICTURE", "style": "PICTURE", "sampler": "euler"}, "found euler, expected ddim"),
         (
             {"content": "PICTURE", "style": "PICTURE", "image": "PICTURE"},
-            "image: found it beside 'content' and 'style'",
+            "image: found it with 'content' and 'style'",
         ),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_row_of_jsonl_overrides_every_flag(tmp_path):
         ('{"prompt": "x", "seed": "7"}', 'found text "7"'),
         ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale: found nan, expected a number"),
         ('{"prompt": "\\ud800"}', "not text"),
-        ('{"prompt": "x", "id": "first"}', "id: 'first' is already the id of p.jsonl:1"),
+        ('{"prompt": "x", "id": "first"}', "id: found 'first', which is already the id of p.jsonl:1"),
     ],
 )
 def test_a_bad_row_says_why_and_the_others_stay(tmp_path, line, reason):
@@ -70,8 +70,8 @@ def test_a_bad_row_says_why_and_the_others_stay(tmp_path, line, reason):
     [
         ("p.txt", "", "is empty"),
         ("p.txt", b"caf\xe9\n", "not UTF-8 text (byte 3"),
-        ("p.csv", "prompt,prompt\na cat,a dog\n", "expected a field's name a column"),
-        ("p.csv", "", "expected a field's name a column"),
+        ("p.csv", "prompt,prompt\na cat,a dog\n", "expected one field name per column"),
+        ("p.csv", "", "expected one field name per column"),
         ("p.xlsx", "a cat", "expected a .txt, .jsonl or .csv"),
         ("p", "a cat", "no suffix"),
     ],
@@ -126,7 +126,7 @@ def test_a_row_that_needs_another_program_gets_a_bucket_of_its_own(change):
         ('"height": 0', "height: found 0, expected a whole number of pixels"),
         ('"guidance_rescale": 1.5', "guidance_rescale: found 1.5, expected a number from 0 to 1"),
         ('"image": "gone.png"', "image: no such file: gone.png"),
-        ('"mask": "%s"', "mask: found a mask without an image, expected the image to repaint"),
+        ('"mask": "%s"', "mask: found a mask alone, expected also the image to repaint"),
     ],
 )
 def test_the_new_fields_say_what_they_expect(tmp_path, field, reason):
