@@ -22,7 +22,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def imports(path: Path) -> list[str]:
-    """Every module that a file imports, anywhere in it, as absolute dotted names."""
+    """Return every module that a file imports, anywhere in it, as absolute dotted names."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -33,7 +33,7 @@ MOST_SEGMENTS = 32
 
 @dataclass
 class DenseDiffusionControl(Control):
-    """Modulates attention by a layout of segments.
+    """Modulate attention by a layout of segments.
 
     ``pixels`` maps a grid ("64x64") to the segments of each of its pixels, ``tokens`` (rows, s) has those of each
     token, as bits. ``area`` maps a grid to the share of pixels (rows, h w) that a pixel shares a segment with.

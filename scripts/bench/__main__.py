@@ -110,7 +110,7 @@ class Bench:
     # The clock ----------------------------------------------------------------------------------------------------
 
     def left(self, end: float | None = None) -> float:
-        """Seconds until ``end`` (the end of the run if None), at most an hour."""
+        """Return the seconds until ``end`` (the end of the run if None), at most an hour."""
         return min((self._end if end is None else end) - time.monotonic(), 3600.0)
 
     def fail(self, row: Row, engine: str, reason: str) -> None:
@@ -118,13 +118,13 @@ class Bench:
         self.cells[row][engine].setdefault("reason", reason)
 
     def open(self, row: Row, engine: str) -> bool:
-        """Whether a cell is still to be timed; what there is no time for is closed."""
+        """Return whether a cell is still to be timed; what there is no time for is closed."""
         if "reason" not in self.cells[row][engine] and self.left() <= 0:
             self.fail(row, engine, f"no time left (--max-seconds {self.max_seconds:.0f})")
         return "reason" not in self.cells[row][engine]
 
     def say(self, text: str) -> None:
-        """One line of progress on stderr."""
+        """Print one line of progress on stderr."""
         print(f"bench: {text}", file=sys.stderr, flush=True)
 
     # What there is ------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Bench:
                 self.device_name = self.device_name or about["device"]
 
     def fits(self, row: Row, engines: int) -> bool:
-        """Whether so many engines have room for a row's model beside each other in main memory."""
+        """Return whether so many engines have room for a row's model beside each other in main memory."""
         if self.device == "gpu" or row.tiny:
             return True
         need = _ROOM * PARAMETERS[row.model] * (4 if row.dtype == "float32" else 2) * engines
@@ -291,7 +291,7 @@ class Bench:
             self.write()
 
     def _run_alone(self) -> None:
-        """First every engine compiles, all at the same time; then each is timed with the device to itself.
+        """Compile every engine at the same time, then time each with the device to itself.
 
         Compiling is mostly the CPU's work and would take all of the time if the engines queued for it; half of the
         time is its share. Each engine keeps its process, so that nothing is traced twice. How a second process starts
@@ -339,7 +339,7 @@ class Bench:
     # What came of it ----------------------------------------------------------------------------------------------
 
     def result(self) -> dict[str, Any]:
-        """Everything that was measured, as JSON writes it."""
+        """Return everything that was measured, as JSON writes it."""
         rows = []
         for row in self.rows:
             told: dict[str, Any] = {**dataclasses.asdict(row), "engines": self.cells[row]}

@@ -89,13 +89,13 @@ class JaxEngine:
         return {**told, "program_bytes": sum(sizes)}, lambda: jax.block_until_ready(compiled(params, inputs))
 
     def finite(self, out: Any) -> bool:
-        """Whether a result holds numbers only."""
+        """Return whether a result holds numbers only."""
         import jax.numpy as jnp
 
         return bool(jnp.isfinite(out).all())
 
     def peak(self) -> int | None:
-        """Bytes of device memory held at most since the process began; None on a CPU, where the process tells."""
+        """Return the most bytes of device memory held since the process began; None on a CPU (see the process)."""
         import jax
 
         stats = jax.devices()[0].memory_stats() or {}
@@ -231,11 +231,11 @@ class TorchEngine:
         return call
 
     def finite(self, out: Any) -> bool:
-        """Whether a result holds numbers only."""
+        """Return whether a result holds numbers only."""
         return bool(out.isfinite().all())
 
     def peak(self) -> int | None:
-        """Bytes of device memory held at most since `prepare`; None on a CPU."""
+        """Return the most bytes of device memory held since `prepare`; None on a CPU."""
         import torch
 
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else None

@@ -43,7 +43,7 @@ def _with(plain: Program, control: Control) -> Program:
 
 
 def _dense(row: Row, plain: Program, unet: Any) -> Program:
-    """Two segments, left and right, in all steps: outside of its window the method is the plain program."""
+    """Place two segments, left and right, in all steps: outside its window the method is the plain program."""
     tokens, side = configs(row.model, row.tiny)["text_length"], row.latents
     masks = np.zeros((row.batch, 2, side, side), bool)
     masks[:, 0, :, : side // 2], masks[:, 1, :, side // 2 :] = True, True
@@ -54,7 +54,7 @@ def _dense(row: Row, plain: Program, unet: Any) -> Program:
 
 
 def _aligned(row: Row, plain: Program, unet: Any) -> Program:
-    """All images of the batch in the style of the first."""
+    """Draw all images of the batch in the style of the first."""
     if row.batch < 2:
         raise InputError(f"{row.name}: a group has two images at least, expected --batch 2 or more")
     return _with(plain, style_aligned.bind([row.batch]))
@@ -88,7 +88,7 @@ def _style_id(row: Row, plain: Program, unet: Any) -> Program:
 
 
 def _fusion(row: Row, plain: Program, unet: Any) -> Program:
-    """One model with two prompts, blended in all steps: three branches, where the plain sampler has two."""
+    """Blend one model's two prompts in all steps: three branches, where the plain sampler has two."""
     schedule = NoiseSchedule.from_config(configs(row.model, row.tiny)["scheduler"])
     third = jax.ShapeDtypeStruct((row.batch, *plain.inputs["context"].shape[1:]), plain.inputs["context"].dtype)
 

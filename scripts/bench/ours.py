@@ -31,7 +31,7 @@ class Program:
     inputs: dict[str, jax.ShapeDtypeStruct]
 
     def trace(self, sharding: Any = None) -> Any:
-        """Trace under jit; ``sharding`` places every argument."""
+        """Return trace under jit; ``sharding`` places every argument."""
 
         def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return x if sharding is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -55,7 +55,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def inputs_of(row: Row, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what is fed, NHWC and rows branch minor: a `unet` step sees two rows an image, as under guidance."""
+    """Return the inputs' shapes, NHWC, rows branch minor: a `unet` step sees two rows per image, for guidance."""
     unet, n, side = found["unet"], row.batch, row.latents
     rows = 1 if row.task == "decode" else 2
     dtype = jnp.dtype(row.dtype)
@@ -141,7 +141,7 @@ def vmix_config(unet: Any, params: Any, tokens: int, labels: Any = None) -> Any:
 
 
 def ours_with_vmix(row: Row) -> Program:
-    """Our sampler under an adapter: binding it to the prompts' labels is part of the call, as nothing is left out."""
+    """Run our sampler under an adapter, including binding it to the prompts' labels in each call."""
     from jaxmix.controls import vmix
     from jaxmix.models import UNet2DConditionModel, UNetConfig
     from jaxmix.types import InputError

@@ -23,7 +23,7 @@ def program(engine: str, row: Row) -> Program:
 
 
 def _flax(row: Row) -> Program:
-    """diffusers' Flax modules, driven as its Flax pipelines drive them: branches concatenated, a fori_loop."""
+    """Drive diffusers' Flax modules as its Flax pipelines do: branches concatenated, a fori_loop."""
     from diffusers import FlaxAutoencoderKL, FlaxDDIMScheduler, FlaxUNet2DConditionModel
 
     found, dtype = configs(row.model, row.tiny), jnp.dtype(row.dtype)

@@ -48,7 +48,7 @@ def digest(tree: Any) -> str:
 
 
 class Studio:
-    """Draws the pictures of conditions, batch by batch, and keeps them under `folder`."""
+    """Draw the pictures of conditions, batch by batch, and keeps them under `folder`."""
 
     def __init__(
         self,

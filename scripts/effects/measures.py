@@ -25,7 +25,7 @@ TIMESTEPS = (900, 700, 500, 300, 100)
 
 
 def make_prompts(split: str, n: int, seed: int, objects: int = 24) -> list[dict[str, Any]]:
-    """Draws n neutral prompts of one object from a split that training never shows, with their answers and `plan`.
+    """Draw n neutral prompts of one object from a split that training never shows, with their answers and `plan`.
 
     Those of `eval_prompts`; once all their pairs have met all backgrounds, the same with a size word. The number of
     different captions is three times that of pairs x backgrounds.

@@ -45,7 +45,7 @@ class Findings:
         return paired(self.measures[name][measure], self.measures[than][measure], unit)
 
     def kept(self) -> list[tuple[Effect, Effect]]:
-        """For each dimension the effect on the fine-tuned model and that on the base model."""
+        """Return for each dimension the effect on the fine-tuned model and that on the base model."""
         after, before = self.finetuned["all 1"], self.finetuned["base"]
         return [(paired(after[d], before[d]), self.effect("all 1", d)) for d in DIMENSIONS]
 

@@ -42,7 +42,7 @@ class Effect:
         return self.mean == 0 and self.half == 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers for a JSON file."""
+        """Return numbers for a JSON file."""
         return {**dataclasses.asdict(self), "in_sd": self.in_sd, "half_in_sd": self.half_in_sd}
 
 

@@ -73,7 +73,7 @@ class Config:
 
 
 class Studio:
-    """Draws pictures batch by batch, keeps them, and says how far it is."""
+    """Draw pictures batch by batch, keeps them, and says how far it is."""
 
     def __init__(self, cfg: Config, pipe: jaxmix.Pipeline) -> None:
         self.cfg, self.pipe = cfg, pipe
@@ -135,7 +135,7 @@ def table(title: str, found: Measured, base: str, units: Mapping[str, str]) -> s
 
 
 def dense(studio: Studio, judges: Any) -> dict[str, Any]:
-    """Layouts of two and of three objects, under captions that say their places and under such that do not.
+    """Measure layouts of two and of three objects, under captions that name their places and captions that do not.
 
     The ablations are for two objects under captions that do not: the words do nearly all where they can.
     """
@@ -200,7 +200,7 @@ def aligned(studio: Studio, judges: Any) -> dict[str, Any]:
 
 
 def styleid(studio: Studio, judges: Any) -> dict[str, Any]:
-    """Real pictures in the style of others."""
+    """Measure real pictures redrawn in the style of others."""
     cfg, pipe = studio.cfg, studio.pipe
     segmenter, scorer = judges
     some = styles.pairs(cfg.cases, cfg.seed)
@@ -226,7 +226,7 @@ def styleid(studio: Studio, judges: Any) -> dict[str, Any]:
 
 
 def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
-    """Two models in one picture."""
+    """Measure two models in one picture."""
     cfg, pipe = studio.cfg, studio.pipe
     expert = load_model(cfg.expert)
     some = fusion.fused(cfg.cases, cfg.seed)

@@ -131,7 +131,7 @@ def paper(drawing: Image.Image) -> Image.Image:
 
 
 def fit(picture: Image.Image) -> Image.Image:
-    """Trims a picture to its visible part and centres it in a tile, its longer side filling the tile."""
+    """Trim a picture to its visible part and centres it in a tile, its longer side filling the tile."""
     box = picture.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox()
     if box is None:
         raise SystemExit("error: an emoji has no visible part")

@@ -208,10 +208,10 @@ def test_what_a_path_holds_is_told_apart(tmp_path):
     (tmp_path / "half" / "data-00000-of-00002.array_record").touch()
     for path, words in [
         ("", "train_data_dir: not given"),
-        (tmp_path / "none", "none: no such folder, expected a folder of pictures"),
+        (tmp_path / "none", "none: found no such folder, expected a folder of pictures"),
         (tmp_path / "empty", "found an empty folder, expected pictures with a metadata.jsonl, tars, or a cache"),
         (tmp_path / "other", r"found a\.parquet, expected"),
-        (tmp_path / "other" / "a.parquet", "this is a file"),
+        (tmp_path / "other" / "a.parquet", "found a file"),
         (tmp_path / "half", "it is not finished: run train.cache_latents again"),
     ]:
         with pytest.raises(InputError, match=words):

@@ -81,7 +81,7 @@ def fast_jit(fn):
 
 
 def params_of(module):
-    """Random parameters in the module's own tree; its shapes are found without running it."""
+    """Return random parameters in the module's own tree; its shapes are found without running it."""
     return random_params(flax.core.unfreeze(jax.eval_shape(module.init_weights, jax.random.key(0))))
 
 

@@ -100,7 +100,7 @@ def test_one_more_operation_in_a_loop_would_show():
 
 
 def scans(jaxpr):
-    """All scans of a jaxpr, those inside of scans left out."""
+    """Return all scans of a jaxpr, those inside of scans left out."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
             yield eqn.params["jaxpr"].jaxpr

@@ -76,7 +76,7 @@ def test_a_difference_between_tiles_fades_over_the_overlap():
 
 
 def peak(fn, *args):
-    """Bytes of temporaries of the compiled function."""
+    """Return bytes of temporaries of the compiled function."""
     return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 

@@ -205,7 +205,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "pre
 
 
 def pair(name, config, steps=STEPS):
-    """Our solver and torch's scheduler. Ours sees what a file would hold, no defaults: they have to be the same."""
+    """Return our solver and torch's scheduler. Ours sees only what a file would hold: defaults must be the same."""
     kind, own = OTHERS[name]
     config = BETAS | own | config
     scheduler = getattr(diffusers, kind)(**config)
@@ -220,13 +220,13 @@ def data(steps=STEPS):
 
 
 def as_seen(x, name, scheduler, i):
-    """Torch's state before step i as the model sees it: Euler's holds x0 + sigma eps."""
+    """Return torch's state before step i as the model sees it: Euler's holds x0 + sigma eps."""
     sigma = 0 if name.startswith("dpmpp") or i == len(scheduler.timesteps) else scheduler.sigmas[i]
     return (x / (sigma**2 + 1) ** 0.5).numpy()
 
 
 def scheduler_trajectory(name, scheduler, x, monkeypatch, start=0, after=lambda x, i: x):
-    """Torch's states after every step from `start` on, as the model sees them; `after(x, i)` edits torch's own."""
+    """Return torch's states after every step from `start` on, as the model sees them; `after(x, i)` edits its own."""
     _, context, noises = data(len(scheduler.timesteps))
     draws = iter(torch.from_numpy(noises[start:]))
     for module in ("dpmsolver_multistep", "euler_ancestral_discrete"):
@@ -305,7 +305,7 @@ def test_trajectories_from_no_signal_agree(name, monkeypatch):
 
 
 def float64_trajectory(name, scheduler):
-    """EulerDiscreteScheduler's and EulerAncestralDiscreteScheduler's formulas for v prediction, in float64."""
+    """Return EulerDiscreteScheduler's and EulerAncestralDiscreteScheduler's formulas for v prediction, in float64."""
     start, context, noises = data()
     sigmas = scheduler.sigmas.numpy().astype("f8")
     x = start * float(scheduler.init_noise_sigma)

@@ -127,7 +127,7 @@ def our_model(part, config):
 
 
 def state(part, model):
-    """torch's tensors under the names that have `text_model.`; buffers that no checkpoint needs are left out."""
+    """Return torch's tensors under the names that have `text_model.`; buffers that no checkpoint needs are left out."""
     return {canonical(part, k): v for k, v in model.state_dict().items() if not k.endswith("position_ids")}
 
 
@@ -222,7 +222,7 @@ def test_a_torch_pipeline_opens_the_file(written):
 
 @pytest.fixture(scope="module")
 def full_shapes():
-    """Names and shapes of the real models' tensors by family and part, under torch's names."""
+    """Return names and shapes of the real models' tensors by family and part, under torch's names."""
     with torch.device("meta"):
         return {
             family: {

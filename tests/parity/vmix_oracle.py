@@ -90,7 +90,7 @@ class Adapter(torch.nn.Module):
 
 
 def to_torch(array):
-    """(.., in, out) as torch has it, (out, in, ..)."""
+    """Return (.., in, out) as torch has it, (out, in, ..)."""
     array = np.asarray(array, np.float64)
     return torch.tensor(np.moveaxis(array, (-1, -2), (0, 1)) if array.ndim > 1 else array)
 

@@ -31,7 +31,7 @@ def middles(scene):
 
 
 def shown(scene):
-    """How every two objects of a scene stand to each other, by names and from the masks alone."""
+    """Return how every two objects of a scene stand to each other, by names and from the masks alone."""
     where = middles(scene)
     for a, b in combinations(range(scene["count"]), 2):
         relation, first = relation_of(*(where[b] - where[a]))

@@ -35,7 +35,7 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of whole runs on one device, 8 x 1 and 4 x 2; each keeps its states of steps 10 and 20."""
+    """Return the folders of whole runs on one device, 8 x 1 and 4 x 2; each keeps its states of steps 10 and 20."""
     root = tmp_path_factory.mktemp("runs")
     for name, where in PLACES.items():
         training_run.train(training_run.config(root / name, checkpointing_steps=10, **where))
@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processes(runs, tmp_path_factory):
-    """Folders of runs by 2 processes x 4 devices: `whole`, `resumed` from step 10 of the run on 8 x 1, `stopped`."""
+    """Return the folders of runs by 2 processes x 4 devices: `whole`, `resumed` at step 10 from 8 x 1, `stopped`."""
     root = tmp_path_factory.mktemp("processes")
     half_way(runs / "data", root / "resumed")
     with socket.socket() as free:

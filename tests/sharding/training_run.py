@@ -75,7 +75,7 @@ def config(folder, **changes):
 
 
 def parts(cfg):
-    """(state, update, frozen) of a run."""
+    """Return (state, update, frozen) of a run."""
     params, frozen = weights()
     optimizer = make_optimizer(cfg)
     update = make_update(make_loss(), optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)

@@ -22,7 +22,7 @@ from jaxmix.types import InputError
 
 
 class StandIn:
-    """Draws a flat colour that is a function of the row's settings; counts what it was asked for."""
+    """Draw a flat colour that is a function of the row's settings; counts what it was asked for."""
 
     default_steps = 4
     default_guidance_scale = 3.0

@@ -21,7 +21,7 @@ SMALL = {"prompts": 2, "batch_size": 2, "steps": 1, "real_scenes": 2, "round_tri
 
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory):
-    """Weights of a segmenter that has learnt nothing but names the objects."""
+    """Return weights of a segmenter that has learnt nothing but names the objects."""
     file = tmp_path_factory.mktemp("judge") / "segmenter.safetensors"
     shapes = jax.eval_shape(SegmentNet(24, (8, 8, 8)).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     rng = np.random.default_rng(0)

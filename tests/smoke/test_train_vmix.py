@@ -103,7 +103,7 @@ def test_stopping_and_resuming_gives_the_same_file_bit_for_bit(runs):
 
 
 def pieces(pipe, cfg):
-    """Everything of a step but its numbers: update, state, frozen, batch, key."""
+    """Return everything of a step but its numbers: update, state, frozen, batch, key."""
     fresh = vmix.make_adapter(pipe, cfg)
     learns, constants = vmix.split_adapter(fresh, cfg)
     optimizer = make_optimizer(cfg)
@@ -165,11 +165,11 @@ def test_dropped_captions_and_labels_have_their_shares(tmp_path, base):
     [
         ({"pretrained_model_name_or_path": ""}, "pretrained_model_name_or_path: not given, expected the base model"),
         ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
-        ({"value_mixing": False, "rank": 0}, "value_mixing is off and rank is 0: nothing would learn"),
+        ({"value_mixing": False, "rank": 0}, "value_mixing: found false with rank 0, expected one of them to learn"),
         ({"lora_targets": "to_(q"}, "lora pattern: 'to_(q' is not a regular expression"),
         ({"lora_targets": "attn3"}, "'attn3' matches none of the"),
         ({"label_dropout_rate": 1.5}, "label_dropout_rate: found 1.5, expected 0 to 1"),
-        ({"labels": {"colour": ("vivid", "[V]")}}, "labels: scenes have no 'colour', expected some of color, light,"),
+        ({"labels": {"colour": ("vivid", "[V]")}}, "labels: found 'colour', expected some of color, light,"),
         ({"scenes": {}}, "train_data_dir, scenes: found neither, expected one of them"),
         ({"train_data_dir": "no/such"}, "train_data_dir, scenes: found both, expected one of them"),
         ({"train_data_dir": "no/such", "scenes": {}}, "no/such"),

@@ -18,7 +18,7 @@ PARTS = ("unet", "text_encoder")
 
 
 class Hub:
-    """Serves one repository of empty files; `downloaded` holds what was asked for."""
+    """Serve one repository of empty files; `downloaded` holds what was asked for."""
 
     def __init__(self, folder, files, weight_map=None):
         self.remote, self.cache = folder / "remote", folder / "cache"

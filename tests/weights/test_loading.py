@@ -117,7 +117,7 @@ def test_mixed_precisions_are_refused_by_auto_alone(folder):
 
 
 def flax_tree(params):
-    """Our parameters as Flax names them: list indices behind an underscore, the VAE's attention by its old names."""
+    """Return our parameters under Flax names: list indices after an underscore, the VAE's attention by old names."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     leaves = {}
     for path, leaf in names.flatten(params):

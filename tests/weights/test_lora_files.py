@@ -47,7 +47,7 @@ def file_of(tmp_path, tensors, metadata=None):
 
 @pytest.fixture(scope="module")
 def lora(tiny_pipeline):
-    """Dense layers, 1x1 and 3x3 convolutions and a text encoder, with ranks and alphas that differ."""
+    """Return dense layers, 1x1 and 3x3 convolutions and a text encoder, with ranks and alphas that differ."""
     parts = {"unet": {}, "text_encoder": {}}
     for i, (part, module, rank, alpha) in enumerate(
         [

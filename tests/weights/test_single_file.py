@@ -132,7 +132,7 @@ def targets():
 
 @pytest.fixture(scope="module")
 def params(targets):
-    """Random float16 parameters of the same shapes."""
+    """Return random float16 parameters of the same shapes."""
     return jax.tree.map(np.asarray, random_params(targets, dtype=np.float16))
 
 
@@ -168,7 +168,7 @@ def extra_tensors(family):
 
 @pytest.fixture(scope="module")
 def files(params, tmp_path_factory):
-    """One community file of each family, under a name that lies and with metadata that does not fit."""
+    """Return one community file of each family, under a name that lies and with metadata that does not fit."""
     folder = tmp_path_factory.mktemp("single")
     paths = {}
     for family in FAMILIES:

@@ -1,4 +1,4 @@
-"""WebDataset tars of captioned pictures, with random access: an index of the members, then one read a picture."""
+"""WebDataset tars of captioned pictures, with random access: an index of the members, then one read per picture."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Window(io.RawIOBase):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a picture lies: bytes `start` to `start + size` of a tar; None where a key has no picture."""
+    """Where a picture is: bytes `start` to `start + size` of a tar; None for a key without a picture."""
 
     tar: int
     start: int
@@ -65,11 +65,11 @@ class _Place:
 class WebDataset(PictureSource):
     """Pictures in uncompressed tars: members KEY.jpg, .jpeg, .png or .webp, with KEY.json or KEY.txt.
 
-    KEY.json is as a line of `ImageFolder`'s metadata; the caption is its text column, or else KEY.txt. As in WebDataset
-    a key ends at the first dot of the member's file name. `pattern` is a tar, a folder of tars, a glob, or names with
-    braces (`data/{000..003}.tar`, `{a,b}.tar`), local or gs://. Ids are "TAR/KEY".
+    KEY.json is like a line of `ImageFolder`'s metadata; the caption is its text column, or else KEY.txt. As in
+    WebDataset a key ends at the first dot of the member's file name. `pattern` is a tar, a folder of tars, a glob, or
+    names with braces (`data/{000..003}.tar`, `{a,b}.tar`), local or gs://. Ids are "TAR/KEY".
 
-    Raises InputError for tars that are missing, compressed or cut off, two pictures of one key, and unknown labels.
+    Raises InputError for tars that are missing, compressed or truncated, two pictures of one key, and unknown labels.
     """
 
     def __init__(

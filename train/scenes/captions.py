@@ -60,12 +60,12 @@ def with_article(phrase: str, noun: str = "") -> str:
 
 
 def countable(noun: str) -> bool:
-    """Whether there can be two of it in words: "two cats", but not "two breads"."""
+    """Return whether there can be two of it in words: "two cats", but not "two breads"."""
     return noun not in WITHOUT_ARTICLE
 
 
 def plural(noun: str) -> str:
-    """More than one of a noun: "cats", "butterflies", "foxes"."""
+    """Return more than one of a noun: "cats", "butterflies", "foxes"."""
     if noun in IRREGULAR:
         return IRREGULAR[noun]
     if noun.endswith(("s", "x", "ch", "sh")):
@@ -76,7 +76,7 @@ def plural(noun: str) -> str:
 
 
 def listed(phrases: Sequence[str]) -> str:
-    """One phrase, "one and two", or "one, two and three"."""
+    """Return one phrase, "one and two", or "one, two and three"."""
     return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
 
 
@@ -110,7 +110,7 @@ def label_phrase(labels: Mapping[str, int]) -> str:
 
 
 def all_words(objects: Sequence[str]) -> set[str]:
-    """Every word that a caption about these objects can hold."""
+    """Return every word that a caption about these objects can hold."""
     phrases = [*STYLE_WORDS.values(), *BACKGROUND_WORDS.values(), *RELATIONS, *MIRRORED.values(), *objects]
     phrases += [*PLACES, *NUMBERS.values(), *(plural(o) for o in objects if countable(o))]
     phrases += [w for pair in LABEL_WORDS.values() for w in pair]

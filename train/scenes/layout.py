@@ -53,7 +53,7 @@ def place_of(down: float, right: float) -> str:
 
 
 def fits(place: str, down: float, right: float) -> bool:
-    """Whether an object with these offsets stands at a place so clearly that a caption may say so."""
+    """Return whether an object with these offsets stands at a place so clearly that a caption may say so."""
     if place == "in the middle":
         return max(abs(down), abs(right)) <= SAID_NEAR
     axis, direction = SIDES[place]
@@ -77,7 +77,7 @@ def middle_of(box: Box) -> tuple[float, float]:
 
 
 def fit_all(places: Sequence[str], boxes: Sequence[Box], size: int) -> bool:
-    """Whether every box stands clearly at its place in a picture of `size` pixels."""
+    """Return whether every box stands clearly at its place in a picture of `size` pixels."""
     middles = (middle_of(box) for box in boxes)
     return all(fits(p, y / size - 0.5, x / size - 0.5) for p, (y, x) in zip(places, middles, strict=True))
 

@@ -18,7 +18,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def blur(image: np.ndarray) -> np.ndarray:
-    """Blurs uint8 (h, w, 3) by a Gaussian of 2.5 % of the width."""
+    """Blur uint8 (h, w, 3) by a Gaussian of 2.5 % of the width."""
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(BLUR * image.shape[1])))
 
 
@@ -58,7 +58,7 @@ def measure(image: np.ndarray) -> dict[str, float]:
 
 
 def off_centre(mask: np.ndarray) -> float:
-    """Distance of the middle of a mask's bounding box from the middle of the picture, as a share of the width."""
+    """Return how far the centre of a mask's bounding box is from the picture's, as a share of the width."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     height, width = mask.shape
     down = (rows[0] + rows[-1] + 1) / 2 - height / 2

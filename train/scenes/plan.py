@@ -42,7 +42,7 @@ class Plan:
 
 
 def worded(plan: Plan, said: bool, rng: np.random.Generator, *, related: bool = False) -> Plan:
-    """Draws the words for size, places and relation of a plan that has none; `related` has a relation said in any case.
+    """Draw the words for size, places and relation of a plan that has none; `related` has a relation said in any case.
 
     One object of three kinds (no size word twice as often), at one of the five places; two in a relation or at opposite
     sides; three in a row or from side to side. Objects that are counted are at most said to be in a row.

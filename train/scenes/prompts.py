@@ -24,7 +24,7 @@ def eval_prompts(
     arrangement: Literal["centred", "anywhere"] = "centred",
     place_words: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Draws n neutral prompts of `count` objects (1 to 3) from a split, each with its answer.
+    """Draw n neutral prompts of `count` objects (1 to 3) from a split, each with its answer.
 
     Styles, objects and backgrounds come round evenly, and so do the places of single objects. A share `place_words`
     says places or relations as the scenes of "anywhere" do; under "centred" two objects always have their relation.

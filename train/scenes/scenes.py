@@ -141,12 +141,12 @@ class Scenes:
 
     @staticmethod
     def _has_relation(mates: Sequence[int]) -> bool:
-        """Whether some two of these objects have a held-out relation, so that drawing one comes to an end."""
+        """Return whether some two of these objects have a held-out relation, so that drawing one comes to an end."""
         choices = ((a, b, r) for a in mates for b in mates if a != b for r in range(len(RELATIONS)))
         return any(relation_held_out(*choice) for choice in choices)
 
     def plan(self, rng: np.random.Generator) -> Plan:
-        """Draws what a scene shows."""
+        """Draw what a scene shows."""
         kind = rng.random()
         count = 2 if kind < self.two_objects else 3 if kind < self.two_objects + self.three_objects else 1
         if self.split == "held_out_relations":
@@ -182,7 +182,7 @@ class Scenes:
         return labels
 
     def _plan_anywhere(self, style: str, obj: int, count: int, rng: np.random.Generator) -> Plan:
-        """Draws words and places of objects until this split may show how they stand to each other."""
+        """Draw words and places of objects until this split may show how they stand to each other."""
         labels, background = self._labels(count, rng), BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
         related = self.split == "held_out_relations"
         said, repeated = rng.random() < self.place_words or related, rng.random() < self.counts and not related
@@ -223,7 +223,7 @@ class Scenes:
         raise InputError(f"places: found {plan.places}, in which these objects do not stand; expected another order")
 
     def _allowed(self, plan: Plan) -> bool:
-        """Whether this split may show how the objects of a plan stand to each other."""
+        """Return whether this split may show how the objects of a plan stand to each other."""
         if self.split not in ("train", "held_out_relations"):
             return True
         pairs = [(plan.objects[a], plan.objects[b], RELATIONS.index(r)) for a, b, r in layout.facts(plan.boxes)]
@@ -231,7 +231,7 @@ class Scenes:
         return held_out == (self.split == "held_out_relations")
 
     def _related(self, style: str, rng: np.random.Generator) -> tuple[tuple[int, int], str]:
-        """Draws two different objects and a relation that this split allows."""
+        """Draw two different objects and a relation that this split allows."""
         mates = self._by_style[style]
         while True:
             first, second = (mates[i] for i in rng.choice(len(mates), 2, replace=False))
@@ -246,7 +246,7 @@ class Scenes:
         return caption(plan.style, names, plan.background, plan.size_word, plan.relation, plan.places)
 
     def render(self, plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Paints a plan: uint8 (size, size, 3) and bool masks (3, size, size), empty where there is no object."""
+        """Paint a plan: uint8 (size, size, 3) and bool masks (3, size, size), empty where there is no object."""
         canvas = paint_background(plan.background, self.size, rng)
         masks = np.zeros((MAX_OBJECTS, self.size, self.size), bool)
         if self.arrangement == "anywhere":
@@ -279,7 +279,7 @@ class Scenes:
         return [round(self.size * (low + (high - low) * float(s))) for s in steps]
 
     def _centres(self, plan: Plan, extent: np.ndarray, rng: np.random.Generator) -> list[tuple[float, float]]:
-        """Middles (down, right) of the objects, pixels; `extent` (n, 2) holds their heights and widths."""
+        """Return middles (down, right) of the objects, pixels; `extent` (n, 2) holds their heights and widths."""
         size, middle = self.size, self.size / 2
         jitter = (2 * rng.random((MAX_OBJECTS, 2)) - 1) * 0.05 * size
         if len(plan.objects) == 1:
