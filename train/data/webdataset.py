@@ -118,7 +118,7 @@ def expand_braces(pattern: str) -> list[str]:
         first, last = (int(end) for end in span.groups())
         choices = [f"{i:0{len(span[1])}d}" for i in range(first, last + 1)]
         if not choices:
-            raise InputError(f"{pattern}: found the range {match[1]}, expected it to rise")
+            raise InputError(f"{pattern}: found the range {match[1]}, expected an ascending one")
     else:
         choices = match[1].split(",")
     return [
@@ -142,7 +142,7 @@ def _index(
                 key = f"{folder}/{stem}" if folder else stem
                 if f".{extension.lower()}" in PICTURES:
                     if key in places:
-                        raise InputError(f"{path}: {key} has two pictures, expected one a key")
+                        raise InputError(f"{path}: found two pictures for {key}, expected one per key")
                     places[key] = (member.offset_data, member.size)
                 elif extension in ("json", "txt"):
                     content = tar.extractfile(member)

@@ -1,4 +1,4 @@
-"""The sprite atlas: loads the committed tiles, styles them and scales them to the size that a scene asks for."""
+"""The sprite atlas: loads the committed tiles, styles them and scales them to the size that a scene needs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image, ImageChops, ImageFilter
 
 FOLDER = Path(__file__).parent
 
-# Derived styles are computed from a drawn one; the others lie in the atlas.
+# Derived styles are computed from a drawn one; the others are in the atlas.
 DERIVED = {"pixel": "flat", "sketch": "3d", "oil": "cartoon"}
 
-# Room around a tile, so that outline and shadow are not cut off; in tile pixels.
+# Margin around a tile, so that outline and shadow are not cut off; in tile pixels.
 PAD = 8
 
 
@@ -56,7 +56,7 @@ class Atlas:
         return Image.open(self.folder / self.index["image"]).convert("RGBA")
 
     def tile(self, style: str, obj: int) -> Image.Image:
-        """Return the tile of a drawn style as it lies in the atlas, RGBA."""
+        """Return the tile of a drawn style from the atlas, RGBA."""
         side, columns, rows = self.index["tile"], self.index["columns"], self.index["rows_per_style"]
         row, column = divmod(obj, columns)
         top, left = (self.drawn.index(style) * rows + row) * side, column * side
@@ -92,7 +92,7 @@ def _derive(style: str, tile: Image.Image) -> Image.Image:
     """Turn the tile of a drawn style into that of a derived one; a drawn style passes unchanged."""
     alpha = tile.getchannel("A")
     if style == "pixel":
-        # Twelve cells a side stay visible as squares when the object takes half of a 64 px picture.
+        # Twelve cells per side remain visible as squares when the object takes half of a 64 px picture.
         cells = tile.resize((12, 12), Image.Resampling.BOX)
         colours = cells.convert("RGB").point(lambda v: min(255, round(v / 85) * 85))
         colours.putalpha(cells.getchannel("A").point(lambda a: 255 if a > 110 else 0))

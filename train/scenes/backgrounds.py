@@ -1,4 +1,4 @@
-"""Backgrounds of the scenes: each has a name that the caption carries and a look that a scorer can tell apart."""
+"""Backgrounds of the scenes: each has a name for captions and a look that a scorer can recognise."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _dots(picture: np.ndarray, rng: np.random.Generator, count: int, radius: flo
     cover = np.clip(reach + 0.5 - away, 0, 1).astype(np.float32)[..., None]
     at = (np.clip(rows, 0, size - 1)[:, :, None], np.clip(columns, 0, size - 1)[:, None, :])
     old = picture[at]
-    # Dots that overlap keep the last one painted; nobody sees the difference.
+    # Where dots overlap the last one painted wins; the difference is invisible.
     picture[at] = old + cover * (colour - old)
     return picture
 

@@ -60,12 +60,12 @@ def with_article(phrase: str, noun: str = "") -> str:
 
 
 def countable(noun: str) -> bool:
-    """Return whether there can be two of it in words: "two cats", but not "two breads"."""
+    """Return whether a noun can be counted: "two cats", but not "two breads"."""
     return noun not in WITHOUT_ARTICLE
 
 
 def plural(noun: str) -> str:
-    """Return more than one of a noun: "cats", "butterflies", "foxes"."""
+    """Return the plural of a noun: "cats", "butterflies", "foxes"."""
     if noun in IRREGULAR:
         return IRREGULAR[noun]
     if noun.endswith(("s", "x", "ch", "sh")):
@@ -76,7 +76,7 @@ def plural(noun: str) -> str:
 
 
 def listed(phrases: Sequence[str]) -> str:
-    """Return one phrase, "one and two", or "one, two and three"."""
+    """List phrases: one alone, "one and two", or "one, two and three"."""
     return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
 
 
@@ -90,7 +90,7 @@ def caption(
 ) -> str:
     """Return the content caption of a scene with one to three objects, given their names.
 
-    `places`, where they are said, has a word for each object. Several objects of one name are counted.
+    `places`, if given, has a phrase for each object. Several objects with one name are counted.
     """
     nouns = [with_article(f"{size_word} {o}" if size_word else o, noun=o) for o in objects]
     if places:
@@ -110,7 +110,7 @@ def label_phrase(labels: Mapping[str, int]) -> str:
 
 
 def all_words(objects: Sequence[str]) -> set[str]:
-    """Return every word that a caption about these objects can hold."""
+    """Return every word that a caption about these objects can contain."""
     phrases = [*STYLE_WORDS.values(), *BACKGROUND_WORDS.values(), *RELATIONS, *MIRRORED.values(), *objects]
     phrases += [*PLACES, *NUMBERS.values(), *(plural(o) for o in objects if countable(o))]
     phrases += [w for pair in LABEL_WORDS.values() for w in pair]

@@ -12,7 +12,7 @@ DIMENSIONS: tuple[str, ...] = ("color", "light", "focus", "composition")
 SATURATION = {1: 1.7, -1: 0.3}
 GAMMA = {1: 0.6, -1: 1.9}
 BLUR = 0.025  # standard deviation, as a share of the width
-SHARPEN = 0.8  # weight of what the blur takes away
+SHARPEN = 0.8  # weight of what the blur removes
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -25,7 +25,7 @@ def blur(image: np.ndarray) -> np.ndarray:
 def apply_labels(image: np.ndarray, labels: Mapping[str, int]) -> np.ndarray:
     """Apply color, light and focus labels (+1, 0, -1) to float32 (h, w, 3) in [0, 1]; returns uint8.
 
-    Composition is the scene's own affair: it decides where the objects stand.
+    Composition is up to the scene, which decides where the objects are.
     """
     if labels["color"]:
         grey = (image @ LUMA)[..., None]
@@ -42,7 +42,7 @@ def apply_labels(image: np.ndarray, labels: Mapping[str, int]) -> np.ndarray:
 
 
 def measure(image: np.ndarray) -> dict[str, float]:
-    """Return the number that each label moves, from uint8 (h, w, 3); a +1 label moves its own number up.
+    """Return the number that each label affects, from uint8 (h, w, 3); a +1 label increases its number.
 
     color: mean of max - min over the channels; light: mean luma; focus: mean absolute Laplacian of the luma, all in
     [0, 1]. Composition needs the masks: see `off_centre`.

@@ -11,7 +11,7 @@ SPLITS: tuple[str, ...] = (
     "held_out_style",
 )
 
-# The last objects of the atlas are left to few-shot personalisation, so a model may know 96 at the most.
+# The last objects of the atlas are reserved for few-shot personalisation, so a model may know at most 96.
 WHOLE_OBJECTS = 4
 HELD_OUT_STYLE = "pixel"
 
