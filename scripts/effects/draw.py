@@ -1,4 +1,4 @@
-"""Pictures of each condition of an experiment, drawn once and kept: an interrupted run goes on where it stopped."""
+"""Pictures of each condition of an experiment, drawn once and kept: an interrupted run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Condition:
     """What differs between the pictures of two conditions; their prompts, seeds and settings are the same.
 
     `model` and `adapter` are names in the studio's mappings, `adapter` "" for none; `scale` 0 leaves its value mixing
-    out; `lora` is the strength of its LoRA; `words` are the dimensions whose label words the prompts say.
+    out; `lora` is the strength of its LoRA; `words` are the dimensions whose label words are in the prompts.
     """
 
     model: str = "base"
@@ -48,7 +48,7 @@ def digest(tree: Any) -> str:
 
 
 class Studio:
-    """Draw the pictures of conditions, batch by batch, and keeps them under `folder`."""
+    """Draw the pictures of conditions, batch by batch, and keep them under `folder`."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Studio:
         return self._merged[key]
 
     def _lora(self, condition: Condition) -> jaxmix.LoRA:
-        """Return the LoRA of a condition's adapter. Raises `InputError` where its file has none."""
+        """Return the LoRA of a condition's adapter. Raises `InputError` if its file has none."""
         lora = self.adapters[condition.adapter].lora
         if lora is None:
             raise InputError(f"{condition.adapter}: found no LoRA in this VMix file, expected one trained along")
@@ -116,7 +116,7 @@ class Studio:
         return self.folder / f"{key}.npz"
 
     def draw(self, name: str, condition: Condition, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Return one picture a prompt, uint8 (n, H, W, 3); picture i has the noise of seed `seed + i` everywhere."""
+        """Return one picture per prompt, uint8 (n, H, W, 3); picture i always has the noise of seed `seed + i`."""
         captions = [with_words(row["caption"], condition.words) for row in rows]
         path = self._path(condition, captions)
         if path.is_file():

@@ -1,4 +1,4 @@
-"""What was found about an adapter, as tables to read, a table for the README, and numbers for a JSON file."""
+"""The findings about an adapter, as tables to read, a table for the README, and numbers for a JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.scenes import DIMENSIONS
 
 LIMIT = 0.01  # p-value below which an effect counts
 FALL = 0.02  # of the object and style accuracy, at most
-KEPT = 0.7  # share of the effect that must be left on a fine-tuned model
+KEPT = 0.7  # share of the effect that must remain on a fine-tuned model
 SCORES = ("object", "style")
 
 
@@ -50,7 +50,7 @@ class Findings:
         return [(paired(after[d], before[d]), self.effect("all 1", d)) for d in DIMENSIONS]
 
     def share_kept(self) -> tuple[float, float]:
-        """Return the share of the effect that is left on the fine-tuned model, and half of its interval.
+        """Return the share of the effect that remains on the fine-tuned model, and half of its interval.
 
         The ratio of the sums over the dimensions, in sd of the base's pictures: a dimension that hardly moves weighs
         little.
@@ -79,7 +79,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def verdicts(found: Findings) -> list[Verdict]:
-    """Return what is asked of a trained adapter, one by one."""
+    """Return the requirements of a trained adapter, one by one."""
     result = []
     for d in DIMENSIONS:
         moved = found.effect("all 1", d)
@@ -229,7 +229,7 @@ def as_json(found: Findings) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Put null where a number is not finite, which JSON cannot say."""
+    """Replace numbers that are not finite by null, since JSON has none."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):

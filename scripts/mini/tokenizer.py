@@ -1,13 +1,13 @@
-"""Prunes the CLIP byte-pair vocabulary to what the embedded model's captions and plain English need.
+"""Prune the CLIP byte-pair vocabulary to what the embedded model's captions and plain English need.
 
     pip download --no-deps open_clip_torch==3.3.0
     python -m scripts.mini.tokenizer --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --npm node_modules
     python -m scripts.mini.tokenizer --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --full
 
-Writes a folder that `transformers.CLIPTokenizer` opens. In the pruned one every byte stays, so any text can still be
-written; a word that is covered is split exactly as the full vocabulary splits it, because all merges that build it are
-kept in their order. The common words are the names and keywords of `unicode-emoji-json` and `emojilib` (both MIT).
-With --full it is the whole vocabulary, for checkpoints in one file, which hold no tokenizer; npm is not needed then.
+Writes a folder that `transformers.CLIPTokenizer` can open. The pruned one keeps every byte, so any text can still be
+encoded; a word that is covered is split exactly as in the full vocabulary, because all merges that build it are kept in
+order. The common words are the names and keywords of `unicode-emoji-json` and `emojilib` (both MIT). With --full it is
+the whole vocabulary, for single-file checkpoints, which hold no tokenizer; npm is not needed then.
 The vocabulary is from `open_clip_torch` (MIT), originally OpenAI CLIP (MIT).
 """
 
@@ -54,7 +54,7 @@ def read_merges(source: Path) -> list[tuple[str, str]]:
 
 
 def split_word(word: str, ranks: dict[tuple[str, str], int], letters: dict[int, str]) -> tuple[list[str], set]:
-    """Split a word by byte-pair encoding; returns its pieces and the merges that were used."""
+    """Split a word by byte-pair encoding; return its pieces and the merges that were used."""
     pieces = [letters[b] for b in word.encode("utf-8")]
     pieces[-1] += "</w>"
     used = set()

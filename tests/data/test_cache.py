@@ -276,7 +276,7 @@ def test_an_index_that_is_something_else_or_lacks_a_shard_is_refused(cached, tmp
         ("{", "not readable as JSON"),
         ("{}", "not the index of a cache"),
         (json.dumps({"format": "jaxmix latents", "version": 9}), "version: found 9, expected 1"),
-        ((cached / "index.json").read_text(), r"data-00000-of-00003\.array_record: no such file"),
+        ((cached / "index.json").read_text(), r"data-00000-of-00003\.array_record: found no such file"),
     ]:
         index.write_text(text)
         with pytest.raises(InputError, match=words):
