@@ -108,7 +108,7 @@ def bind(
     """Return the control of layouts: ``masks`` (b, m, h, w), true inside, and ``token_segments`` (b, s), -1 for none.
 
     ``grids`` are the sizes of the UNet's feature maps for latents of (h, w); the masks are shrunk to them by nearest
-    neighbour, the upper left one, from (h, w) each time. The weights are numbers or one a row.
+    neighbour, the upper left one, from (h, w) each time. Weights are one number, or one per row.
     """
     masks = np.asarray(masks, bool)
     b, m, h, w = masks.shape
