@@ -181,7 +181,7 @@ def test_a_fallback_on_the_tpu_says_why(monkeypatch, caplog):
         kernels.choose(4096, 77, 64, jnp.dtype(jnp.bfloat16))
         kernels.choose(1100, 1100, 64, jnp.dtype(jnp.bfloat16))
         kernels.choose(4096, 4096, 64, jnp.dtype(jnp.bfloat16))
-    assert [r.message.split("because ")[1] for r in caplog.records] == [
-        "sequences under 1024 are faster without it",
+    assert [r.message.split("splash: ")[1] for r in caplog.records] == [
+        "sequences below 1024 are faster without it",
         "sequences must be multiples of 128",
     ]
