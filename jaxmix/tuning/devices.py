@@ -59,7 +59,7 @@ def agree(code: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledUpdate:
     """An update compiled for one shape of batch: seconds taken, model FLOPs of a step on all devices, memory."""
 
     run: Callable[..., Any]
@@ -80,7 +80,7 @@ class Stepper:
         self.devices = list(devices)
         self.mesh: Mesh | None = train_mesh(fsdp, devices) if len(devices) > 1 else None
         self._update = update
-        self._programs: dict[Any, Program] = {}
+        self._compiled: dict[Any, CompiledUpdate] = {}
 
     def place(self, tree: Any) -> Any:
         """Return weights or a training state placed as this stepper needs them."""
@@ -98,16 +98,16 @@ class Stepper:
         """Return the batch on the devices, given this process's rows of it."""
         return batch if self.mesh is None else place_rows(batch, self.mesh)
 
-    def program(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> Program:
+    def compiled(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> CompiledUpdate:
         """Return the update for this shape of batch, compiling it if it is new."""
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch)), jax.tree.structure(batch)
-        if shapes not in self._programs:
-            self._programs[shapes] = self._compile(state, frozen, batch, key)
-        return self._programs[shapes]
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._compile(state, frozen, batch, key)
+        return self._compiled[shapes]
 
-    def _compile(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> Program:
+    def _compile(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> CompiledUpdate:
         if not hasattr(self._update, "trace"):
-            return Program(self._update)  # not jitted: run as it is
+            return CompiledUpdate(self._update)  # not jitted: run as it is
         began = time.monotonic()
         if self.mesh is None:
             traced = self._update.trace(state, frozen, batch, key)
@@ -118,7 +118,7 @@ class Stepper:
             with jax.set_mesh(self.mesh):
                 traced = jax.jit(self._update, donate_argnums=0, out_shardings=out).trace(state, frozen, batch, key)
                 compiled = traced.lower().compile()
-        return Program(compiled, time.monotonic() - began, model_flops(traced.jaxpr), memory_line(compiled))
+        return CompiledUpdate(compiled, time.monotonic() - began, model_flops(traced.jaxpr), memory_line(compiled))
 
     def whole(self, state: TrainState) -> TrainState:
         """Return `state` with params and ema whole on the first device of this process, as if it were the only one.

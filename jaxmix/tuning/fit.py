@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmix.tuning import flops
 from jaxmix.tuning.checkpoints import Checkpoints, stop_on_signals
-from jaxmix.tuning.devices import Program, Stepper, agree, training_devices
+from jaxmix.tuning.devices import CompiledUpdate, Stepper, agree, training_devices
 from jaxmix.tuning.logs import ScalarLog, mean_metrics
 from jaxmix.tuning.update import OptimizerConfig, TrainState, make_learning_rate
 from jaxmix.types import InputError
@@ -182,21 +182,21 @@ class _Run:
             batch, ids = _split_ids(next(rows))
             batch = stepper.rows(batch)
             paused = time.monotonic()
-            program = stepper.program(state, frozen, batch, key)
+            compiled = stepper.compiled(state, frozen, batch, key)
             if step == start:
-                self._introduce(program)
+                self._introduce(compiled)
                 bar = progress(cfg.max_train_steps - start, "train", "steps") if self.log and progress else None
                 self._restart_clock()  # placing, the first batch and compiling do not count as speed
             else:
                 self.aside += time.monotonic() - paused
-            state, metrics = program.run(state, frozen, batch, key)
+            state, metrics = compiled.run(state, frozen, batch, key)
             step += 1
             if before is not None:
                 # One step behind, so that the device never waits for the host.
                 self._check_finite(*before)
             before = step, metrics, ids
             self.window.append(metrics)
-            self.timed, self.work = self.timed + 1, self.work + program.flops
+            self.timed, self.work = self.timed + 1, self.work + compiled.flops
             stopped = self._stop(step)
             complete = step == cfg.max_train_steps
             last = bool(stopped) or complete
@@ -231,16 +231,16 @@ class _Run:
             code = agree(code) if step % _AGREE_STEPS == 0 else 0
         return ("", f"{self.cfg.max_seconds:g} s are over", self.signals[0] if self.signals else "signal")[code]
 
-    def _introduce(self, program: Program) -> None:
-        if not program.seconds:
+    def _introduce(self, compiled: CompiledUpdate) -> None:
+        if not compiled.seconds:
             return
         self.peak = flops.peak(self.stepper.devices, self.cfg.dtype)
         where = "" if self.stepper.mesh is None else f" for {dict(self.stepper.mesh.shape)}"
         said = (
-            f"update compiled{where} in {program.seconds:.1f} s",
-            f"{program.flops / 1e12:.3g} TFLOP per step",
+            f"update compiled{where} in {compiled.seconds:.1f} s",
+            f"{compiled.flops / 1e12:.3g} TFLOP per step",
             f"peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.label})",
-            program.memory,
+            compiled.memory,
         )
         _say("; ".join(filter(None, said)))
 

@@ -131,7 +131,7 @@ def test_devices_exchange_sums_and_whole_weights_alone(fsdp, allowed, accumulate
     stepper = Stepper(update, jax.devices(), fsdp)
     state, frozen = stepper.place(state), stepper.place(frozen)
     rows = stepper.rows({"latents": next(training_run.batches(0))["latents"]})
-    text = stepper.program(state, frozen, rows, stepper.key(0)).run.as_text()
+    text = stepper.compiled(state, frozen, rows, stepper.key(0)).run.as_text()
     assert set(COLLECTIVE.findall(text)) == allowed
     gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
     assert set(gathered) <= {"64,64"}  # weights; activations have 8, 8 among their axes
