@@ -29,7 +29,7 @@ from jaxmix import command
 from jaxmix.sharding import DATA
 from jaxmix.types import InputError
 from train.data import BadRow, LatentCache, PictureConfig, Pictures, check_sizes, open_source
-from train.data.buckets import fit
+from train.data.buckets import crop_to_bucket
 from train.data.cache import EMPTY, INDEX, CacheIndex, encode_record, identify
 from train.data.pictures import MIDDLE
 
@@ -104,7 +104,9 @@ def read_row(pictures: Pictures, index: int, group: int, seed: int) -> Row:
     """Read and crop one picture. Raises BadRow if it cannot be used."""
     cfg, row = pictures.cfg, pictures.source[index]
     at = MIDDLE if cfg.center_crop else tuple(np.random.default_rng((seed, index)).random(2).tolist())
-    cuts = [fit(row["image"], pictures.buckets[group], at, flip) for flip in (False, True)[: 1 + cfg.random_flip]]
+    cuts = [
+        crop_to_bucket(row["image"], pictures.buckets[group], at, flip) for flip in (False, True)[: 1 + cfg.random_flip]
+    ]
     images, time_ids = (np.stack(part) for part in zip(*cuts, strict=True))
     return Row(row["id"], row["text"], row["labels"], group, images, time_ids)
 

@@ -96,7 +96,9 @@ def choose_bucket(size: Size, sizes: list[Size], cfg: PictureConfig) -> Size:
     return rounded[0], rounded[1]
 
 
-def fit(image: np.ndarray, bucket: Size, at: tuple[float, float], flip: bool) -> tuple[np.ndarray, np.ndarray]:
+def crop_to_bucket(
+    image: np.ndarray, bucket: Size, at: tuple[float, float], flip: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Scale a picture to cover the bucket, mirror it if asked, and crop it to the bucket.
 
     `at` says where, down and right, from 0 (top and left) through 0.5 (the centre) to 1. Returns the picture uint8

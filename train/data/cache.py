@@ -116,8 +116,8 @@ class LatentCache:
     """The rows of a folder written by `train.cache_latents`, a `BatchSource` with one picture size per batch.
 
     A row has "latents_mean" and "latents_std" (h, w, c) float16, the moments of the autoencoder's posterior, not
-    scaled; "context" (s, d) and, for SDXL, "pooled" (p,) float16; "labels", "id", and "time_ids" float32 (6,) as
-    `train.data.buckets.fit` gives them. `empty` has "context" and "pooled" of the empty caption, for caption dropout.
+    scaled; "context" (s, d) and, for SDXL, "pooled" (p,) float16; "labels", "id", and "time_ids" float32 (6,) as by
+    `train.data.buckets.crop_to_bucket`. `empty` has "context" and "pooled" of the empty caption, for caption dropout.
     The folder is local (or mounted): ArrayRecord cannot read gs://.
 
     `labels`, if given, must be among the dimensions with which the cache was made; other labels are left out.

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmix import command
 from jaxmix.types import InputError
-from train.data.buckets import PictureConfig, Size, bucket_sizes, choose_bucket, fit
+from train.data.buckets import PictureConfig, Size, bucket_sizes, choose_bucket, crop_to_bucket
 from train.data.order import Stream
 from train.data.rows import BadRow, PictureSource
 
@@ -74,9 +74,9 @@ class Pictures:
         return self.read(index, self.buckets[self._group_of[index]])
 
     def read(self, index: int, bucket: Size, at: tuple[float, float] = MIDDLE, flip: bool = False) -> dict[str, Any]:
-        """Return a row as `fit` crops it for a bucket. Raises BadRow if it cannot be used."""
+        """Return a row as `crop_to_bucket` crops it for a bucket. Raises BadRow if it cannot be used."""
         row = self.source[index]
-        image, time_ids = fit(row["image"], bucket, at, flip)
+        image, time_ids = crop_to_bucket(row["image"], bucket, at, flip)
         return {**row, "image": image, "time_ids": time_ids}
 
     def in_batches(self, batch_size: int, seed: int) -> Stream:
