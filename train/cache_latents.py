@@ -89,7 +89,7 @@ class Config(PictureConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Cropped:
     """A picture, cropped and ready: `images` (variants, H, W, 3) uint8, the second mirrored; `time_ids` likewise."""
 
     id: str
@@ -100,7 +100,7 @@ class Row:
     time_ids: np.ndarray
 
 
-def read_row(pictures: Pictures, index: int, group: int, seed: int) -> Row:
+def read_cropped(pictures: Pictures, index: int, group: int, seed: int) -> Cropped:
     """Read and crop one picture. Raises BadRow if it cannot be used."""
     cfg, row = pictures.cfg, pictures.source[index]
     at = MIDDLE if cfg.center_crop else tuple(np.random.default_rng((seed, index)).random(2).tolist())
@@ -108,7 +108,7 @@ def read_row(pictures: Pictures, index: int, group: int, seed: int) -> Row:
         crop_to_bucket(row["image"], pictures.buckets[group], at, flip) for flip in (False, True)[: 1 + cfg.random_flip]
     ]
     images, time_ids = (np.stack(part) for part in zip(*cuts, strict=True))
-    return Row(row["id"], row["text"], row["labels"], group, images, time_ids)
+    return Cropped(row["id"], row["text"], row["labels"], group, images, time_ids)
 
 
 def make_moments(pipe: jaxmix.Pipeline, devices: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -145,7 +145,7 @@ class Encoder:
         self.pipe, self.size = pipe, cfg.batch_size
         self._moments = make_moments(pipe, cfg.devices)
 
-    def __call__(self, rows: Sequence[Row]) -> Iterator[bytes]:
+    def __call__(self, rows: Sequence[Cropped]) -> Iterator[bytes]:
         """Yield the record of each row; all have pictures of one size."""
         images = np.stack(padded([row.images for row in rows], self.size))
         moments = np.stack([self._moments(images[:, i]) for i in range(images.shape[1])], 1)
@@ -158,7 +158,7 @@ class Encoder:
             yield encode_record(arrays, row.id, row.labels)
 
 
-def batches(rows: np.ndarray, groups: np.ndarray, size: int) -> Iterator[list[tuple[int, int]]]:
+def size_batches(rows: np.ndarray, groups: np.ndarray, size: int) -> Iterator[list[tuple[int, int]]]:
     """Yield up to `size` (row, group) at a time, of one group each; `groups` ascends."""
     for group in np.unique(groups):
         mine = rows[groups == group]
@@ -172,9 +172,9 @@ def write_shard(
     """Encode a shard's rows, reading a batch ahead; return what the index needs to know about it."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    def attempt(item: tuple[int, int]) -> Row | BadRow:
+    def attempt(item: tuple[int, int]) -> Cropped | BadRow:
         try:
-            return read_row(pictures, *item, cfg.seed)
+            return read_cropped(pictures, *item, cfg.seed)
         except BadRow as fault:
             return fault
 
@@ -183,7 +183,7 @@ def write_shard(
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")  # so that a record is read without its neighbours
         with ThreadPoolExecutor(cfg.threads) as pool:
-            ahead: list[Future[Row | BadRow]] = [pool.submit(attempt, item) for item in work[0]]
+            ahead: list[Future[Cropped | BadRow]] = [pool.submit(attempt, item) for item in work[0]]
             for place, items in enumerate(work):
                 ready = [future.result() for future in ahead]
                 ahead = [pool.submit(attempt, item) for item in work[place + 1]] if place + 1 < len(work) else []
@@ -192,7 +192,7 @@ def write_shard(
                         name = pictures.source.entries[index].id
                         found["bad"][name] = str(row)
                         pictures.bad.add(name, str(row))
-                good = [row for row in ready if isinstance(row, Row)]
+                good = [row for row in ready if isinstance(row, Cropped)]
                 for record in encode(good) if good else ():
                     writer.write(record)
                 found["bucket"] += [row.group for row in good]
@@ -267,7 +267,7 @@ def main(cfg: Config) -> int:
     if mine:
         with command.progress(sum(len(order[spans[i]]) for i in mine), "encoding", "pictures") as bar:
             for i in mine:
-                work = list(batches(order[spans[i]], groups[spans[i]], cfg.batch_size))
+                work = list(size_batches(order[spans[i]], groups[spans[i]], cfg.batch_size))
                 write_text(notes[i], json.dumps(write_shard(shards[i], work, pictures, encode, cfg, bar)) + "\n")
     missing = sum(not note.is_file() for note in notes)
     if missing:
