@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.samplers.solvers import static
+from jaxmix.samplers.solvers import structural
 from jaxmix.schedule import NoiseSchedule, prediction_to_eps, prediction_to_x0
 from jaxmix.types import InputError
 
@@ -30,7 +30,7 @@ class DDIMInversion:
 
     timesteps: jax.Array  # (S,) int32, ascending: what the model is given
     alphas_cumprod: jax.Array  # (S + 1,) abar before each step, and at the end
-    prediction_type: str = static()
+    prediction_type: str = structural()
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, label: str = "next") -> "DDIMInversion":

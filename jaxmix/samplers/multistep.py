@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.samplers.sigmas import UNSUPPORTED, choice, dpm_levels, final_sigma, refuse
-from jaxmix.samplers.solvers import static
+from jaxmix.samplers.solvers import structural
 from jaxmix.schedule import NoiseSchedule, prediction_to_x0
 from jaxmix.types import InputError
 
@@ -35,8 +35,8 @@ class DPMSolver2M:
     change_weights: jax.Array  # (S,)
     noise_weights: jax.Array  # (S,)
     init_scale: jax.Array  # () factor of standard normal start noise: 1
-    prediction_type: str = static()
-    stochastic: bool = static()  # step needs noise
+    prediction_type: str = structural()
+    stochastic: bool = structural()  # step needs noise
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, sde: bool = False, karras: bool = False) -> "DPMSolver2M":

@@ -17,7 +17,7 @@ from jaxmix.schedule import NoiseSchedule, prediction_to_eps, prediction_to_x0
 from jaxmix.types import InputError
 
 
-def static() -> Any:
+def structural() -> Any:
     """Declare a field that is part of the pytree's structure: each value is another program."""
     return dataclasses.field(metadata={"static": True})
 
@@ -88,9 +88,9 @@ class DDIM(OneStep):
     alphas_cumprod: jax.Array  # abar at each step's timestep
     previous: jax.Array  # abar that each step moves to
     added: jax.Array  # standard deviation of the noise that each step adds
-    prediction_type: str = static()
-    clip_range: float | None = static()  # x0 is clipped to [-clip_range, clip_range]
-    stochastic: bool = static()  # eta > 0
+    prediction_type: str = structural()
+    clip_range: float | None = structural()  # x0 is clipped to [-clip_range, clip_range]
+    stochastic: bool = structural()  # eta > 0
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> "DDIM":
@@ -165,8 +165,8 @@ class Euler(OneStep):
     down: jax.Array  # (S,) factor of eps after each step: less than the next sigma if noise is added
     up: jax.Array  # (S,) standard deviation of the noise that each step adds
     init_scale: jax.Array  # () factor of standard normal start noise
-    prediction_type: str = static()
-    stochastic: bool = static()  # ancestral
+    prediction_type: str = structural()
+    stochastic: bool = structural()  # ancestral
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, ancestral: bool = False, karras: bool = False) -> "Euler":
