@@ -184,9 +184,9 @@ def test_captions_cannot_break_the_gallery(tmp_path):
     [
         (["--steps", "0"], "--steps: found 0, expected a whole number of at least 1"),
         (["--step", "3"], "unknown flag --step; did you mean 'steps'"),
-        (["--seed=-1"], "--seed: expected"),
-        (["--batch-size", "0"], "--batch-size: expected at least 1"),
-        (["--devices", "0"], "--devices: expected at least 1"),
+        (["--seed=-1"], "--seed: found -1, expected"),
+        (["--batch-size", "0"], "--batch-size: found 0, expected at least 1"),
+        (["--devices", "0"], "--devices: found 0, expected at least 1"),
         (["--guidance-scale", "nan"], "--guidance_scale: found nan, expected float or null"),
         (["--prompt", "a", "--prompts", "b"], "found both, expected one of them"),
         (["--dtype", "int8"], "--dtype"),
