@@ -192,7 +192,7 @@ def test_a_file_that_is_no_adapter_is_one_clear_line(tmp_path, tiny_pipeline):
 
 def test_an_adapter_for_another_unet_is_one_clear_line(tiny_pipeline, fresh):
     config = maths.VMixConfig(fresh.config.labels, 32, 24, fresh.config.sites)
-    with pytest.raises(InputError, match="made for a UNet with 4 attn2 of 24 text channels, found one with 4 of 16"):
+    with pytest.raises(InputError, match="found a UNet with 4 attn2 of 16 text channels, expected the adapter's 4 of 24"):
         VMix(config, fresh.params).bind(tiny_pipeline)
 
 
@@ -226,7 +226,7 @@ def test_labels_of_sdxl_are_both_encoders_states_before_the_last_layer_at_the_en
 
 
 def test_an_adapter_of_one_family_on_another_is_one_clear_line(tiny_sdxl, fresh):
-    message = "made for a UNet with 4 attn2 of 16 text channels, found one with 8 of 40"
+    message = "found a UNet with 8 attn2 of 40 text channels, expected the adapter's 4 of 16"
     for use in (fresh.bind, fresh.apply_lora):
         with pytest.raises(InputError, match=message):
             use(tiny_sdxl)

@@ -55,7 +55,7 @@ def test_every_kind_is_scored_and_written_with_its_intervals(segmenter, tmp_path
         (["--out", "folder"], "out: found folder, expected a file that ends in .json"),
         (["--kinds", "[places]"], "kinds: found places under arrangement 'centred'"),
         (["--arrangement", "anywhere"], "found a segmenter of 64 px that names 0 objects, expected one of 64 px"),
-        (["--objects", "30"], "objects: found 30, expected 24 at the most"),
+        (["--objects", "30"], "objects: found 30, expected at most 24"),
     ],
 )
 def test_what_cannot_be_scored_is_one_clear_line(flags, words, tmp_path, monkeypatch, capsys):
