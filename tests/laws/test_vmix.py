@@ -192,7 +192,7 @@ def test_a_file_that_is_no_adapter_is_one_clear_line(tmp_path, tiny_pipeline):
 
 def test_an_adapter_for_another_unet_is_one_clear_line(tiny_pipeline, fresh):
     config = maths.VMixConfig(fresh.config.labels, 32, 24, fresh.config.sites)
-    with pytest.raises(InputError, match="found a UNet with 4 attn2 of 16 text channels, expected the adapter's 4 of 24"):
+    with pytest.raises(InputError, match="UNet with 4 attn2 of 16 text channels, expected the adapter's 4 of 24"):
         VMix(config, fresh.params).bind(tiny_pipeline)
 
 
