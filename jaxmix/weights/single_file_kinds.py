@@ -83,7 +83,7 @@ def _kind(shapes: Shapes) -> str:
         if (hit := next((i for i, name in enumerate(names) if re.match(pattern, name)), None)) is not None:
             return f"{kind} (it has {list(shapes)[hit]!r})"
     first = ", ".join(repr(key) for key in list(shapes)[:3])
-    return f"no known model ({len(shapes)} tensors: {first}{', ...' if len(shapes) > 3 else ''})"
+    return f"an unknown kind of model ({len(shapes)} tensors: {first}{', ...' if len(shapes) > 3 else ''})"
 
 
 def _check_widths(where: str, shapes: Shapes, prefixes: list[str]) -> None:

@@ -421,7 +421,7 @@ OTHERS = {
     "a text encoder alone": tensors("text_model.encoder.layers.0.mlp.fc1.weight"),
     "a textual inversion": tensors("emb_params"),
     "an IP-Adapter": tensors("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
-    "no model that is known": tensors("some.thing"),
+    "an unknown kind of model": tensors("some.thing"),
     "a file without tensors": {},
 }
 
