@@ -305,7 +305,7 @@ def test_added_conditioning_that_does_not_fit_is_named():
         (
             xl,
             good._replace(time_ids=jnp.zeros((1, 5))),
-            "found 20 text features and 5 numbers of 8, expected 68 in all",
+            "found 20 text features and 5 numbers of 8, expected 68 in total",
         ),
     ):
         with pytest.raises(InputError) as e:
