@@ -187,7 +187,7 @@ def test_devices_are_as_many_as_divide_the_rows():
         ((12, 1, 8), "train_batch_size: found 12 rows per micro-batch"),
         ((16, 3, 8), "fsdp: found 3, expected a divisor of the 8 devices"),
         ((16, 0), "fsdp: found 0"),
-        ((3, 2), "expected a multiple of fsdp 2"),
+        ((3, 2), "expected a multiple of fsdp = 2"),
     ],
 )
 def test_devices_that_do_not_fit_are_named(arguments, words):
