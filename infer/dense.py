@@ -1,4 +1,4 @@
-"""Draw prompts to a layout: DenseDiffusion (arXiv 2308.12964). Each phrase of a prompt gets a place in the image.
+"""Draw prompts by a layout: DenseDiffusion (arXiv 2308.12964). Each phrase of a prompt gets a place in the image.
 
 This is infer.generate for rows that all have `segments`.
 

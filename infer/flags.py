@@ -1,4 +1,4 @@
-"""The flags of a job: those of every job, and those of all methods."""
+"""The flags of a job: general ones, and those of all methods."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ class Plain(Base):
     Attributes:
         model: "mini" (embedded), a diffusers folder, a single .safetensors file, or a hub id "owner/name"
         prompt: one prompt to draw
-        prompts: a .txt (one prompt a line), .jsonl (one object a line: prompt, and optionally negative_prompt, seed,
-            steps, guidance_scale, guidance_rescale, sampler, height, width, image, mask, strength, id, and the fields
-            of methods) or .csv file, or "builtin"; without either flag the built-in prompts are drawn
+        prompts: a .txt (one prompt per line), .jsonl (one object per line: prompt, and optionally negative_prompt,
+            seed, steps, guidance_scale, guidance_rescale, sampler, height, width, image, mask, strength, id, and the
+            fields of methods) or .csv file, or "builtin"; without either flag the built-in prompts are drawn
         out: folder for the PNGs, manifest.jsonl, contact_sheet.png and gallery.html
-        negative_prompt: what to steer away from, for rows that name nothing themselves
-        steps: denoising steps, from 1 to the 1000 that models are usually trained with; default: the model's own, or
-            for StyleID 50, 20 with --pairing diffusers
-        guidance_scale: classifier-free guidance, 1 is none (no unit); default: the model's own
-        guidance_rescale: how far to bring guided predictions back to the unguided contrast, 0 to 1 (no unit)
+        negative_prompt: what to steer away from, for rows without their own
+        steps: denoising steps, from 1 to the 1000 with which models are usually trained; default: the model's own; for
+            StyleID 50, or 20 with --pairing diffusers
+        guidance_scale: classifier-free guidance, 1 for none (no unit); default: the model's own
+        guidance_rescale: how far to reduce guided predictions to the unguided contrast, 0 to 1 (no unit)
         sampler: the solver, such as ddim, euler, euler_ancestral, dpmpp_2m_karras; default: the model's own, or ddim
             for StyleID
         height: of the images in pixels, a multiple of 8; default: the model's own
         width: of the images in pixels, a multiple of 8; default: the model's own
         image: a picture to start from (image-to-image)
         mask: a picture, white where `image` is to be repainted (inpainting)
-        strength: how much of `image` is drawn anew, above 0 to 1
-        seed: seed of the first row, 0 to 2^32 - 1; row k draws with seed + k unless it names its own
-        batch_size: images denoised together (more is faster, and takes more memory); no image depends on it
-        dtype: number format of the weights and the arithmetic; auto is the one that they are stored in
+        strength: how much of `image` is drawn anew, above 0 and up to 1
+        seed: seed of row 0, 0 to 2^32 - 1; row k draws with seed + k unless it has its own
+        batch_size: images denoised together (more are faster, but need more memory); no image depends on it
+        dtype: number format of weights and computation; auto is the one in which the weights are stored
         tile: decode large images in tiles of this many pixels, in the memory of one
-        devices: accelerators (or CPU devices) to spread a batch over; default: all that have an image to draw
+        devices: number of accelerators (or CPU devices) that share a batch; default: all, up to one per image
         resume: keep the rows that this folder already holds with the same settings
         strict: draw nothing if any row is bad
         dry_run: check the rows, print the plan, draw nothing
@@ -80,7 +80,7 @@ class Plain(Base):
         """Refuse flags out of range."""
         super().__post_init__()
         if self.prompt is not None and self.prompts is not None:
-            raise InputError("give --prompt or --prompts, not both")
+            raise InputError("--prompt and --prompts: found both, expected one of them")
         check_text("--negative-prompt", self.negative_prompt)
         check_seed("--seed", self.seed)
         if self.steps is not None:
@@ -101,9 +101,9 @@ class Plain(Base):
                 check(flag, value)
         for flag, value in (("--batch-size", self.batch_size), ("--devices", self.devices)):
             if value is not None and value < 1:
-                raise InputError(f"{flag}: expected at least 1, found {value}")
+                raise InputError(f"{flag}: found {value}, expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Flags, Plain):
-    """What to draw, how, and where to."""
+    """What to draw, how, and where."""

@@ -1,4 +1,4 @@
-"""What people look at: a static gallery.html beside the images, and one contact sheet PNG."""
+"""Results for people: a static gallery.html beside the images, and one contact sheet PNG."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from infer.png import write_whole
 
-CELL = 208  # pixels: the width a picture is shown at, or the nearest whole multiple of a small one
+CELL = 208  # pixels: the width at which pictures are shown; small ones are enlarged to the nearest whole multiple
 SHEET_LIMIT = 120
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of an item: its file relative to the gallery, its size in pixels, and a label when it needs one."""
+    """One image of an item: its file relative to the gallery, its size in pixels, and a label if needed."""
 
     file: str
     width: int
@@ -43,7 +43,7 @@ class Item:
 def write_gallery(folder: Path, items: Sequence[Item], title: str, facts: Mapping[str, str]) -> Path:
     """Write gallery.html into `folder` and return its path.
 
-    The page needs nothing but itself and the pictures beside it; `facts` (model, date, speeds) stand under the title.
+    The page needs only the pictures beside it; `facts` (model, date, speeds) are shown under the title.
     """
     template = Path(__file__).with_name("gallery.template.html").read_text(encoding="utf-8")
     drawn = [item for item in items if item.pictures]
@@ -120,7 +120,7 @@ def _scaled(path: Path, picture: Picture) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
-    """Break `text` at words (and within a word too long for a line) into at most `lines` lines of `width` pixels."""
+    """Break `text` at spaces (and within words too long for a line) into at most `lines` lines of `width` pixels."""
     result = [""]
     for word in text.split():
         if font.getlength(f"{result[-1]} {word}".strip()) <= width:

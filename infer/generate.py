@@ -1,6 +1,6 @@
 """Draw images from prompts: rows in; PNGs, a manifest, a contact sheet and a gallery out.
 
-A row is drawn by the methods whose fields it has, so one job may mix them, and so may one row.
+A row is drawn by the methods whose fields it has, so a job may mix them, and so may a row.
 
 Examples: python -m infer.generate --prompt "a 3d render of an apple by the sea" --out gallery
           python -m infer.generate --model FOLDER --prompts rows.jsonl --out gallery --steps 50 --seed 7

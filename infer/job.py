@@ -1,4 +1,4 @@
-"""A job from rows to pictures, which all commands here share."""
+"""A job from rows to pictures, shared by all commands here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUILTIN_PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
 class Batch(NamedTuple):
-    """Rows of a bucket to draw together: with the repetitions that fill the batch up, and the places of the others."""
+    """Rows of a bucket to draw together, with repetitions to fill up the batch, and the places of those that count."""
 
     bucket: Bucket
     filled: list[Row]
@@ -45,9 +45,9 @@ class Batch(NamedTuple):
 def job(config: Config, wanted: str = "") -> int:
     """Do a whole job: read the rows, load the model, draw. Returns the exit status.
 
-    `wanted` names the method that each row must be drawn by, in the commands of one method.
+    `wanted` names the method by which each row must be drawn, in the commands for a single method.
     """
-    # The rows come first: loading a model takes seconds, and a misspelt file name should not have to wait for it.
+    # Rows come first: loading a model takes seconds, and a misspelt file name should not have to wait for it.
     methods = Methods(config, wanted)
     rows, bad = collect_rows(config, methods)
     mesh = choose_mesh(config.devices, len(rows))
@@ -74,19 +74,19 @@ def collect_rows(config: Config, methods: Methods) -> tuple[list[Row], list[BadR
         chosen = BUILTIN_PROMPTS if config.prompts in (None, "builtin") else Path(config.prompts)
         rows, bad = read_rows(chosen, defaults, fields)
     rows = methods.arrange(rows)
-    if not bad:  # a bad row may be the one that a flag is for
+    if not bad:  # a bad row may be the one a flag is meant for
         methods.check_flags(rows)
     return rows, bad
 
 
 def choose_mesh(devices: int | None, images: int) -> Any:
-    """Return a data-parallel mesh over `devices` devices (None: as many as there are images for), or None for one."""
+    """Return a data-parallel mesh over `devices` devices (None: all, up to one per image), or None for one device."""
     import jax
 
     there = jax.devices()
     count = max(1, min(len(there), images)) if devices is None else devices
     if count > len(there):
-        raise InputError(f"--devices {count}: only {len(there)} here ({there[0].platform})")
+        raise InputError(f"--devices: found {count}, expected at most the {len(there)} here ({there[0].platform})")
     if count == 1:
         return None  # without a mesh nothing is partitioned
     from jaxmix.sharding import data_mesh
@@ -160,7 +160,7 @@ def draw(
 
 
 def complete(rows: Sequence[Row], pipe: Any, methods: Methods) -> tuple[list[Row], list[BadRow]]:
-    """Fill in what the model and the rows' pictures settle, and sort out rows that this model cannot draw."""
+    """Fill in what follows from the model and the rows' pictures, and sort out rows that this model cannot draw."""
     good, bad = [], []
     most, factor = pipe.schedule.num_train_timesteps, pipe.vae.config.factor
     for row in rows:
@@ -174,7 +174,7 @@ def complete(rows: Sequence[Row], pipe: Any, methods: Methods) -> tuple[list[Row
             check_steps("steps", whole.steps, most)
             for key in ("height", "width"):
                 if (pixels := getattr(whole, key)) % factor:
-                    raise InputError(f"{key}: expected a multiple of {factor} pixels, found {pixels}")
+                    raise InputError(f"{key}: found {pixels}, expected a multiple of {factor} pixels")
             if row.image is not None:
                 image_to_image_start(whole.steps, row.strength)
             open_pictures([whole])
@@ -190,7 +190,7 @@ def complete(rows: Sequence[Row], pipe: Any, methods: Methods) -> tuple[list[Row
 
 
 def warn_of_cuts(pipe: Any, rows: Sequence[Row]) -> dict[Row, str]:
-    """Print a line for each prompt that is longer than the text encoder reads; return the words each row lost."""
+    """Print a line for each prompt too long for the text encoder; return the words that each row lost."""
     cuts: dict[Row, str] = {}
     prompts = [(row, text) for row in rows for text in row.texts]
     for key, read in (("prompt", prompts), ("negative_prompt", [(row, row.negative_prompt) for row in rows])):
@@ -203,7 +203,7 @@ def warn_of_cuts(pipe: Any, rows: Sequence[Row]) -> dict[Row, str]:
 
 
 def request(rows: Sequence[Row]) -> Any:
-    """Return the `jaxmix.Request` of completed rows that share their program, without what methods make of it."""
+    """Return the `jaxmix.Request` of completed rows that share their program, before methods extend it."""
     import jaxmix
 
     first = rows[0]
@@ -222,7 +222,7 @@ def request(rows: Sequence[Row]) -> Any:
 
 
 def open_pictures(rows: Sequence[Any]) -> dict[str, Any]:
-    """Return what the pipeline needs of the pictures that rows of one program start from."""
+    """Return the start pictures of rows that share their program, as arguments of a request."""
     first = rows[0]
     pictures: dict[str, Any] = {}
     if first.image is not None:
@@ -236,7 +236,7 @@ def open_pictures(rows: Sequence[Any]) -> dict[str, Any]:
 def render(
     pipe: Any, batch: Batch, mesh: Any, tile: int | None, times: Times, clock: CompileClock
 ) -> tuple[np.ndarray, list[int]]:
-    """Draw rows that share their program; return images (b, H, W, 3) uint8 and the shape of the latents of one."""
+    """Draw rows that share their program; return images (b, H, W, 3) uint8 and the latents' shape of one image."""
     asked = request(batch.filled)
     latents = pipe.draw(asked, build(pipe, asked, batch), mesh=mesh, output="latent")
     begun, compiled_before = time.monotonic(), clock.seconds
@@ -247,7 +247,7 @@ def render(
 
 
 def build(pipe: Any, asked: Any, batch: Batch) -> list[Any]:
-    """Return the `jaxmix.Method`s of a batch; what they invert is inverted with the weights that the batch has."""
+    """Return the `jaxmix.Method`s of a batch; their inversions use the weights of the batch."""
     from jaxmix.pipeline.request import WEIGHTS
 
     methods, weights = batch.bucket.methods, batch.bucket.weights
@@ -256,14 +256,14 @@ def build(pipe: Any, asked: Any, batch: Batch) -> list[Any]:
     for one in adapters:
         if one.when == WEIGHTS:
             asked = one.apply(pipe, asked)
-    pipe = pipe.merged(asked.weights) if adapters else pipe  # kept, so that drawing merges nothing again
+    pipe = pipe.merged(asked.weights) if adapters else pipe  # cached, so that drawing need not merge again
     return [*adapters, *(one for method in methods if not method.adapter for one in method.build(pipe, rows))]
 
 
 def plan(
     config: Config, rows: Sequence[Row], todo: Sequence[Row], mesh: Any, methods: Methods, pipe: Any
 ) -> list[Batch]:
-    """Return the batches, and say what will be drawn in which before the first compile."""
+    """Return the batches, after printing what each program will draw, before anything is compiled."""
     held = []
     kept = len(rows) - len(todo)
     devices = 1 if mesh is None else mesh.size
@@ -300,11 +300,11 @@ def batches_of(bucket: Bucket, size: int, devices: int) -> Iterator[Batch]:
 
 
 def refuse(config: Config, rows: Sequence[Row], bad: Sequence[BadRow]) -> None:
-    """Raise InputError, after listing the bad rows, where nothing is to be drawn."""
+    """Raise InputError, after listing the bad rows, if nothing is to be drawn."""
     if rows and not (bad and config.strict):
         return
     report(bad)
-    raise InputError("no row can be drawn" if not rows else "nothing drawn: there are bad rows, and --strict is set")
+    raise InputError("no row can be drawn" if not rows else "nothing drawn: found bad rows with --strict")
 
 
 def report(bad: Sequence[BadRow]) -> None:

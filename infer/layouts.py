@@ -53,7 +53,7 @@ class Place:
         return levels_of(self.mask, height, width) / np.float32(255)
 
     def stored(self) -> dict[str, Any]:
-        """Return the segment as a row holds it."""
+        """Return the segment as it is stored in a row."""
         held: dict[str, Any] = {"phrase": self.phrase}
         if self.mask is not None:
             held["mask"] = self.mask
@@ -74,7 +74,8 @@ def check_segments(key: str, value: Any) -> tuple[Place, ...]:
     if isinstance(value, str):
         value = [_from_text(key, part) for part in value.split(";") if part.strip()]
     if not isinstance(value, (list, tuple)) or not value:
-        raise InputError(f'{key}: expected a list of segments such as {{"phrase": "a dog", "box": [0, 0.5, 0.5, 1]}}')
+        example = '{"phrase": "a dog", "box": [0, 0.5, 0.5, 1]}'
+        raise InputError(f"{key}: found {value!r}, expected a list of segments such as {example}")
     return tuple(_place(f"{key}[{i}]", item) for i, item in enumerate(value))
 
 
@@ -82,7 +83,7 @@ def _from_text(key: str, part: str) -> dict[str, Any]:
     phrase, at, place = part.rpartition("@")
     if not at:
         raise InputError(
-            f"{key}: expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png', found {part.strip()!r}"
+            f"{key}: found {part.strip()!r}, expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png'"
         )
     held: dict[str, Any] = {"phrase": phrase.strip()}
     head, colon, tail = place.rpartition(":")
@@ -116,7 +117,7 @@ def _place(where: str, item: Any) -> Place:
     if "box" in item:
         left, top, right, bottom = _numbers(f"{where}: box", item["box"], 4)
         if not (left < right and top < bottom):
-            raise InputError(f"{where}: box: expected left < right and top < bottom, found {item['box']}")
+            raise InputError(f"{where}: box: found {item['box']}, expected left < right and top < bottom")
         return Place(phrase, box=(left, top, right, bottom), weight=weight)
     corners = item["polygon"]
     if not isinstance(corners, (list, tuple)) or len(corners) < 3:
@@ -128,19 +129,19 @@ def _place(where: str, item: Any) -> Place:
 def _numbers(where: str, value: Any, count: int) -> list[float]:
     good = isinstance(value, (list, tuple)) and len(value) == count
     if not good or any(isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) for x in value):
-        raise InputError(f"{where}: expected {count} numbers, found {value!r}")
+        raise InputError(f"{where}: found {value!r}, expected {count} numbers")
     if min(value) < 0 or max(value) > 1:
-        raise InputError(f"{where}: expected shares of the image from 0 to 1, found {list(value)}")
+        raise InputError(f"{where}: found {list(value)}, expected shares of the image from 0 to 1")
     return [float(x) for x in value]
 
 
 def enlargement(width: int) -> int:
-    """Return how many times larger the picture of a layout is, so that its words can be read."""
+    """Return the factor by which the picture of a layout is enlarged, so that its words are legible."""
     return max(1, round(CELL / width))
 
 
 def picture(places: Sequence[Place], height: int, width: int) -> Image.Image:
-    """Return the layout as people look at it: each segment in its colour with its phrase, enlarged if small."""
+    """Return a picture of the layout for people: each segment in its colour with its phrase, enlarged if small."""
     scale = enlargement(width)
     canvas = np.full((height, width, 3), 255, np.float32)
     for i, place in enumerate(places):

@@ -1,4 +1,4 @@
-"""manifest.jsonl: one line per image or bad row, appended as they come, so that a run that was cut short can go on."""
+"""manifest.jsonl: one line per image or bad row, appended as they come, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from infer.png import read_settings
 class Manifest:
     """The manifest of one output folder.
 
-    A line holds `status` ("ok" or "error") and, of an image, `file` and its settings; the last line about a file wins.
-    With `resume` the old lines are kept and read; without it the manifest starts anew at the first line added.
+    A line holds `status` ("ok" or "error") and, for an image, `file` and its settings; the last line about a file wins.
+    With `resume` the old lines are kept and read; without it the manifest is replaced when the first line is added.
     """
 
     def __init__(self, folder: Path, resume: bool = False) -> None:
@@ -26,12 +26,12 @@ class Manifest:
             text = self.path.read_text(encoding="utf-8", errors="replace")
             for line in text.split("\n"):
                 self._remember(line)
-            if text and not text.endswith("\n"):  # cut short by the end of an earlier run: keep it off the next line
+            if text and not text.endswith("\n"):  # truncated when an earlier run ended: keep it off the next line
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write("\n")
 
     def holds(self, file: str, settings: Mapping[str, Any]) -> bool:
-        """Whether `file` is recorded with these very settings and the PNG itself is whole and says the same."""
+        """Return whether `file` is recorded with exactly these settings and the PNG is whole and says the same."""
         record, path = self._images.get(file), self.path.parent / file
         if record is None or any(record.get(key) != value for key, value in settings.items()):
             return False
@@ -46,7 +46,7 @@ class Manifest:
         self._append({"file": file, "status": "ok", **settings, **extra})
 
     def add_error(self, row: int, where: str, reason: str) -> None:
-        """Append the line of a row that cannot be drawn, unless an earlier run did."""
+        """Append the line of a row that cannot be drawn, unless an earlier run has done so."""
         if (row, reason) not in self._errors:
             self._append({"row": row, "status": "error", "where": where, "error": reason})
 

@@ -1,4 +1,4 @@
-"""How much of a run went into compiling."""
+"""How much of a run was spent compiling."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax
 
 
 class CompileClock:
-    """Adds up the seconds that JAX spends tracing, lowering and compiling inside a `with` block.
+    """Add up the seconds that JAX spends tracing, lowering and compiling inside a `with` block.
 
-    `programs` counts what was asked of the persistent cache and `hits` what it held. Durations may nest (an inner jit
-    is traced within an outer one): time is counted once.
+    `programs` counts requests to the persistent cache and `hits` what it held. Durations may nest (an inner jit is
+    traced within an outer one), but time is counted once.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Pictures that a row starts from."""
+"""The input pictures of rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def picture_size(path: str, factor: int) -> tuple[int, int]:
-    """Return the (height, width) to draw a picture at: its own, cut down to multiples of `factor`."""
+    """Return the (height, width) at which to draw a picture: its own, rounded down to multiples of `factor`."""
     with _open(path) as image:
         width, height = image.size
     return max(height // factor, 1) * factor, max(width // factor, 1) * factor
@@ -27,7 +27,7 @@ def open_picture(path: str, height: int, width: int, mode: str = "RGB") -> np.nd
         except OSError as error:
             raise InputError(f"{path}: the picture is damaged: {error}") from None
     if image.size != (width, height):
-        # A mask keeps its hard edges.
+        # Masks keep their hard edges.
         image = image.resize((width, height), Image.Resampling.NEAREST if mode == "L" else Image.Resampling.LANCZOS)
     return np.array(image)
 
@@ -38,11 +38,11 @@ def _open(path: str) -> Image.Image:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError:
-        raise InputError(f"{path}: not a picture that can be opened") from None
+        raise InputError(f"{path}: not a readable picture") from None
 
 
 def open_cropped(path: str, height: int, width: int) -> np.ndarray:
-    """Return the middle of a picture as uint8 (height, width, 3): the largest part of that shape, resized."""
+    """Return the centre of a picture as uint8 (height, width, 3): the largest part of that shape, resized."""
     with _open(path) as image:
         try:
             image = image.convert("RGB")
@@ -57,7 +57,7 @@ def write_picture(image: np.ndarray, out: Path) -> None:
 
 
 def levels_of(path: str, height: int, width: int) -> np.ndarray:
-    """Return a mask (height, width) as the bytes of a picture; one of another size is refused."""
+    """Return a mask (height, width) as the bytes of a picture; refuses other sizes."""
     with _open(path) as image:
         if image.size != (width, height):
             raise InputError(
@@ -75,12 +75,12 @@ def mask_of(path: str, height: int, width: int) -> np.ndarray:
 
 
 def pictures_in(path: str) -> list[str]:
-    """Return the pictures of a folder by name, or the one file."""
+    """Return the pictures in a folder, sorted by name, or the one file."""
     place = Path(path)
     if place.is_dir():
         found = sorted(str(p) for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
         if not found:
-            raise InputError(f"{path}: found no picture here, expected files that end in {', '.join(SUFFIXES)}")
+            raise InputError(f"{path}: found no pictures, expected files that end in {', '.join(SUFFIXES)}")
         return found
     if not place.is_file():
         raise InputError(f"{path}: no such file or folder")

@@ -35,7 +35,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _viewer_name(sampler: str) -> str:
-    """Return a sampler's name as image viewers and web UIs know it."""
+    """Return the name by which image viewers and web UIs know a sampler."""
     solver = sampler.removesuffix("_karras")
     known = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M"}
     known["dpmpp_2m_sde"] = "DPM++ 2M SDE"
@@ -63,10 +63,10 @@ def setting_chunks(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[s
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """Return the settings in a PNG's `jaxmix` chunk, or None where the file is missing, damaged or not ours."""
+    """Return the settings in a PNG's `jaxmix` chunk, or None if the file is missing, damaged or not ours."""
     try:
         with Image.open(path) as image:
-            image.load()  # the chunk may stand anywhere, and a file cut short must not count as drawn
+            image.load()  # the chunk may be anywhere, and a truncated file must not count as drawn
             return json.loads(image.info["jaxmix"])
     except (OSError, KeyError, ValueError, SyntaxError):
         return None

@@ -1,4 +1,4 @@
-"""What a job says at its end: the gallery, the contact sheet and the line of figures."""
+"""The report at the end of a job: the gallery, the contact sheet and the line of figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from infer.rows import BadRow, Row
 
 @dataclasses.dataclass
 class Times:
-    """Images drawn in one run, and the seconds it took; `drawing` and `decode` are without the compiling in them."""
+    """Images drawn in one run, and the seconds it took; `drawing` and `decode` exclude compilation."""
 
     images: int = 0
     whole: float = 0.0
@@ -41,7 +41,7 @@ def write_overview(
     cuts: dict[Row, str],
     methods: Methods,
 ) -> None:
-    """Write gallery.html and contact_sheet.png over all rows of the job, drawn now or before."""
+    """Write gallery.html and contact_sheet.png of all rows of the job, drawn now or earlier."""
     items = []
     for row in rows:
         record = manifest.record(row.file_name)
@@ -75,7 +75,7 @@ def write_overview(
 
 
 def summary(times: Times, clock: CompileClock, cached: bool) -> str:
-    """Return the last line: images/s is over the drawing alone, without loading and compiling."""
+    """Return the last line; its images/s are for drawing alone, without loading and compiling."""
     if not times.images:
         return f"0 images drawn in {times.whole:.1f} s (all kept from before)"
     hits = f" ({clock.hits} of {clock.programs} programs from the cache)" if cached else ""

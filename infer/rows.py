@@ -1,4 +1,4 @@
-"""Prompt files into rows: everything a row may say is checked here, before anything is compiled."""
+"""Prompt files to rows: everything in a row is checked here, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a row gets where it says nothing itself: the flags of the command line; row k draws with `seed` + k.
+    """The defaults of rows, from the command line; row k draws with `seed` + k.
 
-    None: the model's own. `image` and `mask` are paths of pictures.
+    None is the model's own. `image` and `mask` are paths of pictures.
     """
 
     negative_prompt: str = ""
@@ -41,10 +41,9 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Field:
-    """A field that a method adds to the rows: how it is checked, and what a row gets that does not name it.
+    """A field that a method adds to rows: its check, and the default of rows that do not name it.
 
-    Values are hashable; `stored` turns one into what JSON holds. A row that has a field which is `enough` may do
-    without a prompt.
+    Values are hashable; `stored` converts one for JSON. A row with a field that is `enough` needs no prompt.
     """
 
     check: Callable[[str, Any], Any]
@@ -60,9 +59,9 @@ Fields = Mapping[str, Field]
 class Row(Defaults):
     """One image to draw.
 
-    `number` is the row's place in its file, from 0; `where` names it in messages. What is None is filled in by
-    `complete`. `extra` holds the fields that methods added, and `named` which fields the row itself says. `parts` are
-    the prompts that a completed row's `prompt` is composed of, if it is.
+    `number` is the row's place in its file, from 0; `where` names it in messages. `complete` fills in what is None.
+    `extra` holds the fields that methods added, and `named` says which fields the row itself sets. `parts` are the
+    prompts that a completed row's `prompt` is composed of, if any.
     """
 
     number: int
@@ -82,7 +81,7 @@ class Row(Defaults):
         return replace(self, extra=tuple((dict(self.extra) | extra).items()))
 
     def complete(self, **defaults: Any) -> Row:
-        """Return the row with the defaults of the model where neither the row nor the command line said anything."""
+        """Return the row with the model's defaults for what neither the row nor the command line sets."""
         return replace(self, **{key: value for key, value in defaults.items() if getattr(self, key) is None})
 
     @property
@@ -92,17 +91,17 @@ class Row(Defaults):
 
     @property
     def program(self) -> tuple[Any, ...]:
-        """What rows must share to be drawn in one batch: they are one compiled program."""
+        """What rows must share to be drawn by one compiled program, and so in one batch."""
         start = None if self.image is None else (self.strength, self.mask is not None)
         return (self.steps, self.sampler, self.height, self.width, bool(self.guidance_rescale), start)
 
     @property
     def file_name(self) -> str:
-        """The name of the row's PNG: row number and seed, so that a run can be continued and two seeds never clash."""
+        """The name of the row's PNG: row number and seed, so that a run can be resumed and two seeds never clash."""
         return f"{self.number:04d}_seed{self.seed}.png"
 
     def settings(self) -> dict[str, Any]:
-        """Return what of the plain fields the image depends on, as it is written into the PNG and the manifest."""
+        """Return the plain fields on which the image depends, as written into the PNG and the manifest."""
         held = asdict(self)
         for key in ("where", "extra", "named", "parts"):
             del held[key]
@@ -110,7 +109,7 @@ class Row(Defaults):
             del held["strength"]
         if not held["guidance_rescale"]:
             del held["guidance_rescale"]
-        for key in ("image", "mask"):  # only where they are used
+        for key in ("image", "mask"):  # only if they are used
             if held[key] is None:
                 del held[key]
         return {"row": held.pop("number"), "prompt": held.pop("prompt"), **held}
@@ -132,17 +131,17 @@ FIELDS = ("prompt", "id", *(field.name for field in fields(Defaults)))
 
 
 def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None) -> tuple[list[Row], list[BadRow]]:
-    """Read a .txt (one prompt a line), .jsonl (one object a line) or .csv file into good and bad rows.
+    """Read a .txt (one prompt per line), .jsonl (one object per line) or .csv file into good and bad rows.
 
     An object's keys, or the names in the first line of a .csv file, are FIELDS and those that methods `added`.
 
-    Raises InputError where the file as a whole is no use: missing, empty, not text, or of another kind.
+    Raises InputError if the file as a whole is of no use: missing, empty, not text, or of another kind.
     """
     path = Path(path)
     kinds = {".txt": _from_text, ".jsonl": _from_json}
     if path.suffix not in (*kinds, ".csv"):
         raise InputError(
-            f"{path}: expected a .txt, .jsonl or .csv file of prompts, found '{path.suffix or 'no suffix'}'"
+            f"{path}: found '{path.suffix or 'no suffix'}', expected a .txt, .jsonl or .csv file of prompts"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -154,7 +153,7 @@ def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None)
         table = csv.reader(io.StringIO(text, newline=""))
         names = [name.strip() for name in next(table, [])]
         if not any(names) or len(set(names)) < len(names):
-            raise InputError(f"{path}: found the first line {','.join(names)!r}, expected a field's name a column")
+            raise InputError(f"{path}: found the first line {','.join(names)!r}, expected one field name per column")
         cells = ((f"{path.name}:{table.line_num}", line) for line in table)
         try:
             return _collect(cells, functools.partial(_from_cells, names), defaults, added or {})
@@ -170,7 +169,7 @@ def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None)
 
 
 class Cell(str):
-    """A value in a .csv file: text, or a number or a list written as in JSON."""
+    """A value in a .csv file: text, or a number or list written as JSON."""
 
 
 def rows_of_prompts(
@@ -197,7 +196,7 @@ def _collect(
         try:
             row = _row(number, where, parse(line), defaults, added)
             if row.id is not None and row.id in owners:
-                raise InputError(f"id: '{row.id}' is already the id of {owners[row.id]}")
+                raise InputError(f"id: found '{row.id}', which is already the id of {owners[row.id]}")
         except InputError as error:
             bad.append(BadRow(number, where, str(error)))
             continue
@@ -245,7 +244,7 @@ def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults, a
     if not any(one.enough and extra[key] is not None for key, one in added.items()):
         if "prompt" not in content:
             raise InputError("no field 'prompt'")
-        given["prompt"] = content["prompt"]  # null is no prompt, elsewhere it is nothing said
+        given["prompt"] = content["prompt"]  # null is not a prompt; elsewhere it means that nothing is set
     flags = {"prompt": "", **vars(defaults), "seed": defaults.seed + number}
     values: dict[str, Any] = {key: given[key] if key in given else flags.get(key) for key in FIELDS}
     checked: dict[str, Any] = {
@@ -253,7 +252,7 @@ def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults, a
     }
     row = Row(number=number, where=where, **checked, extra=tuple(extra.items()), named=frozenset(given))
     if row.mask is not None and row.image is None:
-        raise InputError("mask: found a mask without an image, expected the image to repaint")
+        raise InputError("mask: found a mask alone, expected also the image to repaint")
     return row
 
 
@@ -273,7 +272,7 @@ def _checked(check: Callable[[str, Any], Any], key: str, value: Any) -> Any:
 def check_text(key: str, value: Any) -> str:
     """Return `value` if it is text that a PNG and a manifest can hold."""
     if not isinstance(value, str):
-        raise InputError(f"{key}: expected text, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected text")
     if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InputError(f"{key}: holds a character that is not text (NUL or half a surrogate pair)")
     return value
@@ -282,7 +281,7 @@ def check_text(key: str, value: Any) -> str:
 def check_seed(key: str, value: Any) -> int:
     """Return `value` if it is a whole number from 0 to 2^32 - 1."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SEED:
-        raise InputError(f"{key}: expected a whole number from 0 to {MAX_SEED}, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a whole number from 0 to {MAX_SEED}")
     return value
 
 
@@ -290,28 +289,28 @@ def check_steps(key: str, value: Any, most: int | None = None) -> int:
     """Return `value` if it is a whole number of denoising steps, at least 1 and at most `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
         expected = "of at least 1" if most is None else f"from 1 to {most}"
-        raise InputError(f"{key}: expected a whole number {expected}, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a whole number {expected}")
     return value
 
 
 def check_number(key: str, value: Any) -> float:
     """Return `value` as a float if it is a finite number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{key}: expected a number, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a number")
     return float(value)
 
 
 def check_share(key: str, value: Any) -> float:
     """Return `value` as a float if it is a number from 0 to 1."""
     if not 0 <= check_number(key, value) <= 1:
-        raise InputError(f"{key}: expected a number from 0 to 1, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a number from 0 to 1")
     return float(value)
 
 
 def check_pixels(key: str, value: Any) -> int:
     """Return `value` if it is a whole number of pixels; the model's own limits are checked once it is known."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{key}: expected a whole number of pixels, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a whole number of pixels")
     return value
 
 
@@ -323,7 +322,7 @@ def check_sampler(key: str, value: Any) -> str:
 
 
 def check_file(key: str, value: Any) -> str:
-    """Return `value` if it is the path of a file that is there."""
+    """Return `value` if it is the path of an existing file."""
     if not Path(check_text(key, value)).is_file():
         raise InputError(f"{key}: no such file: {value}")
     return value
@@ -334,7 +333,7 @@ def check_id(key: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:
-        raise InputError(f"{key}: expected a name, found {kind_of(value)}")
+        raise InputError(f"{key}: found {kind_of(value)}, expected a name")
     return check_text(key, value)
 
 

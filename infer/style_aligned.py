@@ -1,6 +1,6 @@
 """Draw sets of images in one style: StyleAligned (arXiv 2312.02133), or Visual Style Prompting with --swap.
 
-This is infer.generate for rows that all stand in a group; those that name no `group` are one, or --group-size each.
+This is infer.generate for rows that are all in groups; those without a `group` form one, or groups of --group-size.
 
 Examples: python -m infer.style_aligned --prompts rows.txt --out gallery        (one set, in the style of the first)
           python -m infer.style_aligned --prompts rows.jsonl --steps 50         (sets by "group" of the rows)

@@ -15,10 +15,10 @@ from jaxmix.command import run
 
 @dataclasses.dataclass(frozen=True)
 class Config(Plain):
-    """What to restyle, how, and where to; the flags of infer.generate, of which prompts and guidance mean nothing here.
+    """What to restyle, how, and where; the flags of infer.generate, of which prompts and guidance have no effect here.
 
     Attributes:
-        adain: StyleID: whether the start takes the mean and deviation of the style's noise
+        adain: StyleID: whether the start noise takes the mean and standard deviation of the style's noise
     """
 
     adain: bool = True

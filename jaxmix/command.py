@@ -1,4 +1,4 @@
-"""What every command line shares: flags from a dataclass, one-line errors, progress, the compile cache."""
+"""What all commands share: flags from a dataclass, one-line errors, progress, the compile cache."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def run(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) ->
     """Parse the command line into main's config dataclass, call main, and exit with its status.
 
     `main` takes one argument annotated with a dataclass; every field is a flag (`--batch-size` and `--batch_size`
-    both work, nested dataclasses are `--a.b`) and a key of the YAML file given as `--config FILE.yaml`. Flags win over
-    the file wherever they stand. A user's mistake (InputError, an unreadable path) is one `error:` line on stderr and
-    status 2; Ctrl-C is status 130.
+    both work, nested dataclasses are `--a.b`) and a key of the YAML file given as `--config FILE.yaml`. Flags override
+    the file, wherever they come. A user's mistake (InputError, an unreadable path) becomes one `error:` line on stderr
+    and status 2; Ctrl-C becomes status 130.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its tokenizer is used: torch is not missed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # we use its tokenizer only, which needs no torch
     try:
         status = main(parse(main, sys.argv[1:] if argv is None else argv))
     except InputError as error:
@@ -50,8 +50,8 @@ def parse(main: Callable[[Any], int | None], argv: Sequence[str]) -> Any:
     import jsonargparse
 
     config_type = _config_type(main)
-    # An inherited field's type means what it means in its own module; jsonargparse would look names up in this one's,
-    # and take what it cannot find for untyped (a text "no" would then be false).
+    # The type of an inherited field must be resolved in the module that defines it; jsonargparse would look in the
+    # subclass's module, and treat what it cannot find there as untyped (the text "no" would then be false).
     vars(config_type)["__init__"].__annotations__.update(typing.get_type_hints(config_type))
     # Field help may stand in the class docstring (Attributes:) or as a string under each field.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -61,7 +61,7 @@ def parse(main: Callable[[Any], int | None], argv: Sequence[str]) -> Any:
         exit_on_error=False,
         version=_version(),
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags override it.")
     parser.add_class_arguments(config_type, nested_key=None, fail_untyped=True)
     known = {action.dest for action in parser._actions}.difference(_OWN_KEYS)
     switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
@@ -72,19 +72,19 @@ def parse(main: Callable[[Any], int | None], argv: Sequence[str]) -> Any:
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *arguments])
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise InputError(_one_line(str(error)) + (f" (flags and {', '.join(files)})" if files else "")) from None
-    filled = parser.instantiate(namespace)  # builds the nested dataclasses; the outer one is ours to build
+    filled = parser.instantiate(namespace)  # builds the nested dataclasses; we build the outer one
     return config_type(**{field.name: filled[field.name] for field in dataclasses.fields(config_type)})
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" with the names closest to `name`, or "; known: ..." where none is close."""
+    """Return "; did you mean 'x'?" with the names closest to `name`, or "; known: ..." if none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; known: {', '.join(known)}"
 
 
 class Progress:
-    """Count work done out of `total`: a bar on a terminal, elsewhere a plain line every `every` seconds.
+    """Show how much of `total` is done: a bar on a terminal, elsewhere a plain line every `every` seconds.
 
     Both show the rate and the time left; log files of jobs without a terminal stay readable.
     """
@@ -100,7 +100,7 @@ class Progress:
             self._bar = tqdm(total=total, desc=desc, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr)
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """Add `count` finished units; `note` (a loss, a file name) is shown behind the rate."""
+        """Add `count` finished units; `note` (a loss, a file name) is shown after the rate."""
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
@@ -140,7 +140,7 @@ def progress(total: int, desc: str, unit: str = "it", every: float = 10.0) -> Pr
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as people say it: '8 s', '3 min 05 s', '2 h 10 min'."""
+    """Format a duration for people: '8 s', '3 min 05 s', '2 h 10 min'."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -150,10 +150,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def enable_compilation_cache() -> Path | None:
-    """Turn on XLA's persistent compile cache, say where it is in one line on stderr, and return the folder.
+    """Turn on XLA's persistent compile cache, print its location in one line on stderr, and return the folder.
 
-    The folder is ~/.cache/jaxmix/xla unless JAX_COMPILATION_CACHE_DIR names another (local or gs://). Where it cannot
-    be written the line says so and None is returned: a cache is never a reason to stop.
+    The folder is ~/.cache/jaxmix/xla unless JAX_COMPILATION_CACHE_DIR names another (local or gs://). If it cannot be
+    written, the line says so and None is returned: a missing cache is never a reason to stop.
     """
     import jax
     from etils import epath
@@ -168,17 +168,17 @@ def enable_compilation_cache() -> Path | None:
         print(f"compile cache: off ({folder}: {error.strerror})", file=sys.stderr)
         return None
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-    compilation_cache.reset_cache()  # JAX decides at its first compile, which may have been before this call
+    compilation_cache.reset_cache()  # JAX decides at its first compilation, which may precede this call
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up, too
-    print(f"compile cache: on, {folder} ({held} compiled programs held)", file=sys.stderr)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up as well
+    print(f"compile cache: on, {folder} ({held} compiled programs)", file=sys.stderr)
     return folder
 
 
 def start(distributed: bool = False) -> None:
     """Prepare JAX for a long command: join the other processes if there are any, and keep compiled programs.
 
-    Where JAX cannot see by itself who the others are (it can on Cloud TPU and under Slurm) the environment must say:
+    JAX finds the other processes by itself on Cloud TPU and under Slurm. Elsewhere the environment must name them:
     JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises `InputError` if it does not.
     """
     if distributed:
@@ -207,7 +207,7 @@ def _program_name(main: Callable[[Any], int | None]) -> str:
     spec = getattr(module, "__spec__", None)  # under `python -m` __name__ is '__main__', the spec keeps the real name
     if spec is None:
         return Path(sys.argv[0]).name
-    return "python -m " + spec.name.removesuffix(".__main__")  # which a package run by its name has besides
+    return "python -m " + spec.name.removesuffix(".__main__")  # appended when a package is run by its name
 
 
 def _version() -> str:
@@ -220,7 +220,7 @@ def _version() -> str:
 
 
 def _normalise(argv: Sequence[str], known: set[str], switches: set[str]) -> tuple[list[str], list[str]]:
-    """Split argv into canonical flags and config files, refusing flags that no field has.
+    """Split argv into canonical flags and config files, refusing flags that match no field.
 
     `--a-b 1` becomes `--a_b=1`; a bare `--strict` of a bool field becomes `--strict=true`.
     """
@@ -253,7 +253,7 @@ def _normalise(argv: Sequence[str], known: set[str], switches: set[str]) -> tupl
 
 
 def _check_file(path: str, known: set[str]) -> None:
-    """Refuse a config file that is missing, is not a YAML mapping, or holds a key that no field has."""
+    """Refuse a config file that is missing, is not a YAML mapping, or has a key that matches no field."""
     import yaml
 
     try:
@@ -263,7 +263,7 @@ def _check_file(path: str, known: set[str]) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: not readable as YAML: {_one_line(str(error))}") from None
     if not isinstance(content, Mapping):
-        raise InputError(f"--config {path}: expected keys and values, found {type(content).__name__}")
+        raise InputError(f"--config {path}: found {type(content).__name__}, expected keys and values")
     for key in _flat_keys(content, known):
         if key not in known:
             raise InputError(f"--config {path}: unknown key '{key}'{near_misses(key, known)}")
@@ -281,6 +281,8 @@ def _flat_keys(content: Mapping[str, Any], known: set[str], prefix: str = "") ->
 def _one_line(message: str) -> str:
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r'^Parser key "([^"]+)":', r"--\1:", message)
-    message = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, found ", message)
-    message = re.sub(r"Does not validate .+? Subtypes: \[(.+)\] .* Given value: ", r"expected \1, found ", message)
+    message = re.sub(r"Expected an? (.+?)\. Got value: (.*)$", r"found \2, expected \1", message)
+    message = re.sub(
+        r"Does not validate .+? Subtypes: \[(.+)\] .* Given value: (.*)$", r"found \2, expected \1", message
+    )
     return re.sub(r"<class '(\w+)'>|typing\.", r"\1", message).replace(", NoneType", " or null")

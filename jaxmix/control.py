@@ -4,7 +4,7 @@ A method that edits attention is a `Control`: a pytree of arrays with a static p
 a tuple of them as an explicit argument and applies the live ones left to right, so one trace serves any strengths, and
 grad, vmap, remat and sharding of an adapter are plain JAX.
 
-The stages, in the order in which an attention layer meets them::
+The stages, in the order in which they run::
 
     told     the text states that attn2 makes its keys and its values of, before the denoising loop
     kv       keys and values of attn2, before the denoising loop (they do not depend on the timestep)
@@ -14,12 +14,12 @@ The stages, in the order in which an attention layer meets them::
     moments  mean and variance of a GroupNorm
     join     features and skip where a resnet of an up block joins them
 
-Before them, ``prepare`` runs once a phase, outside of the loop, and ``see`` once for each call of the UNet, on its raw
-inputs: a network beside the UNet (ControlNet) computes there what its ``join`` adds.
+Before them, ``prepare`` runs once per phase, outside the loop, and ``see`` once per call of the UNet, on its raw
+inputs: this is where a network beside the UNet (ControlNet) computes what its ``join`` adds.
 
-Rows are (sample, branch) with the branch minor: u0, c0, u1, c1, ... Which row gets how much is data (`rows.gate`),
-never a ``chunk(2)``, so sharded rows stay on their device. A control whose rows look at other rows says how far before
-them those stand (`rows.rows_back`): a distance is the same on every device, an index is not.
+Rows are (sample, branch) with the branch minor: u0, c0, u1, c1, ... How strongly a control acts on a row is data
+(`rows.gate`), never a ``chunk(2)``, so sharded rows stay on their device. A control whose rows look at earlier rows
+says how far back those are (`rows.rows_back`): a distance is the same on every device, an index is not.
 """
 
 from __future__ import annotations
@@ -86,11 +86,10 @@ class Moments(NamedTuple):
 class Control:
     """An edit of attention and features. Subclasses are final `jaxmix.rows.dataclass`es that override what they need.
 
-    ``sites`` is a regular expression searched in `Site.name`; None is every site of the stages that are overridden:
-    attention layers (attn2 alone for ``told`` and ``kv``), GroupNorms for ``moments``, the resnets of up blocks for
-    ``join``. A pattern is searched among the same. ``window`` is the share of the sampling steps, from start (0) to end
-    (1), in which the control is live (``span`` makes steps of it); outside of it the sampler runs a separate scan
-    without it.
+    ``sites`` is a regular expression searched for in `Site.name`, among the sites of the overridden stages: attention
+    layers (only attn2 for ``told`` and ``kv``), GroupNorms for ``moments``, the resnets of up blocks for ``join``. None
+    means all of them. ``window`` is the share of the sampling steps, from start (0) to end (1), in which the control is
+    live (`span` turns it into steps); outside it the sampler runs a separate scan without it.
     Numbers that may change without recompiling are arrays: convert with ``jnp.asarray(x, jnp.float32)``, since a
     Python float is weakly typed and costs one more trace.
     """
@@ -98,7 +97,7 @@ class Control:
     sites: str | None = static(default=None, kw_only=True)
     window: tuple[float, float] = static(default=(0.0, 1.0), kw_only=True)
 
-    #: What this control takes for itself at each of its sites; two controls with a common claim exclude each other.
+    #: What this control sets alone at each of its sites; two controls with a common claim exclude each other.
     claims: ClassVar[frozenset[str]] = frozenset()
 
     def span(self, steps: int) -> tuple[int, int]:
@@ -110,9 +109,9 @@ class Control:
         return self
 
     def on(self) -> Array | None:
-        """Say (traced, ()) whether the control does anything at all; None: its stages do nothing by themselves then.
+        """Return (traced, ()) whether the control does anything at all, None if its stages see to that themselves.
 
-        For controls that give attention another shape, whose result at strength 0 is the same only up to rounding:
+        For controls that change the shape of attention, whose result at strength 0 is the same only up to rounding:
         where this is false, `attend` runs as if the control were not there.
         """
         return None
@@ -136,8 +135,8 @@ class Control:
     def block(self, queries: Int[Array, " m"]) -> Control:
         """Return the control for the scores (1, 1, m, s) of some queries of one row and head.
 
-        Overriding it says that ``logits`` edits each query by itself and all heads alike: where scores are many,
-        `attend` then never holds all of them.
+        Override it if ``logits`` edits each query by itself and all heads alike: `attend` then never holds all the
+        scores of a large grid at once.
         """
         return self
 
@@ -152,22 +151,22 @@ class Control:
     def join(self, site: Site, x: Float[Array, "b h w c"], skip: Array) -> tuple[Array, Array]:
         """Edit the features and the skip (b, h, w, c2) that a resnet of an up block is about to join.
 
-        At the first of all, ``up_blocks.0.resnets.0``, the features are what the middle block left.
+        At the very first, ``up_blocks.0.resnets.0``, the features are the output of the middle block.
         """
         return x, skip
 
     def prepare(self, text: Text, hw: tuple[int, int]) -> Control:
-        """Return the control with what depends neither on the latents nor on the step, for latents of size ``hw``.
+        """Return the control with everything computed that depends on neither latents nor step; ``hw``: latents' size.
 
-        Runs once a phase, outside of the loop. ``text`` has the rows that the UNet will have: ``context`` (b, s, d),
+        Runs once per phase, outside the loop. ``text`` has the same rows as the UNet's input: ``context`` (b, s, d),
         and SDXL's ``pooled`` and ``time_ids``.
         """
         return self
 
     def see(self, x: Float[Array, "b h w c"], t: Array, text: Text) -> Control:
-        """Return the control for one call of the UNet with these rows; what it computes of them it keeps.
+        """Return the control for one call of the UNet with these rows, holding whatever it computes from them.
 
-        ``x``, the timestep ``t`` () and ``text`` are what the UNet is given, before it made anything of them.
+        ``x``, the timestep ``t`` () and ``text`` are the UNet's raw inputs.
         """
         return self
 
@@ -189,12 +188,12 @@ def _pattern(sites: str) -> re.Pattern[str]:
 
 
 def matches(control: Control, name: str) -> bool:
-    """Say whether the control's pattern finds the site name."""
+    """Return whether the control's pattern matches the site name."""
     return control.sites is None or _pattern(control.sites).search(name) is not None
 
 
 def overrides(control: Control, stage: str) -> bool:
-    """Say whether the control does anything at a stage."""
+    """Return whether the control does anything at a stage."""
     return getattr(type(control), stage) is not getattr(Control, stage)
 
 
@@ -210,7 +209,7 @@ def reach(
     on_attention, on_text = (any(overrides(control, stage) for stage in some) for some in (_ATTENTION, _TEXT))
     found = [s for s in attention if on_attention or (on_text and s.name.endswith("attn2"))]
     if not any((on_attention, on_text, on_norms, on_joins)):
-        found = list(attention)  # it changes nothing by itself
+        found = list(attention)  # it overrides no stage
     return [*found, *(norms if on_norms else ()), *(joins if on_joins else ())]
 
 
@@ -226,7 +225,7 @@ def validate(
     for control in controls:
         kind = type(control).__name__
         if not isinstance(control, Control):
-            raise InputError(f"controls: expected Control objects, found {kind}")
+            raise InputError(f"controls: found {kind}, expected Control objects")
         start, stop = control.window
         if not 0.0 <= start < stop <= 1.0:
             raise InputError(f"{kind}: window={control.window} is not 0 <= start < stop <= 1")
@@ -292,7 +291,7 @@ def attend(
 
 
 def _switched(site: Site, a: QKV, controls: list[Control], first: int) -> Float[Array, "b n h d"]:
-    """Attend without those of the controls, from number ``first`` on, that are not on."""
+    """Attend without those controls, from number ``first`` on, that are off."""
     i = next((i for i in range(first, len(controls)) if controls[i].on() is not None), None)
     if i is None:
         return _attend(site, a, controls)[0]
@@ -359,7 +358,7 @@ def whole_steps(window: tuple[float, float], steps: int) -> tuple[int, int]:
 def cut(spans: Sequence[tuple[int, int]], steps: int) -> list[tuple[int, int, frozenset[int]]]:
     """Cut ``steps`` sampling steps at the ends of spans of them.
 
-    Returns ``(start, stop, indices of the spans that hold these steps)`` in order, covering 0 to ``steps``.
+    Returns ``(start, stop, indices of the spans that cover these steps)`` in order, from 0 to ``steps``.
     """
     cuts = sorted({0, steps, *(i for span in spans for i in span)})
     return [

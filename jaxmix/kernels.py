@@ -1,4 +1,4 @@
-"""Attention kernels, and which of them runs where.
+"""Attention kernels, and which one runs where.
 
 `choose` is called by `jaxmix.control.attend` alone. Every kernel takes q (b, n, h, d), k and v (b, s, h, d), computes
 softmax(q k^T / sqrt(d)) v with a float32 softmax, and returns (b, n, h, d) in the dtype of v:
@@ -32,7 +32,7 @@ Edit: TypeAlias = Callable[[Array, Array, Array], Array]
 _log = logging.getLogger(__name__)
 _CHUNK = 512  # query rows of a block: on XLA:CPU the fastest of 64 to 1024 at 1024 and 4096 tokens
 _CPU_SCORES = 512 * 512  # scores of a head from which blocks pay on the CPU
-_CPU_ALL = 2**23  # scores of all heads and rows from which they pay at a quarter of that, too: past the shared cache
+_CPU_ALL = 2**23  # scores of all heads and rows from which a quarter of that is enough: they outgrow the shared cache
 _MANY_SCORES = 2048 * 2048  # edited scores of a head from which no accelerator should hold those of all heads and rows
 _TPU_TOKENS = 1024  # queries and keys from which splash pays; the 77 keys of a prompt never do
 _TPU_BLOCK = 512
@@ -66,8 +66,8 @@ def plain(q: Array, k: Array, v: Array) -> Array:
 def chunked(q: Array, k: Array, v: Array, size: int = _CHUNK, edit: Edit | None = None) -> Array:
     """Attend block by block of ``size`` query rows, one (row, head) at a time, so that the scores stay in the cache.
 
-    The gradient recomputes each block instead of keeping its scores. ``edit`` changes the scores of each; past the last
-    query it sees that one's number again.
+    The gradient recomputes each block instead of keeping its scores. ``edit`` changes the scores of each block; in the
+    padding after the last query it is given that query's number again.
     """
     b, n, h, d = q.shape
     s = k.shape[1]
@@ -85,10 +85,10 @@ def chunked(q: Array, k: Array, v: Array, size: int = _CHUNK, edit: Edit | None 
             queries = jnp.minimum(number % blocks * size + jnp.arange(size), n - 1)
             x = edit(number // (blocks * h), queries, x)
         e = jnp.exp(x - jax.lax.stop_gradient(x.max(-1, keepdims=True)))
-        total = e.sum(-1, keepdims=True)  # divided after the product: (size, d) numbers and not (size, s)
+        total = e.sum(-1, keepdims=True)  # divided after the product: (size, d) numbers instead of (size, s)
         return (jnp.matmul(e.astype(v.dtype), v) / total).astype(v.dtype)
 
-    # One loop over all blocks and not a loop over heads around it: each costs compile time, at every layer.
+    # One loop over all blocks, not a second one over heads around it: each loop costs compile time at every layer.
     numbers = jnp.arange(b * h * blocks)
     o = jax.lax.map(lambda x: block(*x, k[x[0] // blocks], v[x[0] // blocks]), (numbers, q))
     o = o.reshape(b, h, blocks * size, d)
@@ -120,7 +120,7 @@ def splash(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
 
 
 def _in_blocks(n: int, s: int, heads: int) -> bool:
-    """Say whether blocks are faster on the CPU; with the 77 keys of a prompt they are not."""
+    """Return whether blocks are faster on the CPU; with the 77 keys of a prompt they are not."""
     large = n * s >= _CPU_SCORES and min(n, s) > _CHUNK // 2
     return large or (n * s >= _CPU_SCORES // 4 and min(n, s) >= _CHUNK // 2 and heads * n * s >= _CPU_ALL)
 
@@ -128,8 +128,9 @@ def _in_blocks(n: int, s: int, heads: int) -> bool:
 def edited(n: int, s: int, heads: int, whole: Kernel, edit: Edit | None) -> Kernel:
     """Return the kernel for scores that controls edit: ``edit`` a block of queries of one head, ``whole`` all of them.
 
-    Blocks are for the CPU's cache, and for an accelerator's memory: those of SD 1.5 at 512 px would be 0.5 GiB an image
-    and branch, several times over. In between, one product is faster there. Without an ``edit`` all is one block.
+    Blocks fit the CPU's cache and spare an accelerator's memory: the scores of SD 1.5 at 512 px would take 0.5 GiB per
+    image and branch, several times over. Smaller ones are faster there as one product. Without ``edit`` all is one
+    block.
     """
     if edit is None or not _in_blocks(n, s, heads):
         return whole
@@ -138,9 +139,9 @@ def edited(n: int, s: int, heads: int, whole: Kernel, edit: Edit | None) -> Kern
 
 
 def _on_own_rows(kernel: Kernel) -> Kernel:
-    """Run a kernel on each device's rows where a mesh is in scope (training): Pallas kernels cannot be partitioned.
+    """Run a kernel on each device's rows if a mesh is in scope (training): Pallas kernels cannot be partitioned.
 
-    Within a shard_map (sampling) the rows are the device's own already.
+    Inside a shard_map (sampling) each device already has its own rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
@@ -151,15 +152,15 @@ def _on_own_rows(kernel: Kernel) -> Kernel:
 
 
 def choose(n: int, s: int, d: int, dtype: jnp.dtype, heads: int = 1) -> Kernel:
-    """Return the kernel for ``n`` queries, ``s`` keys and ``heads`` heads of size ``d``, those of all rows.
+    """Return the kernel for ``n`` queries, ``s`` keys and ``heads`` heads (of all rows) of size ``d``.
 
-    What the kernel is on each platform is settled when the program is lowered, so a program traced here may be
-    compiled for a TPU elsewhere; cuDNN alone must be there when tracing.
+    The platform's kernel is picked when the program is lowered, so a program traced here may be compiled for a TPU
+    elsewhere; only cuDNN must be present when tracing.
     """
     kernels: dict[str, Kernel] = {}
     if _in_blocks(n, s, heads):
         kernels["cpu"] = chunked
-    # Tracing for a TPU needs its compiler: without libtpu there is nothing to compile with, and nothing to trace.
+    # Tracing for a TPU needs its compiler, libtpu.
     if (jax.default_backend() == "tpu" or _has_libtpu()) and not _refused("splash", n, s, d, _splash_limits(n, s)):
         kernels["tpu"] = splash
     if jax.default_backend() == "gpu" and not _refused("cuDNN", n, s, d, _cudnn_limits(d, dtype)):
@@ -169,7 +170,7 @@ def choose(n: int, s: int, d: int, dtype: jnp.dtype, heads: int = 1) -> Kernel:
     return _by_platform(tuple(kernels.items()))
 
 
-@functools.cache  # one function for each choice, so that calls outside of any program compile once a shape
+@functools.cache  # one function per choice, so that calls outside any program compile once per shape
 def _by_platform(kernels: tuple[tuple[str, Kernel], ...]) -> Kernel:
     return jax.jit(functools.partial(jax.lax.platform_dependent, **dict(kernels), default=plain), inline=True)
 
@@ -181,32 +182,32 @@ def _has_libtpu() -> bool:
 
 def _splash_limits(n: int, s: int) -> str | None:
     if min(n, s) < _TPU_TOKENS:
-        return f"sequences under {_TPU_TOKENS} are faster without it"
+        return f"sequences below {_TPU_TOKENS} are faster without it"
     return "sequences must be multiples of 128" if n % 128 or s % 128 else None
 
 
 def _cudnn_limits(d: int, dtype: jnp.dtype) -> str | None:
     capability = _cuda_capability()
     if capability < 8:
-        return "it needs a CUDA GPU of compute capability 8.0"
+        return "it needs a CUDA GPU of compute capability 8.0 or higher"
     if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it has no {jnp.dtype(dtype)}"
+        return f"it does not support {jnp.dtype(dtype)}"
     most = 256 if capability >= 9 else 128
     return f"heads must be multiples of 8 and at most {most}" if d % 8 or d > most else None
 
 
 def _cuda_capability() -> float:
-    """Return the compute capability of the GPUs here, 0 if they are not NVIDIA's."""
+    """Return the compute capability of the local GPUs, 0 if they are not NVIDIA's."""
     device = jax.local_devices(backend="gpu")[0]
     return float(device.compute_capability) if "cuda" in device.client.platform_version else 0.0
 
 
 def _refused(name: str, n: int, s: int, d: int, reason: str | None) -> bool:
     if reason is not None:
-        _say(f"attention of {n} queries, {s} keys, heads of {d}: XLA and not {name}, because {reason}")
+        _say(f"attention of {n} queries, {s} keys, heads of {d}: XLA instead of {name}: {reason}")
     return reason is not None
 
 
-@functools.cache  # once a shape
+@functools.cache  # once per shape
 def _say(message: str) -> None:
     _log.info(message)

@@ -1,11 +1,11 @@
 """The configurations of the released models: Stable Diffusion 1.5, 2.1 (at 768 px, and its 512 px base) and XL base.
 
-One entry a model, one dictionary a part, under the names of a diffusers folder and in the keys of diffusers and
-transformers. Of the files' keys those are here that change what is computed; all others are at the one value that this
-library supports. The scheduler is the one that a single file of the model is given, since such a file holds none.
+One entry per model, one dictionary per part, named as in a diffusers folder, with the keys of diffusers and
+transformers. Only keys that change what is computed are listed; all others have the one value that this library
+supports. The scheduler is the one we assume for a single file of the model, since such a file holds none.
 
-Plain data on the ground floor, so that every room, the benchmarks and the tests read the same table. Whoever changes a
-value makes a dictionary of his own: ``{**RELEASED["sdxl"]["unet"], "sample_size": 64}``.
+Plain data on the ground floor, so that every room, the benchmarks and the tests read the same table. To change a value,
+make your own dictionary: ``{**RELEASED["sdxl"]["unet"], "sample_size": 64}``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNET = {
     "block_out_channels": [320, 640, 1280, 1280],
     "layers_per_block": 2,
     "cross_attention_dim": 768,
-    "attention_head_dim": 8,  # the number of heads, whatever its name says
+    "attention_head_dim": 8,  # the number of heads, despite its name
     "norm_num_groups": 32,
 }
 _UNET_2 = {**_UNET, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
@@ -66,7 +66,7 @@ _CLIP_L = {
     "max_position_embeddings": 77,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
-    "bos_token_id": 0,  # as in the files; transformers takes 2 for "the largest id ends the text"
+    "bos_token_id": 0,  # as in the files; to transformers, an end of 2 means "the largest id ends the text"
     "eos_token_id": 2,
     "pad_token_id": 1,
     "projection_dim": 768,

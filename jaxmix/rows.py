@@ -1,9 +1,9 @@
-"""What has one entry an image: how a tree says so, and what that means for batches, branches and devices.
+"""Trees with one entry per image: how fields are marked, and what that means for batches, branches and devices.
 
 Controls, guidance, edits of latents and whole jobs are `dataclass`es whose fields are marked: `per_row`, `gate` and
 `rows_back` for arrays with a leading axis of images, `static` for what shapes the program, nothing for the rest (such
 as weights), which all images share. One walk over the marks, `map_rows`, selects images, repeats them for the branches
-of guidance, and says how an array is split over devices, for any tree of such dataclasses.
+of guidance, and tells how arrays are split over devices, for any tree of such dataclasses.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ T = TypeVar("T")
 
 
 def per_row(**kwargs: Any) -> Any:
-    """Declare a field whose leaves have a leading axis of images (1 means: the same for all of them)."""
+    """Declare a field whose leaves have a leading axis of images (of length 1 if it is the same for all)."""
     return struct.field(metadata={"rows": "row"}, **kwargs)
 
 
 def gate(first: bool = False, **kwargs: Any) -> Any:
-    """Declare a per-image strength, shape (b,) or (1,): like `per_row`, and 0 on unconditional rows.
+    """Declare a per-image strength, shape (b,) or (1,): like `per_row`, but 0 on unconditional rows.
 
-    With ``first`` it is 0 on further conditional rows, too: for what depends on the words of an image's own prompt.
+    With ``first`` it is also 0 on further conditional rows, for what depends on the words of an image's own prompt.
     """
     return struct.field(metadata={"rows": "first" if first else "gate"}, **kwargs)
 
 
 def rows_back(**kwargs: Any) -> Any:
-    """Declare how many images before its own each one finds another that it looks at, int32 (b,) or (1,).
+    """Declare how many images back each image looks at another, int32 (b,) or (1,).
 
-    0 is the image itself. Both must be in one batch and on one device, which `check_together` holds.
+    0 is the image itself. Both must be in one batch and on one device, which `check_together` checks.
     """
     return struct.field(metadata={"rows": "back"}, **kwargs)
 
 
 def static(**kwargs: Any) -> Any:
-    """Declare a static field: hashable, part of the trace, changing it recompiles."""
+    """Declare a static field: hashable and part of the trace, so that changing it recompiles."""
     return struct.field(pytree_node=False, **kwargs)
 
 
@@ -58,9 +58,9 @@ def dataclass(cls: type[T]) -> type[T]:
 
 @dataclass
 class Text:
-    """What the UNet is told of images in words, (b, ...), or of their branches (n, branches, ...).
+    """The text conditioning of images, (b, ...), or of their branches, (n, branches, ...).
 
-    ``context`` (..., s, d) are text states. SDXL is also told ``pooled`` (..., p), the projected state of its second
+    ``context`` (..., s, d) are text states. SDXL also takes ``pooled`` (..., p), the projected state of its second
     text encoder, and ``time_ids`` (..., 6), in pixels: the original height and width, the top and left of the crop,
     the target height and width (arXiv 2307.01952, sections 2.2 and 2.3); None for other models.
     """
@@ -96,7 +96,7 @@ def map_rows(node: T, fn: Callable[[Any, str, str], Any], rest: Callable[[Any], 
 
 
 def tile(node: T, n: int) -> T:
-    """Give every leaf with rows ``n`` of them; leaves of one row are repeated.
+    """Give every leaf with rows ``n`` of them, repeating leaves of one row.
 
     Raises `InputError` for a leaf that has neither one row nor ``n``.
     """
@@ -131,7 +131,7 @@ def own_words(node: T, told: np.ndarray) -> T:
 
 
 def to_branches(node: T, live: Sequence[float] = (0.0, 1.0), first: Sequence[float] | None = None) -> T:
-    """Repeat each image's row once a branch (branch minor) and multiply the gates by ``live[branch]``.
+    """Repeat each image's row once per branch (branch minor) and multiply the gates by ``live[branch]``.
 
     ``first`` is that for the gates of an image's own prompt alone, ``live`` if None. Distances between images become
     distances between rows of the same branch.
@@ -149,7 +149,7 @@ def to_branches(node: T, live: Sequence[float] = (0.0, 1.0), first: Sequence[flo
 
 
 def check_together(node: Any, n: int, rows: int) -> None:
-    """Raise `InputError` if one of ``n`` images looks out of its part of ``rows`` rows (a batch, a device)."""
+    """Raise `InputError` if one of ``n`` images looks at another outside its ``rows`` rows (of a batch or a device)."""
 
     def look(x: Any, mark: str, where: str) -> Any:
         for i, backs in enumerate(np.asarray(x).reshape(n, -1)) if mark == "back" else ():
@@ -166,19 +166,19 @@ def check_together(node: Any, n: int, rows: int) -> None:
 
 
 def others(back: Array, x: Array) -> Array:
-    """Return for each row of ``x`` (b, ...) the one that stands ``back`` (b,) rows before it."""
+    """Return for each row of ``x`` (b, ...) the one ``back`` (b,) rows before it."""
     return x[jnp.arange(x.shape[0]) - back]
 
 
 def like(value: Float[Array, " b"], x: Array) -> Array:
-    """Reshape a number a row so that it broadcasts against ``x`` (b, ...), in the dtype of ``x``."""
+    """Reshape one number per row to broadcast against ``x`` (b, ...), in the dtype of ``x``."""
     return value.reshape(-1, *([1] * (x.ndim - 1))).astype(x.dtype)
 
 
 def numbers(name: str, value: Any, n: int, what: str = "rows", least: float | None = None) -> np.ndarray:
-    """Return a number, or one a row, as float32 (n,).
+    """Return a number, or one per row, as float32 (n,).
 
-    Raises `InputError`, which calls the rows ``what``, for another length and for numbers that are not finite or are
+    Raises `InputError`, which calls the rows ``what``, for a wrong length and for numbers that are not finite or are
     below ``least``.
     """
     try:

@@ -21,8 +21,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
-# diffusers classes that share this noise schedule. Which of them a folder names says only which solver its author
-# preferred. True: the class clips x0 when its config does not say otherwise.
+# diffusers classes that share this noise schedule. The one a folder names only tells which solver its author preferred.
+# True: the class clips x0 unless its config says otherwise.
 _CLASSES = {
     "DDIMScheduler": True,
     "DDPMScheduler": True,
@@ -81,9 +81,9 @@ _FIXED = {"use_flow_sigmas": False}
 class NoiseSchedule:
     """A discrete variance-preserving noise schedule with the fields of diffusers' DDIMScheduler.
 
-    `timestep_spacing` None stands for each solver's own default, as in diffusers: "leading" for DDIM, "linspace" for
-    Euler and DPM-Solver. `rescale_betas_zero_snr` shifts the betas so that abar is 0 at the last timestep
-    (arXiv 2305.08891, Algorithm 1); an epsilon prediction says nothing about x0 there.
+    `timestep_spacing` None is each solver's own default, as in diffusers: "leading" for DDIM, "linspace" for Euler and
+    DPM-Solver. `rescale_betas_zero_snr` shifts the betas so that abar is 0 at the last timestep (arXiv 2305.08891,
+    Algorithm 1); an epsilon prediction carries no information about x0 there.
 
     Timesteps `t` are integers in [0, num_train_timesteps). The object is hashable and holds no arrays, so it can be a
     static argument of `jax.jit`. The array methods take `t` as a scalar or (b,), x0, noise, x and pred as (b, ...),
@@ -138,7 +138,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """Builds the schedule that a diffusers `scheduler_config.json` describes.
+        """Build the schedule that a diffusers `scheduler_config.json` describes.
 
         Missing keys take the defaults of DDIMScheduler, except that a class that never clips (PNDM, Euler, ...) is
         not made to clip. Raises InputError naming the key for an unsupported value or an unknown key.
@@ -172,7 +172,7 @@ class NoiseSchedule:
         return cls(**fields, extra=tuple(sorted(extra.items())))
 
     def to_config(self) -> dict[str, Any]:
-        """Returns the `scheduler_config.json` dict, with the class name and the harmless keys it was read with."""
+        """Return the `scheduler_config.json` dict, with the class name and the harmless keys it was read from."""
         config: dict[str, Any] = {"_class_name": self.class_name}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -183,9 +183,9 @@ class NoiseSchedule:
         return config | {key: json.loads(value) for key, value in self.extra}
 
     def option(self, key: str, default: Any) -> Any:
-        """Returns what the config says of a solver option that is no field, such as `solver_order`.
+        """Return the config's value of a solver option that is not a field, such as `solver_order`.
 
-        The default stands for a missing key and for null.
+        A missing key or null gives the default.
         """
         for name, value in self.extra:
             if name == key and value != "null":
@@ -227,16 +227,16 @@ class NoiseSchedule:
         return np.float32(1) if self.set_alpha_to_one else self.alphas_cumprod[0]
 
     def timesteps(self, steps: int) -> np.ndarray:
-        """Returns the timesteps of a DDIM run of `steps` steps in the order visited, int32 (steps,), descending.
+        """Return the timesteps of a DDIM run of `steps` steps in the order visited, int32 (steps,), descending.
 
-        Spacings are those of arXiv 2305.08891, Table 2, rounded as diffusers rounds. `steps_offset` acts on `leading`
+        Spacings are those of arXiv 2305.08891, Table 2, rounded as diffusers does. `steps_offset` applies to `leading`
         only. Raises InputError if steps is not in [1, num_train_timesteps].
         """
         total = self.check_steps(steps)
         if self.timestep_spacing == "linspace":
             grid = np.linspace(0, total - 1, steps).round()[::-1]
         elif self.timestep_spacing == "trailing":
-            # arange may run one element too far by rounding; it would be timestep -1.
+            # Rounding may make arange one element too long, which would be timestep -1.
             grid = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
         else:
             grid = (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
@@ -244,14 +244,14 @@ class NoiseSchedule:
         return grid.astype(np.int32)
 
     def check_steps(self, steps: int) -> int:
-        """Returns num_train_timesteps; raises InputError if steps is not an integer from 1 to it."""
+        """Return num_train_timesteps; raises InputError if steps is not an integer from 1 to it."""
         total = self.num_train_timesteps
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
             raise InputError(f"steps is {steps!r}, expected an integer from 1 to {total}")
         return total
 
     def check_first_timestep(self, steps: int, first: float) -> None:
-        """Raises InputError if `steps_offset` pushes the first timestep of a run past the schedule."""
+        """Raise InputError if `steps_offset` pushes the first timestep of a run past the schedule."""
         if first >= self.num_train_timesteps:
             raise InputError(
                 f"steps is {steps} with steps_offset {self.steps_offset}: the first timestep would be {int(first)}, "
@@ -259,17 +259,17 @@ class NoiseSchedule:
             )
 
     def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
+        """Return x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
         signal, sigma = self._coefficients(t, x0)
         return signal * _f32(x0) + sigma * _f32(noise)
 
     def velocity(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns v_t = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (arXiv 2202.00512, appendix D)."""
+        """Return v_t = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (arXiv 2202.00512, appendix D)."""
         signal, sigma = self._coefficients(t, x0)
         return signal * _f32(noise) - sigma * _f32(x0)
 
     def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns what a model of this prediction type learns to output at (x_t, t)."""
+        """Return what a model of this prediction type learns to output at (x_t, t)."""
         if self.prediction_type == "epsilon":
             return _f32(noise)
         if self.prediction_type == "sample":
@@ -277,22 +277,22 @@ class NoiseSchedule:
         return self.velocity(x0, noise, t)
 
     def to_x0(self, pred: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns the x0 that a model output `pred` at (x, t) stands for, unclipped."""
+        """Return the x0 that a model output `pred` at (x, t) implies, unclipped."""
         signal, sigma = self._coefficients(t, x)
         return prediction_to_x0(self.prediction_type, _f32(pred), _f32(x), signal, sigma)
 
     def to_eps(self, pred: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns the noise that a model output `pred` at (x, t) stands for."""
+        """Return the noise that a model output `pred` at (x, t) implies."""
         signal, sigma = self._coefficients(t, x)
         return prediction_to_eps(self.prediction_type, _f32(pred), _f32(x), signal, sigma)
 
     def snr(self, t: jax.Array) -> jax.Array:
-        """Returns the signal-to-noise ratio abar_t / (1 - abar_t), float32, shape of t."""
+        """Return the signal-to-noise ratio abar_t / (1 - abar_t), float32, shape of t."""
         abar = jnp.asarray(self.alphas_cumprod)[t]
         return abar / (1 - abar)
 
     def _coefficients(self, t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply x."""
+        """Return sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply x."""
         abar = jnp.asarray(self.alphas_cumprod)[t]
         abar = abar.reshape(abar.shape + (1,) * (x.ndim - abar.ndim))
         return jnp.sqrt(abar), jnp.sqrt(1 - abar)
@@ -301,10 +301,10 @@ class NoiseSchedule:
 def prediction_to_x0(
     prediction_type: str, pred: jax.Array, x: jax.Array, signal: jax.Array, sigma: jax.Array
 ) -> jax.Array:
-    """Returns x0 from a prediction at x = signal x0 + sigma eps, where signal = sqrt(abar), sigma = sqrt(1 - abar).
+    """Return x0 from a prediction at x = signal x0 + sigma eps, where signal = sqrt(abar), sigma = sqrt(1 - abar).
 
-    A v prediction is turned into x0 directly: by way of eps it would divide by signal, which a cosine schedule brings
-    to nearly zero at the last timesteps.
+    A v prediction is turned into x0 directly: going through eps would divide by signal, which is nearly zero at the
+    last timesteps of a cosine schedule.
     """
     if prediction_type == "epsilon":
         return (x - sigma * pred) / signal
@@ -316,7 +316,7 @@ def prediction_to_x0(
 def prediction_to_eps(
     prediction_type: str, pred: jax.Array, x: jax.Array, signal: jax.Array, sigma: jax.Array
 ) -> jax.Array:
-    """Returns eps from a prediction at x = signal x0 + sigma eps."""
+    """Return eps from a prediction at x = signal x0 + sigma eps."""
     if prediction_type == "epsilon":
         return pred
     if prediction_type == "sample":
@@ -329,12 +329,12 @@ def _f32(x: jax.Array) -> jax.Array:
 
 
 def _cumprod(alphas: np.ndarray) -> np.ndarray:
-    # torch.cumprod accumulates float32 on the CPU in float64 and rounds every entry once.
+    # On the CPU torch.cumprod accumulates float32 in float64 and rounds every entry once.
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:
-    """Returns an even float32 grid, built from both ends as torch.linspace builds it."""
+    """Return an even float32 grid, built from both ends as torch.linspace does."""
     start32, end32 = np.float32(start), np.float32(end)
     if steps == 1:
         return np.asarray([start32], np.float32)

@@ -14,13 +14,13 @@ from jaxmix.types import InputError
 DATA = "data"
 """Name of the mesh axis over which rows are split."""
 FSDP = "fsdp"
-"""Name of the mesh axis over which weights are split; rows are split over it, too."""
+"""Name of the mesh axis over which weights are split; rows are split over it as well."""
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
     """Return a mesh of one ``data`` axis over the first ``devices`` devices, all of them if None.
 
-    Raises `InputError` for a count that does not exist.
+    Raises `InputError` if there are not as many devices.
     """
     found = jax.devices()
     n = len(found) if devices is None else devices
@@ -33,9 +33,8 @@ def data_mesh(devices: int | None = None) -> Mesh:
 def train_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh (data, fsdp) over `devices`, all devices of all processes if None; `fsdp` must divide their number.
 
-    Devices stand in the order of (process, id) and fsdp is the minor axis. So each process holds consecutive rows of
-    a batch, whatever the mesh, and the weights are gathered between neighbours, within one host where fsdp divides
-    its devices.
+    Devices are ordered by (process, id) and fsdp is the minor axis. So each process holds consecutive rows of a batch,
+    whatever the mesh, and weights are gathered between neighbours, within one host if fsdp divides its devices.
     """
     ordered = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     if fsdp < 1 or len(ordered) % fsdp:
@@ -45,7 +44,7 @@ def train_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def rows_over(mesh: Mesh) -> NamedSharding:
-    """Return the placement of arrays with the rows first: rows split over every axis of the mesh, data major."""
+    """Return the placement of arrays whose first axis is rows: split over every axis of the mesh, data major."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
@@ -57,10 +56,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def fsdp_specs(tree: Any, mesh: Mesh, min_size: int = 4096) -> Any:
     """Return the tree of `PartitionSpec`s that splits the weights of `tree` over the mesh's fsdp axis.
 
-    Of an array of two or more axes and at least `min_size` values the last axis is split (output features: kernels
-    are (..., in, out)), the last but one where fsdp does not divide the last. Everything else (biases, norms, small
-    kernels, and what fsdp divides in neither) stays whole on every device: to gather it would cost more than it
-    takes. The rule sees shapes alone, so an optimiser's moments are split exactly as their weights.
+    An array of two or more axes and at least `min_size` values is split along its last axis (output features: kernels
+    are (..., in, out)), or the last but one if fsdp does not divide the last. Everything else (biases, norms, small
+    kernels, and what fsdp divides in neither) stays whole on every device: gathering it would cost more than storing
+    it. The rule depends on shapes alone, so an optimiser's moments are split exactly like their weights.
     """
     fsdp = mesh.shape[FSDP]
 
@@ -76,9 +75,9 @@ def fsdp_specs(tree: Any, mesh: Mesh, min_size: int = 4096) -> Any:
 
 
 def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
-    """Return `tree` on the mesh, placed by the tree (or the one for all) of `specs`.
+    """Return `tree` on the mesh, placed by `specs`: a tree, or one spec for all leaves.
 
-    Every process must have the whole tree with the same values; each reads from it what its own devices hold.
+    Every process must have the whole tree with the same values; each reads from it the parts of its own devices.
     """
     one = isinstance(specs, PartitionSpec)
     several = jax.process_count() > 1
@@ -94,10 +93,10 @@ def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
 
 
 def place_rows(tree: Any, mesh: Mesh) -> Any:
-    """Return the batch whose rows are split over the mesh, from the rows that this process has.
+    """Return the batch with its rows split over the mesh, from the rows of this process.
 
-    Every leaf has rows first: of the whole batch in one process, of this process's share in several, where the
-    batch is the processes' shares one after another.
+    Every leaf has rows first. A single process gives the whole batch; one of several gives its share, and the batch is
+    the shares of the processes in order.
     """
     sharding = rows_over(mesh)
     if jax.process_count() == 1:

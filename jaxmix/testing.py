@@ -1,7 +1,7 @@
-"""Random models for tests, of this library and of what is built on it: weights by shape, and whole tiny pipelines.
+"""Random models for tests, of this library and of code built on it: weights by shape, and whole tiny pipelines.
 
-Nothing is compiled and nothing is downloaded: weights are drawn from the shapes that a module tells without being run,
-and only the embedded model's tokenizer is read. Not imported by `jaxmix` itself::
+Nothing is compiled or downloaded: weights are drawn from shapes that a module gives without being run, and only the
+embedded model's tokenizer is read. Not imported by `jaxmix` itself::
 
     from jaxmix.testing import random_params, tiny_pipeline
 
@@ -9,7 +9,7 @@ and only the embedded model's tokenizer is read. Not imported by `jaxmix` itself
     pipe = tiny_pipeline("sdxl")              # two text encoders, pooled text, size and crop
     params = random_params(pipe.unet, seed=5) # other weights for its UNet
 
-The numbers of `random_params`, `moved` and `tiny_pipeline` stay what they are: tests have recorded what comes of them.
+The numbers of `random_params`, `moved` and `tiny_pipeline` must not change: tests have recorded results made from them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ TINY_TEXT: dict[str, Any] = {
     "num_attention_heads": 2,
     "max_position_embeddings": 32,
 }
-"""Without the vocabulary, which is the embedded model's."""
+"""Without the vocabulary, which is taken from the embedded model."""
 TINY_TEXT_2: dict[str, Any] = {
     **TINY_TEXT,
     "architectures": ["CLIPTextModelWithProjection"],
@@ -103,14 +103,14 @@ def random_params(of: Any, seed: int | np.random.Generator = 0, dtype: Any = Non
 
     Kernels (and whatever else has two axes or more) are normals of variance 1 / fan-in, so that a product neither grows
     nor shrinks; embeddings are normals of deviation 0.5; norms' scales are near one and biases near zero, by a
-    deviation of 0.05, so that one which is swapped or forgotten shows.
+    deviation of 0.05, so that one that is swapped or forgotten shows.
 
     Args:
         of: a module with `abstract_params`, or any tree of arrays or shapes whose leaves are named as Flax names them.
         seed: a number, or a generator that is drawn from in the order of the tree's leaves.
         dtype: of the weights; that of each leaf if None.
         single: round the normals to float32 before they are scaled, not after. The second models of the tests are made
-            so (`tiny_pipeline("sdxl")`, the expert of MagicFusion); the numbers differ in the last bit alone.
+            this way (`tiny_pipeline("sdxl")`, the expert of MagicFusion); only the last bit differs.
     """
     rng = np.random.default_rng(seed)
 
@@ -131,10 +131,10 @@ def random_params(of: Any, seed: int | np.random.Generator = 0, dtype: Any = Non
 
 
 def quick_params(of: Any, seed: int | np.random.Generator = 0, dtype: Any = None) -> Any:
-    """Return random weights for a model of any size in seconds: for timing, and for a number that is finite.
+    """Return random weights for a model of any size in seconds, for timing and for finite outputs.
 
-    Kernels and embeddings are normals of variance 1 / fan-in, norms are the identity. No leaf is drawn by itself: a
-    million normals are drawn once and repeated, since billions of fresh ones take longer than what they are for.
+    Kernels and embeddings are normals of variance 1 / fan-in, norms are the identity. Leaves are not drawn separately:
+    a million normals are drawn once and repeated, since billions of fresh ones take longer than what they are for.
 
     Args:
         of: a module with `abstract_params`, or any tree of arrays or shapes whose leaves are named as Flax names them.
@@ -155,7 +155,7 @@ def quick_params(of: Any, seed: int | np.random.Generator = 0, dtype: Any = None
 
 
 def moved(tree: Any, key: jax.Array, by: float) -> Any:
-    """Return a tree with normal noise of deviation ``by`` added to every leaf, as if it had been trained.
+    """Return a tree with normal noise of standard deviation ``by`` added to every leaf, as if it had been trained.
 
     For what starts at zero or at the identity, such as an adapter, which would otherwise change nothing.
     """
@@ -169,8 +169,8 @@ def moved(tree: Any, key: jax.Array, by: float) -> Any:
 def tiny_pipeline(family: Literal["sd1", "sdxl"] = "sd1") -> Pipeline:
     """Return a complete pipeline of random weights: images of 16 px, latents of 8 x 8 x 4, mini's tokenizer.
 
-    "sdxl" has the text encoder and the autoencoder of "sd1", weights included, and a UNet and a second text encoder of
-    its own: text of 16 + 24 channels, 20 pooled ones.
+    "sdxl" shares the text encoder and the autoencoder of "sd1", weights included, and has its own UNet and second text
+    encoder: text of 16 + 24 channels, and 20 pooled ones.
     """
     from transformers import CLIPTokenizer
 
@@ -200,5 +200,5 @@ def _shapes(of: Any) -> Any:
 
 
 def _name(path: Any) -> str:
-    """Return the last key of a leaf's path; leaves of other containers than dictionaries have none."""
+    """Return the last key of a leaf's path, "" for a tree that is one leaf."""
     return str(getattr(path[-1], "key", path[-1])) if path else ""

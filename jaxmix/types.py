@@ -25,7 +25,7 @@ needs eps or x0 asks ``NoiseSchedule.to_eps`` / ``to_x0`` for it.
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: one line that names the file, row or key, what was found and what was expected.
+    """A user's mistake, in one line: which file, row or key, what was found there, and what was expected.
 
     Commands print it after ``error:`` and exit with status 2; library users get it as a ``ValueError``.
     """

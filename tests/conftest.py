@@ -78,11 +78,11 @@ def _maps() -> int:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> jaxmix.Pipeline:
-    """A complete pipeline of a few thousand random parameters, 16 px images, the embedded model's tokenizer."""
+    """Return a complete pipeline of a few thousand random parameters, 16 px images, the embedded model's tokenizer."""
     return testing.tiny_pipeline()
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl() -> jaxmix.Pipeline:
-    """The same with the UNet and the two text encoders of the SDXL family."""
+    """Return the same with the UNet and the two text encoders of the SDXL family."""
     return testing.tiny_pipeline("sdxl")

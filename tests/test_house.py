@@ -22,7 +22,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def imports(path: Path) -> list[str]:
-    """Every module that a file imports, anywhere in it, as absolute dotted names."""
+    """Return every module that a file imports, anywhere in it, as absolute dotted names."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -36,7 +36,7 @@ def imports(path: Path) -> list[str]:
 
 
 def place(module: str) -> str:
-    """The room (or ground floor or roof module) of a dotted name inside jaxmix."""
+    """Return the room (or ground floor or roof module) of a dotted name inside jaxmix."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 

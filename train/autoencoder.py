@@ -1,9 +1,9 @@
 """Train an AutoencoderKL on crops of generated scenes, and export it as a diffusers `vae` folder.
 
-Reconstruction (absolute, squared, of the differences of neighbouring pixels, of colours seen from afar and, if asked
-for, of the features of a scene network) plus a small KL term; no adversary (arXiv 2112.10752, section 3.1, without the
-discriminator). At the end the latents' standard deviation over whole
-scenes is measured and its inverse written as `scaling_factor`.
+Reconstruction (absolute, squared, of the differences of neighbouring pixels, of colours seen from afar and, optionally,
+of the features of a scene network) plus a small KL term; no adversary (arXiv 2112.10752, section 3.1, without the
+discriminator). At the end the latents' standard deviation over whole scenes is measured, and its inverse written as
+`scaling_factor`.
 
     python -m train.autoencoder --config configs/mini_autoencoder.yaml --output_dir runs/vae
 """
@@ -41,20 +41,20 @@ class Config(FitConfig):
 
     Attributes:
         vae: the model, as in a diffusers vae/config.json.
-        pretrained_vae_model_name_or_path: start from the weights in this folder; from nothing if empty.
+        pretrained_vae_model_name_or_path: start from the weights in this folder; from scratch if empty.
         train_encoder: false trains the decoder alone and keeps scaling_factor, so that a diffusion model trained on
             the latents stays valid.
         latent_noise: standard deviation of noise added to the latents, as a share of their own, for a decoder that
-            forgives what a diffusion model gets slightly wrong.
+            tolerates small errors of a diffusion model.
         scenes: arguments of train.scenes.Scenes.
         crop_size: side of the random crops trained on, in pixels.
-        mse_weight: weight of the squared error beside the absolute one.
+        mse_weight: weight of the squared error relative to the absolute one.
         gradient_weight: weight of the absolute error of neighbouring pixels' differences, at full and half size.
         color_weight: weight of the error of chroma and of colours at a quarter and an eighth of the size.
         feature_weight: weight of the error in the features of `feature_network`.
-        feature_network: the safetensors file of a scene network, as train.scorer writes it; not the judge's.
+        feature_network: the safetensors file of a scene network, as written by train.scorer; not the judge's.
         kl_weight: weight of the KL divergence summed over an image and divided by its number of values.
-        picture_steps: write reconstructions of held-back scenes every so many steps; 0: only at the end.
+        picture_steps: write reconstructions of held-back scenes every this many steps; 0: only at the end.
         eval_scenes: held-back scenes for the PSNR.
         std_scenes: scenes over which scaling_factor is measured.
     """
@@ -170,11 +170,11 @@ def make_model(cfg: Config) -> tuple[AutoencoderKL, dict[str, Any]]:
     folder = cfg.pretrained_vae_model_name_or_path
     if not folder:
         if not cfg.train_encoder:
-            raise InputError("train_encoder: false needs pretrained_vae_model_name_or_path, found none")
+            raise InputError("train_encoder: found false, expected also pretrained_vae_model_name_or_path")
         vae = AutoencoderKL(VAEConfig.from_dict(cfg.vae), dtype=cfg.dtype)
         return vae, dict(vae.init_params(jax.random.key(cfg.seed)))
     if cfg.vae:
-        raise InputError("vae: given together with pretrained_vae_model_name_or_path, expected one of the two")
+        raise InputError("vae: found it with pretrained_vae_model_name_or_path, expected one of the two")
     vae = AutoencoderKL(VAEConfig.from_dict(read_config(Path(folder))), dtype=cfg.dtype)
     return vae, load_tree(folder, vae.abstract_params())
 

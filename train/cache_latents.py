@@ -1,10 +1,10 @@
-"""Encode captioned pictures once: latents and text states in ArrayRecord shards, for trainers that keep both frozen.
+"""Encode captioned pictures once: latents and text states in ArrayRecord shards, for trainers with frozen encoders.
 
     python -m train.cache_latents --pretrained_model_name_or_path MODEL --train_data_dir DIR --out CACHE \
         --resolution 1024 --enable_bucket --labels '[color, lighting]'
 
-Shards appear whole or not at all. A run that was stopped goes on with the shards that are missing, and several runs may
-share the work (`--worker 0 --workers 4`, ...): the one that finds all of them finished writes the index.
+Shards appear whole or not at all. A run that was stopped resumes with the missing shards, and several runs may share
+the work (`--worker 0 --workers 4`, ...): the one that finds all of them finished writes the index.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxmix import command
 from jaxmix.sharding import DATA
 from jaxmix.types import InputError
 from train.data import BadRow, LatentCache, PictureConfig, Pictures, check_sizes, open_source
-from train.data.buckets import fit
+from train.data.buckets import crop_to_bucket
 from train.data.cache import EMPTY, INDEX, CacheIndex, encode_record, identify
 from train.data.pictures import MIDDLE
 
@@ -38,25 +38,25 @@ PLAN = "plan.json"
 
 @dataclasses.dataclass
 class Config(PictureConfig):
-    """What to encode, after how pictures are cut.
+    """What to encode, after how to crop pictures.
 
-    A cut at random (center_crop false) is drawn once a picture; random_flip stores the mirrored pictures as well.
+    A random crop (center_crop false) is drawn once per picture; random_flip also stores the mirrored pictures.
 
     Attributes:
         pretrained_model_name_or_path: "mini", a diffusers folder, a single .safetensors file, or a hub id.
         train_data_dir: pictures with a metadata.jsonl, or WebDataset tars (folder, glob or braces), local or gs://.
         out: folder for the cache, local.
-        labels: names of the dimensions that labels may name; null does not read them.
-        text_column: of the metadata, the caption.
-        image_column: of the metadata, the picture's file.
-        batch_size: pictures encoded at a time; divided over the devices.
-        rows_per_shard: rows of one file, and what a stopped run does again at most.
-        dtype: of the model while it encodes.
-        devices: how many encode.
+        labels: names of the dimensions that labels may name; null does not read labels.
+        text_column: the metadata's column with the caption.
+        image_column: the metadata's column with the picture's file.
+        batch_size: pictures encoded at a time, split over the devices.
+        rows_per_shard: rows per file, and the most that a stopped run must redo.
+        dtype: dtype of the model while encoding.
+        devices: number of devices that encode.
         worker: which of the `workers` this run is; it makes every workers-th shard.
-        workers: how many runs share the work.
-        threads: that read and cut pictures.
-        seed: of the cuts at random.
+        workers: number of runs that share the work.
+        threads: number of threads that read and crop pictures.
+        seed: seed of the random crops.
     """
 
     pretrained_model_name_or_path: str = "mini"
@@ -75,7 +75,7 @@ class Config(PictureConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values that could only fail later."""
+        """Refuse values that would fail later."""
         super().__post_init__()
         if not self.out:
             raise InputError("out: not given, expected a folder for the cache")
@@ -89,8 +89,8 @@ class Config(PictureConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A picture that is cut and ready: `images` (variants, H, W, 3) uint8, the second mirrored; `time_ids` likewise."""
+class Cropped:
+    """A picture, cropped and ready: `images` (variants, H, W, 3) uint8, the second mirrored; `time_ids` likewise."""
 
     id: str
     text: str
@@ -100,13 +100,15 @@ class Row:
     time_ids: np.ndarray
 
 
-def read_row(pictures: Pictures, index: int, group: int, seed: int) -> Row:
-    """Read and cut one picture. Raises BadRow if it cannot be used."""
+def read_cropped(pictures: Pictures, index: int, group: int, seed: int) -> Cropped:
+    """Read and crop one picture. Raises BadRow if it cannot be used."""
     cfg, row = pictures.cfg, pictures.source[index]
     at = MIDDLE if cfg.center_crop else tuple(np.random.default_rng((seed, index)).random(2).tolist())
-    cuts = [fit(row["image"], pictures.buckets[group], at, flip) for flip in (False, True)[: 1 + cfg.random_flip]]
+    cuts = [
+        crop_to_bucket(row["image"], pictures.buckets[group], at, flip) for flip in (False, True)[: 1 + cfg.random_flip]
+    ]
     images, time_ids = (np.stack(part) for part in zip(*cuts, strict=True))
-    return Row(row["id"], row["text"], row["labels"], group, images, time_ids)
+    return Cropped(row["id"], row["text"], row["labels"], group, images, time_ids)
 
 
 def make_moments(pipe: jaxmix.Pipeline, devices: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -143,7 +145,7 @@ class Encoder:
         self.pipe, self.size = pipe, cfg.batch_size
         self._moments = make_moments(pipe, cfg.devices)
 
-    def __call__(self, rows: Sequence[Row]) -> Iterator[bytes]:
+    def __call__(self, rows: Sequence[Cropped]) -> Iterator[bytes]:
         """Yield the record of each row; all have pictures of one size."""
         images = np.stack(padded([row.images for row in rows], self.size))
         moments = np.stack([self._moments(images[:, i]) for i in range(images.shape[1])], 1)
@@ -152,11 +154,11 @@ class Encoder:
             arrays = {"moments": moments[i], "time_ids": row.time_ids, **{key: x[i] for key, x in states.items()}}
             for name, array in arrays.items():
                 if not np.isfinite(array).all():
-                    raise InputError(f"{row.id}: its {name} are not finite in float16; is the model damaged?")
+                    raise InputError(f"{row.id}: found {name} that are not finite in float16; is the model damaged?")
             yield encode_record(arrays, row.id, row.labels)
 
 
-def batches(rows: np.ndarray, groups: np.ndarray, size: int) -> Iterator[list[tuple[int, int]]]:
+def size_batches(rows: np.ndarray, groups: np.ndarray, size: int) -> Iterator[list[tuple[int, int]]]:
     """Yield up to `size` (row, group) at a time, of one group each; `groups` ascends."""
     for group in np.unique(groups):
         mine = rows[groups == group]
@@ -167,21 +169,21 @@ def batches(rows: np.ndarray, groups: np.ndarray, size: int) -> Iterator[list[tu
 def write_shard(
     path: Path, work: list[list[tuple[int, int]]], pictures: Pictures, encode: Encoder, cfg: Config, bar: Any
 ) -> dict[str, Any]:
-    """Encode a shard's rows, reading a batch ahead; returns what the index has to know of it."""
+    """Encode a shard's rows, reading a batch ahead; return what the index needs to know about it."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    def attempt(item: tuple[int, int]) -> Row | BadRow:
+    def attempt(item: tuple[int, int]) -> Cropped | BadRow:
         try:
-            return read_row(pictures, *item, cfg.seed)
+            return read_cropped(pictures, *item, cfg.seed)
         except BadRow as fault:
             return fault
 
     found: dict[str, Any] = {"bucket": [], "bad": {}}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")  # so that one record is read without its neighbours
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")  # so that a record is read without its neighbours
         with ThreadPoolExecutor(cfg.threads) as pool:
-            ahead: list[Future[Row | BadRow]] = [pool.submit(attempt, item) for item in work[0]]
+            ahead: list[Future[Cropped | BadRow]] = [pool.submit(attempt, item) for item in work[0]]
             for place, items in enumerate(work):
                 ready = [future.result() for future in ahead]
                 ahead = [pool.submit(attempt, item) for item in work[place + 1]] if place + 1 < len(work) else []
@@ -190,7 +192,7 @@ def write_shard(
                         name = pictures.source.entries[index].id
                         found["bad"][name] = str(row)
                         pictures.bad.add(name, str(row))
-                good = [row for row in ready if isinstance(row, Row)]
+                good = [row for row in ready if isinstance(row, Cropped)]
                 for record in encode(good) if good else ():
                     writer.write(record)
                 found["bucket"] += [row.group for row in good]
@@ -210,7 +212,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_plan(cfg: Config, pictures: Pictures, identity: dict[str, str], order: np.ndarray) -> dict[str, Any]:
-    """Return all that the shards depend on: two runs may share a folder only if they agree in it."""
+    """Return everything that the shards depend on: two runs may share a folder only if they agree on it."""
     digest = hashlib.sha256()
     for row in order:
         entry = pictures.source.entries[row]
@@ -230,7 +232,7 @@ def check_plan(folder: Path, plan: dict[str, Any]) -> None:
     for key in sorted({*plan, *found}):
         if found.get(key) != plan.get(key):
             raise InputError(
-                f"{folder}: begun with another {key}: found {found.get(key)}, expected {plan.get(key)}; "
+                f"{folder}: started with another {key}: found {found.get(key)}, expected {plan.get(key)}; "
                 "give another --out, or delete the folder"
             )
 
@@ -241,21 +243,21 @@ def main(cfg: Config) -> int:
     pipe = jaxmix.load(cfg.pretrained_model_name_or_path, cfg.dtype)
     source = open_source(cfg.train_data_dir, cfg.labels, cfg.text_column, cfg.image_column)
     if isinstance(source, LatentCache):
-        raise InputError(f"train_data_dir: {cfg.train_data_dir} is a cache already, expected pictures")
+        raise InputError(f"train_data_dir: found a cache, {cfg.train_data_dir}, expected pictures")
     check_sizes(cfg, pipe)
     pictures = Pictures(source, cfg)
     print(pictures.describe(), flush=True)
 
     folder = Path(cfg.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    order = np.concatenate(pictures.groups)  # one size after another, so that few batches are not full
+    order = np.concatenate(pictures.groups)  # one size after another, so that most batches are full
     groups = np.repeat(np.arange(len(pictures.groups)), [len(group) for group in pictures.groups])
     identity = identify(pipe)
     check_plan(folder, make_plan(cfg, pictures, identity, order))
 
     count = -(-len(order) // cfg.rows_per_shard)
     shards = [folder / f"data-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
-    notes = [path.with_suffix(".json") for path in shards]  # written last: a shard without one is made again
+    notes = [path.with_suffix(".json") for path in shards]  # written last: a shard without one is redone
     for note in notes:
         if note.is_file():
             pictures.bad.reasons.update(json.loads(note.read_text(encoding="utf-8"))["bad"])
@@ -265,7 +267,7 @@ def main(cfg: Config) -> int:
     if mine:
         with command.progress(sum(len(order[spans[i]]) for i in mine), "encoding", "pictures") as bar:
             for i in mine:
-                work = list(batches(order[spans[i]], groups[spans[i]], cfg.batch_size))
+                work = list(size_batches(order[spans[i]], groups[spans[i]], cfg.batch_size))
                 write_text(notes[i], json.dumps(write_shard(shards[i], work, pictures, encode, cfg, bar)) + "\n")
     missing = sum(not note.is_file() for note in notes)
     if missing:
@@ -303,7 +305,7 @@ def finish(
         bucket=[group for rows in held for group in rows],
     )
     if not index.bucket:
-        raise InputError(f"{pictures.source.where}: found no row that can be used")
+        raise InputError(f"{pictures.source.where}: found no usable row")
     write_text(folder / INDEX, index.to_json())
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(

@@ -1,4 +1,4 @@
-"""What the trainers of denoisers share: their keys, batches of captioned pictures, and the loss around a `predict`."""
+"""What trainers of denoisers share: their keys, batches of captioned pictures, and the loss around a `predict`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class DiffusionConfig(FitConfig):
     """The keys of every trainer of a denoiser, after those of every trainer.
 
     Attributes:
-        caption_dropout_rate: share of the rows that get the empty caption, for classifier-free guidance.
+        caption_dropout_rate: share of rows that get the empty caption, for classifier-free guidance.
         sample_posterior: encode to a draw from the autoencoder's posterior (true) or to its mean.
         snr_gamma: min-SNR weights with this gamma; null for none.
         weighting_scheme: how timesteps are drawn: none (uniform) or logit_normal.
-        logit_mean: of the normal under weighting_scheme logit_normal; above 0 favours noisy timesteps.
+        logit_mean: mean of the normal of weighting_scheme logit_normal; above 0 favours noisy timesteps.
         logit_std: its standard deviation.
-        noise_offset: noise per row and channel that is added to the noise.
+        noise_offset: standard deviation of an offset per row and channel that is added to the noise.
         gradient_checkpointing: recompute the UNet's activations in the backward pass.
-        distributed: this is one of several processes, as on a TPU pod: find the others first.
+        distributed: whether this is one of several processes, as on a TPU pod, and must find the others first.
     """
 
     caption_dropout_rate: float = 0.1
@@ -99,9 +99,9 @@ def encode_pictures(pipe: Pipeline, cfg: DiffusionConfig, weights: Any, batch: A
 def encode_captions(pipe: Pipeline, weights: Any, batch: Any) -> tuple[jax.Array, AddedCond | None]:
     """Return the text states (b, s, d) of a batch and, for SDXL, its added conditioning.
 
-    The batch has token ids ("input_ids", for SDXL "input_ids_2" too), or states made before ("context", "pooled").
-    Rows that are "dropped" (b,) take the states of the empty caption; among token ids those are there already. Where
-    the pipeline samples with zeros for an empty prompt they are zeros.
+    The batch has token ids ("input_ids", for SDXL also "input_ids_2"), or precomputed states ("context", "pooled").
+    Rows that are "dropped" (b,) take the states of the empty caption, whose token ids they already have. If the
+    pipeline samples with zeros for an empty prompt, these are zeros.
     """
     pooled = None
     if "context" in batch:
@@ -126,7 +126,7 @@ def encode_captions(pipe: Pipeline, weights: Any, batch: Any) -> tuple[jax.Array
 def make_loss(
     pipe: Pipeline, cfg: DiffusionConfig, predict: Predict
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """Return loss_fn(params, frozen, batch, key) for `make_update`; weights are looked up in params, then in frozen."""
+    """Return loss_fn(params, frozen, batch, key) for `make_update`; weights come from params, else from frozen."""
 
     def loss_fn(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         key_posterior, key_noise = jax.random.split(key)

@@ -9,9 +9,9 @@ import numpy as np
 
 
 def make_grid(images: np.ndarray, columns: int, enlarge: int = 1, titles: Sequence[str] = ()) -> np.ndarray:
-    """Put images (n, H, W, 3) uint8 side by side, row by row, `columns` wide, each pixel `enlarge` times.
+    """Put images (n, H, W, 3) uint8 side by side, row by row, `columns` wide, each pixel enlarged `enlarge` times.
 
-    `titles` stand above the columns. Returns (H', W', 3) uint8.
+    `titles` are put above the columns. Returns (H', W', 3) uint8.
     """
     count, height, width, channels = images.shape
     rows = -(-count // columns)

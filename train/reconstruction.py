@@ -1,4 +1,4 @@
-"""The terms of a reconstruction loss: what a picture must keep when it passes through an autoencoder."""
+"""The terms of a reconstruction loss: what an autoencoder must preserve in a picture."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def difference_loss(error: jax.Array) -> jax.Array:
 def color_loss(error: jax.Array) -> jax.Array:
     """Return the mean absolute error of chroma at half size plus that of colours at a quarter and an eighth.
 
-    `error` is (b, H, W, 3) with sides that are multiples of 8. Small pictures learn their shapes from luminance and
-    their colours late; this weighs what stays when they are looked at from afar.
+    `error` is (b, H, W, 3) with sides that are multiples of 8. On small pictures shapes are learnt from luminance, and
+    colours late; this adds weight to what is visible from afar.
     """
     chroma = pool(error, 2) @ jnp.asarray(_CHROMA, error.dtype).T
     return jnp.abs(chroma).mean() + jnp.abs(pool(error, 4)).mean() + jnp.abs(pool(error, 8)).mean()
@@ -43,8 +43,8 @@ def make_feature_loss(weights: str | Path) -> Callable[[jax.Array, jax.Array], j
     """Return loss(found, wanted) of images (b, H, W, 3) in [-1, 1] in the features of a trained scene network.
 
     Each layer gives its mean absolute error and that of its spatial means, both as shares of its mean activation, at
-    full and at half size: edges and textures by place, and how much of them there is at all, which is what a style is.
-    After arXiv 1603.08155, with absolute errors. The network must not be the one that judges the autoencoder.
+    full and at half size: edges and textures by place, and their overall amount, which makes a style. After arXiv
+    1603.08155, with absolute errors. The network must not be the one that judges the autoencoder.
     """
     scorer = load_scorer(weights)
 

@@ -1,7 +1,7 @@
-"""Train and apply the judge of generated scenes: a small CNN that names objects, style and background of a picture.
+"""Train and apply the judge of generated scenes: a small CNN that names the objects, style and background of a picture.
 
-It is trained on real scenes alone, held-out combinations included, and never sees a generated picture, so that what
-it says about a generator is independent of it. Its own accuracy on fresh real scenes is printed first.
+It is trained on real scenes alone, held-out combinations included, and never sees a generated picture, so that its
+judgement of a generator is independent of it. Its accuracy on fresh real scenes is printed with `--evaluate`.
 
     python -m train.scorer --config configs/scorer.yaml --output_dir runs/scorer
     python -m train.scorer --evaluate
@@ -32,7 +32,7 @@ from jaxmix.weights.safetensors import read_header
 from jaxmix.weights.store import save_tree
 from train.scenes import BACKGROUNDS, HELD_OUT_STYLE, STYLES, Scenes
 
-SIZE = 64  # of the pictures that the shipped judges see
+SIZE = 64  # of the pictures for the shipped judges
 CHANNELS = (32, 64, 128, 128)
 WEIGHTS = Path(__file__).parent / "scenes" / "scorer.safetensors"
 HEADS = ("object", "style", "background")
@@ -46,12 +46,12 @@ class Config(FitConfig):
         output_dir: folder for checkpoints and logs.
         weights: the safetensors file to write, or with `evaluate` to read.
         objects: number of objects to tell apart, counted from the start of the atlas.
-        size: width and height of the pictures, pixels; weights that were trained know their own.
+        size: width and height of the pictures, pixels; trained weights know their own.
         channels: width of each convolution; all but the last halve the picture.
         scenes: further arguments of train.scenes.Scenes, such as the arrangement, for training and accuracy.
         blur: share of the training pictures that are blurred a little, as a decoder blurs.
         noise: largest standard deviation of the noise added to training pictures, in [0, 1].
-        evaluate: train nothing; print the accuracy of `weights` on real scenes.
+        evaluate: do not train; print the accuracy of `weights` on real scenes.
         eval_scenes: fresh scenes of one object for that accuracy.
     """
 
@@ -71,7 +71,7 @@ class SceneNet(nn.Module):
     """A strided CNN with three heads.
 
     Takes images (b, n, n, 3) in [0, 1]; gives logits {"object": (b, o), "style": (b, s), "background": (b, k)}.
-    Style is read from fine texture too, so its head also sees the means of the early layers.
+    Style also shows in fine texture, so its head also sees the means of the early layers.
     """
 
     objects: int
@@ -90,7 +90,7 @@ class SceneNet(nn.Module):
         self.heads = {head: nn.Dense(size, name=f"heads.{head}") for head, size in sizes.items()}
 
     def activations(self, images: jax.Array) -> list[jax.Array]:
-        """Return what each convolution leaves, after norm and ReLU, (b, h, w, c) each."""
+        """Return the output of each convolution, after norm and ReLU, (b, h, w, c) each."""
         x, found = images * 2.0 - 1.0, []
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = nn.relu(norm(conv(x)))
@@ -100,15 +100,15 @@ class SceneNet(nn.Module):
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
         found = self.activations(images)
         x = found[-1]
-        # Not x.max(): its gradient divides by the number of places where x is the largest, which is none where the
-        # compiler computes x once more with another rounding.
+        # Not x.max(): its gradient divides by the number of places where x is largest, which is zero if the compiler
+        # recomputes x with another rounding.
         largest = nn.max_pool(x, x.shape[1:3])[:, 0, 0]
         features = jnp.concatenate([*(y.mean((1, 2)) for y in found), largest], -1)
         return {head: layer(features) for head, layer in self.heads.items()}
 
 
 def check_images(images: np.ndarray, size: int) -> np.ndarray:
-    """Return pictures as an array, or say that they are not uint8 (b, size, size, 3)."""
+    """Return pictures as an array; raises InputError if they are not uint8 (b, size, size, 3)."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
         raise InputError(f"images: found {images.dtype} {images.shape}, expected uint8 (b, {size}, {size}, 3)")
@@ -131,7 +131,7 @@ class Scorer:
         return SceneNet(len(self.objects), len(self.styles), len(self.backgrounds), self.channels)
 
     def __call__(self, images: np.ndarray, batch_size: int = 128) -> dict[str, np.ndarray]:
-        """Probabilities {"object": (b, o) each by itself, "style": (b, s), "background": (b, k) summing to one}.
+        """Return probabilities {"object": (b, o) each by itself, "style": (b, s), "background": (b, k) summing to one}.
 
         `images` is uint8 (b, size, size, 3).
         """
@@ -151,24 +151,24 @@ def _judge(net: SceneNet, params: Any, images: jax.Array) -> dict[str, jax.Array
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """Return what a file of weights says of its network: names and numbers, lists of them as tuples."""
+    """Return what a file of weights says about its network: names and numbers, with lists as tuples."""
     found = {k: json.loads(v) for k, v in read_header(path).metadata.items() if k != "format"}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
 def load_scorer(path: str | Path = WEIGHTS) -> Scorer:
-    """Loads a trained scorer; its class names are in the file, and its size and channels if they are not the usual."""
+    """Load a trained scorer; the file holds its class names, and its size and channels if they are unusual."""
     scorer = Scorer(None, **read_facts(path))
     target = jax.eval_shape(scorer.net.init, jax.random.key(0), jnp.zeros((1, scorer.size, scorer.size, 3)))["params"]
     return dataclasses.replace(scorer, params=load_tree(path, target))
 
 
 def judge(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], Any]:
-    """Judge pictures against rows of `eval_prompts` (or scenes); gives what is right of each, (n,) bool.
+    """Judge pictures against rows of `eval_prompts` (or scenes); return what is right in each, (n,) bool.
 
-    `object` asks the most probable objects (as many as the row has different ones) to be the row's, `any_object` at
-    least one of them, `style` and `background` the most probable one to be right, `all` everything. Then the same by
-    class, {head: {name: [bool, ...]}}.
+    For `object` the most probable objects (as many as the row has different ones) must be the row's, for `any_object`
+    at least one of them, for `style` and `background` the most probable one must be right, for `all` everything. Then
+    the same by class, {head: {name: [bool, ...]}}.
     """
     said = scorer(images)
     styles = [scorer.styles[i] for i in said["style"].argmax(-1)]
@@ -192,7 +192,7 @@ def judge(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]])
 
 
 def accuracy(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of pictures judged right, see `judge`, and by class under object_by_name and the like."""
+    """Return the shares of pictures judged right, see `judge`, and by class under object_by_name and the like."""
     right, by_name = judge(scorer, images, rows)
     result: dict[str, Any] = {head: float(np.mean(values)) for head, values in right.items()}
     for head, classes in by_name.items():
@@ -201,7 +201,7 @@ def accuracy(scorer: Scorer, images: np.ndarray, rows: Sequence[Mapping[str, Any
 
 
 def make_scenes(objects: int, seed: int, size: int = SIZE, **settings: Any) -> Scenes:
-    """Scenes of everything the scorer must know: all combinations, and the style that generators never see."""
+    """Return scenes of everything the scorer must know: all combinations, and the style that generators never see."""
     return Scenes(size=size, objects=objects, styles=(*STYLES, HELD_OUT_STYLE), seed=seed, split="all", **settings)
 
 
@@ -225,7 +225,7 @@ def make_batches(cfg: Config) -> Callable[[int], Iterator[Any]]:
 
 
 def augment(images: jax.Array, key: jax.Array, blur: float, noise: float) -> jax.Array:
-    """Blurs a share of the images (b, h, w, 3) by up to about a 64th of the width and adds noise."""
+    """Blur a share of the images (b, h, w, 3) by up to about a 64th of the width and adds noise."""
     which, how_much, how_noisy, grain = jax.random.split(key, 4)
     rows = (images.shape[0], 1, 1, 1)
     soft = images

@@ -1,10 +1,10 @@
-"""Train and apply the judge of composition: a small network that says where the objects of a picture stand.
+"""Train and apply the judge of composition: a small network that says where the objects of a picture are.
 
-With `by_name` it also says on a coarse grid which object is where, so that places and relations that a caption names
-can be read from a picture.
+With `by_name` it also says on a coarse grid which object is where, so that the places and relations in a caption can be
+checked on a picture.
 
-It is trained on real scenes alone, labelled ones included, and never sees a generated picture. What it is worth on
-fresh real scenes, and on the same after a round trip through the embedded model's autoencoder, is printed with
+It is trained on real scenes alone, labelled ones included, and never sees a generated picture. Its scores on fresh real
+scenes, and on the same after a round trip through the embedded model's autoencoder, are printed with
 
     python -m train.segmenter --config configs/segmenter.yaml --output_dir runs/segmenter
     python -m train.segmenter --evaluate
@@ -38,9 +38,9 @@ from train.scorer import SIZE, augment, check_images, make_scenes, read_facts
 
 WEIGHTS = Path(__file__).parent / "scenes" / "segmenter.safetensors"
 CHANNELS = (24, 40, 56)
-PATCHES = 32  # patches of a side; what a patch shows is read and written at once
-CELLS = PATCHES // 2  # cells of a side, in which objects have names
-PRESENT = 0.5  # probability from which a row or column counts as one that an object reaches
+PATCHES = 32  # patches per side; the pixels of a patch are read and written together
+CELLS = PATCHES // 2  # cells per side in which objects are named
+PRESENT = 0.5  # probability from which an object counts as reaching a row or column
 
 
 @dataclasses.dataclass
@@ -51,17 +51,17 @@ class Config(FitConfig):
         output_dir: folder for checkpoints and logs.
         weights: the safetensors file to write, or with `evaluate` to read.
         objects: number of objects on the training pictures, counted from the start of the atlas.
-        by_name: tell them apart too.
-        size: width and height of the pictures, pixels; weights that were trained know their own.
+        by_name: also tell them apart.
+        size: width and height of the pictures, pixels; trained weights know their own.
         channels: width of the network at a whole, a half and a quarter of its grid of patches.
         scenes: further arguments of train.scenes.Scenes, such as the arrangement, for training and accuracy.
         labelled: share of the training pictures with aesthetic labels (blurred, dark, dull, off-centre ...).
         blur: share of the training pictures that are blurred a little, as a decoder blurs.
         noise: largest standard deviation of the noise added to training pictures, in [0, 1].
-        profile_weight: weight of the loss of the rows and columns against that of the pixels.
-        name_weight: weight of the loss of the names against that of the pixels.
-        evaluate: train nothing; print what `weights` are worth on real scenes.
-        eval_scenes: fresh scenes of each kind for that.
+        profile_weight: weight of the loss of rows and columns relative to that of pixels.
+        name_weight: weight of the loss of names relative to that of pixels.
+        evaluate: do not train; print the scores of `weights` on real scenes.
+        eval_scenes: fresh scenes of each kind for them.
     """
 
     output_dir: str = "runs/segmenter"
@@ -83,7 +83,7 @@ class Config(FitConfig):
 class SegmentNet(nn.Module):
     """A small U-Net on 32x32 patches: images (b, n, n, 3) in [0, 1] to mask logits (b, n, n).
 
-    With `names` also to logits (b, 16, 16, names + 1) of which object a cell of the picture shows, none first.
+    With `names` also to logits (b, 16, 16, names + 1) of the object that each cell of the picture shows, none first.
     """
 
     names: int = 0
@@ -107,7 +107,7 @@ class SegmentNet(nn.Module):
         for i, width in enumerate(self.channels):
             x = layer(x, width, f"down.{i}", stride=1 if i == 0 else 2)
             skips.append(x)
-        # An object can be as large as the picture: here each place sees nearly all of it.
+        # An object can be as large as the picture, nearly all of which is visible from each place here.
         for i in range(2):
             x = x + layer(x, self.channels[-1], f"mid.{i}")
         cells = None
@@ -134,11 +134,11 @@ class Segmenter:
         return SegmentNet(len(self.names), self.channels)
 
     def __call__(self, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
-        """Probabilities (b, size, size) float32 for images uint8 (b, size, size, 3)."""
+        """Return probabilities (b, size, size) float32 for images uint8 (b, size, size, 3)."""
         return self._apply(images, batch_size)[0]
 
     def by_name(self, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
-        """Probabilities (b, 16, 16, names) float32 that a cell of an image shows an object, in the order of `names`."""
+        """Return probabilities (b, 16, 16, names) float32 that a cell of an image shows each of the `names`."""
         if not self.names:
             raise InputError("by_name: found a segmenter without names, expected one that was trained with by_name")
         return self._apply(images, batch_size)[1][..., 1:]
@@ -161,7 +161,7 @@ def _segment(net: SegmentNet, params: Any, images: jax.Array) -> tuple[jax.Array
 
 
 def load_segmenter(path: str | Path = WEIGHTS) -> Segmenter:
-    """Loads a trained segmenter; its size, channels and names are in the file if they are not the usual."""
+    """Load a trained segmenter; its size, channels and names are in the file if they are not the usual."""
     segmenter = Segmenter(None, **read_facts(path))
     images = jnp.zeros((1, segmenter.size, segmenter.size, 3))
     target = jax.eval_shape(segmenter.net.init, jax.random.key(0), images)["params"]
@@ -169,16 +169,16 @@ def load_segmenter(path: str | Path = WEIGHTS) -> Segmenter:
 
 
 def middle(probabilities: np.ndarray) -> np.ndarray:
-    """Middles (b, 2) of the bounding boxes, (down, right) in pixels, from probabilities or masks (b, h, w).
+    """Return the centres (b, 2) of bounding boxes, (down, right) in pixels, from probabilities or masks (b, h, w).
 
-    A row belongs to the box as far as its most probable pixel does, and the middle is the mean of the rows so
-    weighted: exact for a sharp mask without empty rows, and a soft edge moves it by parts of a pixel. NaN where no
+    A row belongs to the box to the degree that its most probable pixel does, and the centre is the mean of rows with
+    these weights: exact for a sharp mask without empty rows, while a soft edge moves it by parts of a pixel. NaN if no
     object is found.
     """
     found = np.empty((len(probabilities), 2))
     for axis in (0, 1):
         profile = np.asarray(probabilities, np.float64).max(2 - axis)
-        profile = np.where(profile >= 0.2, profile, 0.0)  # what is almost surely background has no say
+        profile = np.where(profile >= 0.2, profile, 0.0)  # what is almost certainly background does not count
         where = np.arange(profile.shape[1]) + 0.5
         with np.errstate(invalid="ignore"):
             found[:, axis] = np.where(profile.max(1) >= PRESENT, profile @ where / profile.sum(1), np.nan)
@@ -186,16 +186,16 @@ def middle(probabilities: np.ndarray) -> np.ndarray:
 
 
 def distance_from_middle(probabilities: np.ndarray) -> np.ndarray:
-    """How far off centre each picture's objects stand (b,), as a share of the width; see `scenes.off_centre`."""
+    """Return how far off centre each picture's objects are (b,), as a share of the width; see `scenes.off_centre`."""
     h, w = probabilities.shape[1:]
     return np.hypot(*(middle(probabilities) - np.array([h, w]) / 2).T) / w
 
 
 def stands(segmenter: Segmenter, images: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Say whether the objects of pictures stand where their captions say, one value a picture.
+    """Return whether the objects of pictures are where their captions say, one value per picture.
 
     Rows are those of `eval_prompts`: `object_names`, `places`, `facts`. place: every object is at its place, 1 or 0,
-    NaN where no place is said; relation: all facts hold, likewise. An object that is not found stands nowhere.
+    NaN if the caption names none; relation: all facts hold, likewise. An object that is not found is nowhere.
     """
     whole, named = middle(segmenter(images)), segmenter.by_name(images)
     found: dict[str, list[float]] = {"place": [], "relation": []}
@@ -247,7 +247,7 @@ def make_loss(cfg: Config) -> Callable[..., tuple[jax.Array, dict[str, jax.Array
     def loss_fn(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         images = augment(batch["image"].astype(jnp.float32) / 255.0, key, cfg.blur, cfg.noise)
         (logits, cells), mask = make_net(cfg).apply({"params": params}, images), batch["mask"]
-        # The edges of the bounding box hang on single pixels, which the mean over all pixels hardly sees.
+        # The edges of the bounding box depend on single pixels, which hardly affect the mean over all pixels.
         profiles = jnp.stack([entropy(logits.max(axis), mask.max(axis)) for axis in (1, 2)]).mean()
         losses = {"pixel_loss": entropy(logits, mask), "profile_loss": profiles}
         total = losses["pixel_loss"] + cfg.profile_weight * profiles
@@ -263,7 +263,7 @@ def make_loss(cfg: Config) -> Callable[..., tuple[jax.Array, dict[str, jax.Array
 
 
 def scores(segmenter: Segmenter, images: np.ndarray, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What the masks of pictures of known scenes are worth.
+    """Return how good the masks of pictures of known scenes are.
 
     `iou`, the mean over pictures of the IoU of masks (probability 0.5); `centre_error`, the mean distance of the
     middle of the bounding box from the true one, pixels; `correlation` of the distance from the picture's middle with
@@ -286,7 +286,7 @@ def scores(segmenter: Segmenter, images: np.ndarray, rows: Sequence[dict[str, An
 def evaluate(cfg: Config) -> dict[str, dict[str, float]]:
     """Print and return the scores on real scenes of the embedded model's objects.
 
-    As they are, and round-tripped through the embedded model's autoencoder where that has the segmenter's size.
+    As they are, and after a round trip through the embedded model's autoencoder if that has the segmenter's size.
     """
     segmenter, pipe = load_segmenter(cfg.weights), jaxmix.load("mini")
     round_trip = pipe.latent_shape[0] * pipe.vae.config.factor == segmenter.size
@@ -326,7 +326,7 @@ def evaluate(cfg: Config) -> dict[str, dict[str, float]]:
 
 
 def place_accuracy(segmenter: Segmenter, count: int, n: int, seed: int) -> dict[str, float]:
-    """Return the share of n fresh real scenes of `count` objects on which the words for places and relations hold."""
+    """Return the share of n fresh real scenes of `count` objects in which the words for places and relations hold."""
     shares = {"two_objects": float(count == 2), "three_objects": float(count == 3), "labelled": 0.0, "counts": 0.0}
     scenes = make_scenes(
         len(segmenter.names), 990_003 + seed, segmenter.size, arrangement="anywhere", place_words=1.0, **shares
@@ -338,7 +338,7 @@ def place_accuracy(segmenter: Segmenter, count: int, n: int, seed: int) -> dict[
 
 
 def main(cfg: Config) -> int:
-    """Train, write the weights in float16, print what they are worth."""
+    """Train, write the weights in float16, print their scores."""
     command.enable_compilation_cache()
     if cfg.evaluate:
         evaluate(cfg)

@@ -1,8 +1,8 @@
-"""Train a latent diffusion model on captioned scenes: UNet and CLIP text encoder from nothing, or a pipeline on.
+"""Train a latent diffusion model on captioned scenes: UNet and CLIP text encoder from scratch, or from a pipeline.
 
 Latent diffusion (arXiv 2112.10752) with classifier-free guidance by dropped captions (arXiv 2207.12598), v or epsilon
-targets (arXiv 2202.00512) and min-SNR weights on request (arXiv 2303.09556). The autoencoder is read from a folder
-and stays as it is; images are encoded inside the step.
+targets (arXiv 2202.00512) and optional min-SNR weights (arXiv 2303.09556). The autoencoder is read from a folder and
+frozen; images are encoded inside the step.
 
     python -m train.text_to_image --config configs/mini_text_to_image.yaml --output_dir runs/t2i
 """
@@ -46,19 +46,19 @@ class Config(DiffusionConfig):
     """The text-to-image trainer's keys, after those of every trainer of a denoiser.
 
     Attributes:
-        pretrained_model_name_or_path: the pipeline to train on ("mini", a folder, a file, a hub id); empty: the models
-            below start from nothing.
+        pretrained_model_name_or_path: the pipeline to start from ("mini", a folder, a file, a hub id); empty: the
+            models below start from scratch.
         pretrained_vae_model_name_or_path: folder of the autoencoder (config.json and safetensors).
         tokenizer: folder of the CLIP tokenizer.
         unet: the model, as in a diffusers unet/config.json.
         text_encoder: the model, as in a transformers config.json; the vocabulary's size comes from the tokenizer.
         scheduler: the noise schedule, as in a diffusers scheduler_config.json.
         scenes: arguments of train.scenes.Scenes.
-        train_text_encoder: false leaves the text encoder as it was made.
-        validation_prompts: drawn at fixed seeds from the averaged weights.
-        validation_steps: draw them every so many steps; 0: never.
+        train_text_encoder: false freezes the text encoder.
+        validation_prompts: drawn at fixed seeds with the averaged weights.
+        validation_steps: draw them every this many steps; 0: never.
         validation_guidance_scale: guidance of those pictures.
-        export_steps: write the diffusers folder OUT/pipeline every so many steps; 0: only at the end.
+        export_steps: write the diffusers folder OUT/pipeline every this many steps; 0: only at the end.
     """
 
     pretrained_model_name_or_path: str = ""
@@ -91,7 +91,7 @@ def make_rows(
 def load_autoencoder(folder: str, dtype: Any) -> tuple[AutoencoderKL, Any]:
     """Return the autoencoder in a diffusers `vae` folder and its float32 parameters."""
     if not folder:
-        raise InputError("pretrained_vae_model_name_or_path: not given, expected a folder that train.autoencoder wrote")
+        raise InputError("pretrained_vae_model_name_or_path: not given, expected a folder by train.autoencoder")
     if not (Path(folder) / "config.json").is_file():
         raise InputError(f"pretrained_vae_model_name_or_path: found no config.json in {folder}")
     vae = AutoencoderKL(VAEConfig.from_dict(read_config(Path(folder) / "config.json")), dtype=dtype)
@@ -108,7 +108,7 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def make_models(cfg: Config) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Return the UNet and the text encoder; the tokenizer decides the vocabulary's size and the special tokens."""
+    """Return the UNet and the text encoder; the tokenizer determines the vocabulary size and the special tokens."""
     tokenizer = load_tokenizer(cfg.tokenizer)
     specials = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text_config = {**cfg.text_encoder, **specials, "vocab_size": len(tokenizer)}
@@ -117,9 +117,9 @@ def make_models(cfg: Config) -> tuple[UNet2DConditionModel, CLIPTextModel]:
 
 
 def make_pipeline(cfg: Config) -> Pipeline:
-    """Return the pipeline before training: one that is there, or fresh models around an autoencoder that is there.
+    """Return the pipeline before training: an existing one, or fresh models around an existing autoencoder.
 
-    What learns is float32 whatever the model computes in.
+    Trained weights are float32 whatever the model computes in.
     """
     guidance: dict[str, Any] = {"default_guidance_scale": cfg.validation_guidance_scale}
     if cfg.pretrained_model_name_or_path:

@@ -1,7 +1,7 @@
-"""Train a VMix adapter (arXiv 2412.20800) for a Stable Diffusion 1.x, 2.x or XL base that stays as it is.
+"""Train a VMix adapter (arXiv 2412.20800) for a frozen Stable Diffusion 1.x, 2.x or XL base.
 
 What learns: the token projection F with its norm, the zero layer Z, one value matrix W_V^a per attn2, and a LoRA on the
-modules of the UNet that `lora_targets` finds. The base is an argument of the step and is held once.
+modules of the UNet that `lora_targets` matches. The base is an argument of the step and is held once.
 
     python -m train.vmix --config configs/vmix_mini.yaml --output_dir runs/vmix
     python -m train.vmix --config configs/vmix_sd15.yaml --output_dir runs/vmix --train_data_dir pictures
@@ -41,17 +41,17 @@ class Config(PictureConfig, DiffusionConfig):
     Attributes:
         pretrained_model_name_or_path: the base: "mini", a diffusers folder, a single .safetensors file, or a hub id.
         labels: each aesthetic dimension with its label and the rare token that stands for its absence.
-        label_dropout_rate: chance of each positive label of a row to be taken for absent.
+        label_dropout_rate: chance that a positive label of a row is treated as absent.
         value_mixing: false trains the LoRA alone (an ablation).
-        rank: of the LoRA; 0 trains none.
+        rank: rank of the LoRA; 0 for none.
         lora_alpha: the LoRA is scaled by lora_alpha / rank; null for rank.
-        lora_targets: regular expression, searched in the names of the UNet's modules.
+        lora_targets: regular expression searched for in the names of the UNet's modules.
         train_data_dir: pictures with a metadata.jsonl, WebDataset tars, or a cache by train.cache_latents.
-        text_column: of the metadata, the caption.
-        image_column: of the metadata, the picture's file.
+        text_column: the metadata's column with the caption.
+        image_column: the metadata's column with the picture's file.
         scenes: arguments of train.scenes.Scenes, instead of train_data_dir.
-        validation_prompts: drawn at fixed seeds from the averaged weights, a row of pictures each.
-        validation_steps: draw them every so many steps; 0: never.
+        validation_prompts: drawn at fixed seeds with the averaged weights, one row of pictures each.
+        validation_steps: draw them every this many steps; 0: never.
         validation_guidance_scale: guidance of those pictures; null for the base's own.
         validation_scales: strengths at which they are drawn with all labels.
         validation_batch_size: pictures drawn together.
@@ -75,7 +75,7 @@ class Config(PictureConfig, DiffusionConfig):
     validation_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        """Refuse values that could only fail later."""
+        """Refuse values that would fail later."""
         PictureConfig.__post_init__(self)
         DiffusionConfig.__post_init__(self)
         if not self.pretrained_model_name_or_path:
@@ -84,7 +84,7 @@ class Config(PictureConfig, DiffusionConfig):
             found = "both" if self.scenes else "neither"
             raise InputError(f"train_data_dir, scenes: found {found}, expected one of them")
         if not self.value_mixing and self.rank < 1:
-            raise InputError("value_mixing is off and rank is 0: nothing would learn")
+            raise InputError("value_mixing: found false with rank 0, expected one of them to learn")
         for name in ("label_dropout_rate", "caption_dropout_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected 0 to 1")
@@ -95,8 +95,8 @@ def make_rows(
 ) -> Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]:
     """Return the transform from a source's row, of pictures or of cached latents and text states, to arrays.
 
-    "present" (N,) float32 are the labels; "dropped" () float32 is 1 where the caption is left out, which makes the row
-    one of the unconditional branch.
+    "present" (N,) float32 are the labels; "dropped" () float32 is 1 if the caption is left out, which makes the row one
+    of the unconditional branch.
     """
     empty = tokenize("")
 
@@ -121,7 +121,7 @@ def make_rows(
 
 
 CACHED = ("latents_mean", "latents_std", "context", "pooled")
-"""What a row of a cache has instead of a picture and a caption."""
+"""What a cached row has instead of a picture and a caption."""
 
 
 class LabelledScenes:
@@ -143,9 +143,9 @@ def open_rows(cfg: Config, pipe: Pipeline, dimensions: Sequence[str]) -> Any:
     """Return the source of rows that the config names."""
     if cfg.scenes:
         if pipe.text_encoder_2 is not None:
-            raise InputError("scenes: found an SDXL base, which wants sizes that scenes lack, expected train_data_dir")
+            raise InputError("scenes: found an SDXL base, which needs sizes that scenes lack, expected train_data_dir")
         if unknown := [name for name in dimensions if name not in SCENE_DIMENSIONS]:
-            raise InputError(f"labels: scenes have no {unknown[0]!r}, expected some of {', '.join(SCENE_DIMENSIONS)}")
+            raise InputError(f"labels: found {unknown[0]!r}, expected some of {', '.join(SCENE_DIMENSIONS)} for scenes")
         return LabelledScenes(Scenes(**cfg.scenes))
     rows = open_batches(cfg.train_data_dir, cfg, pipe, dimensions, cfg.text_column, cfg.image_column)
     print(rows.describe(), flush=True)
@@ -153,7 +153,7 @@ def open_rows(cfg: Config, pipe: Pipeline, dimensions: Sequence[str]) -> Any:
 
 
 def freeze(pipe: Pipeline, rows: Any) -> dict[str, Any]:
-    """Return the parts of the base that a step needs; a cache stands for the autoencoder and the text encoders."""
+    """Return the parts of the base that a step needs; a cache replaces the autoencoder and the text encoders."""
     if isinstance(rows, LatentCache):
         return {"unet": pipe.params["unet"], "empty": dict(rows.empty)}
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -161,7 +161,7 @@ def freeze(pipe: Pipeline, rows: Any) -> dict[str, Any]:
 
 
 def split_adapter(adapter: jaxmix.VMix, cfg: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (what learns, what is frozen) of an adapter; the embeddings of the labels do not learn."""
+    """Return (what learns, what is frozen) of an adapter; the label embeddings are frozen."""
     learns: dict[str, Any] = {}
     if cfg.value_mixing:
         learns["vmix"] = {name: p for name, p in adapter.params.items() if name != "aes_emb"}
@@ -181,7 +181,7 @@ def make_adapter(pipe: Pipeline, cfg: Config) -> jaxmix.VMix:
 
 
 def join_adapter(fresh: jaxmix.VMix, learnt: Mapping[str, Any], cfg: Config) -> jaxmix.VMix:
-    """Return the adapter that `learnt` has become: the inverse of `split_adapter`."""
+    """Return the adapter with what it has `learnt`: the inverse of `split_adapter`."""
     params = {**fresh.params, **learnt.get("vmix", {})}
     if "lora" not in learnt:
         return jaxmix.VMix(fresh.config, params)
@@ -192,7 +192,7 @@ def join_adapter(fresh: jaxmix.VMix, learnt: Mapping[str, Any], cfg: Config) -> 
 def make_predict(pipe: Pipeline, cfg: Config) -> Callable[..., jax.Array]:
     """Return the prediction under an adapter: the base with factors beside its kernels, and values mixed in.
 
-    Rows without a caption are the unconditional branch, which the adapter's values leave alone, as when sampling.
+    Rows without a caption are the unconditional branch, which the adapter's values leave alone, as in sampling.
     """
     unet = pipe.unet.clone(dtype=cfg.dtype, remat=cfg.gradient_checkpointing)
 
@@ -218,7 +218,7 @@ def make_predict(pipe: Pipeline, cfg: Config) -> Callable[..., jax.Array]:
 
 
 def draw_grid(pipe: Pipeline, adapter: jaxmix.VMix, cfg: Config) -> np.ndarray:
-    """Return a sheet, a row a prompt: base, each strength with all labels, each label alone at strength 1."""
+    """Return a sheet with one row per prompt: base, each strength with all labels, each label alone at strength 1."""
     columns = [("all", scale) for scale in cfg.validation_scales] + [(name, 1.0) for name in adapter.config.dimensions]
     prompts, width = cfg.validation_prompts, len(columns) + 1
     guidance, batch = cfg.validation_guidance_scale, cfg.validation_batch_size
@@ -245,7 +245,7 @@ def main(cfg: Config) -> int:
     pipe = jaxmix.load(cfg.pretrained_model_name_or_path, dtype=cfg.dtype)
     fresh = make_adapter(pipe, cfg)
     if jax.device_count() > 1:
-        # The devices hold the base as the mesh says; a second copy on the first of them could be one too many.
+        # The devices hold the base placed on the mesh; a second copy on the first device might not fit.
         pipe = dataclasses.replace(pipe, params=jax.device_get(pipe.params))
     learns, constants = split_adapter(fresh, cfg)
     count = sum(leaf.size for leaf in jax.tree.leaves(learns))

@@ -43,7 +43,7 @@ class Compose(Method):
         self.fields = {"compose": Field(check_compose, flags.compose)}
 
     def on(self, row: Row) -> bool:
-        """A prompt without AND is one prompt, and so is one whose row says that AND is a word."""
+        """Say whether the prompt has AND, and the row does not make it a word."""
         return row["compose"] == "on" and AND.search(row.prompt) is not None
 
     def complete(self, row: Row, pipe: Any) -> Row:

@@ -14,14 +14,14 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Flags(layout.Flags):
-    """How strongly segments work, for rows that do not say.
+    """How strongly segments act in rows that do not say.
 
     Attributes:
         cross: DenseDiffusion: weight of the modulation of cross-attention, 0 for none (no unit)
         self_attention: DenseDiffusion: weight of the modulation of self-attention, 0 for none (no unit)
         area: DenseDiffusion: how much less a large segment gets, from 0 (the same) to 1 (no unit)
         part: DenseDiffusion: share of the steps, from the first, in which attention is modulated
-        splice: DenseDiffusion: whether each phrase is encoded alone, besides
+        splice: DenseDiffusion: whether to replace each phrase's states by those of the phrase encoded alone
         strict_layout: DenseDiffusion: leave alone what the authors' code modulates oddly, overlaps and places without
             words
     """
@@ -89,5 +89,5 @@ class Dense(layout.Layout):
         ]
 
     def shown(self, row: Row) -> dict[str, str]:
-        """Say the weights."""
+        """Show the weights."""
         return {"cross, self": f"{row['cross']:g}, {row['self_attention']:g}"}

@@ -1,4 +1,4 @@
-"""MagicFusion (arXiv 2303.13126) in a job: two models, or two prompts of one, and who draws where."""
+"""MagicFusion (arXiv 2303.13126) in a job: two models, or two prompts of one, and which draws where."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Flags(Base):
-    """The expert, and how it is blended with the general model, which is that of --model.
+    """The expert, and how it is blended with the general model, which is --model.
 
     Attributes:
-        expert: MagicFusion: a second model, of the same latents and noise schedule, for all rows; default: the same
-            one, with another prompt
+        expert: MagicFusion: a second model with the same latents and noise schedule, for all rows; default: the same
+            model, with another prompt
         expert_prompt: MagicFusion: the expert's prompt; default with --expert: the row's own
         mode: MagicFusion: 1 blends once the timestep has come down to --switch, 2 blends above it and runs the general
             model after
         switch: MagicFusion: the timestep of the change, 0 to 999
         k_general: MagicFusion: inverse temperature of the general model's saliency; a larger one shrinks its area (no
             unit)
-        k_expert: MagicFusion: that of the expert's (no unit)
+        k_expert: MagicFusion: the same for the expert (no unit)
         fuse_strength: MagicFusion: 0 is the general model alone (no unit)
-        own_uncond: MagicFusion: take the expert's saliency against its own unconditional prediction, as the paper has
-            it
+        own_uncond: MagicFusion: take the expert's saliency against its own unconditional prediction, as in the paper
         own_text: MagicFusion: encode the expert's prompt with the expert's text encoder
     """
 
@@ -52,7 +51,7 @@ class Flags(Base):
             ("--fuse-strength", self.fuse_strength),
         ):
             if check_number(flag, value) < 0:
-                raise InputError(f"{flag}: expected a number >= 0, found {value:g}")
+                raise InputError(f"{flag}: found {value:g}, expected a number >= 0")
 
     def method(self) -> Method:
         """Return the method under these flags."""
@@ -77,7 +76,7 @@ class Fuse(Method):
         }
 
     def on(self, row: Row) -> bool:
-        """With a second model all rows are blended, but for those that reconstruct the picture of --reference."""
+        """Return whether a row is blended: with a second model all are, except those that reconstruct --reference."""
         return super().on(row) or (self.flags.expert is not None and row.where != "--reference")
 
     def open(self, pipe: Any) -> None:
@@ -90,7 +89,7 @@ class Fuse(Method):
             fits(pipe, self.expert)
 
     def missing(self) -> InputError:
-        """Say what is blended where both models are one."""
+        """Ask for a second prompt if both models are the same."""
         return InputError("no field 'expert_prompt', expected one where both models are the same")
 
     def settings(self, row: Row) -> dict[str, Any]:
@@ -99,7 +98,7 @@ class Fuse(Method):
         return {name: getattr(self.flags, name) for name in names}
 
     def complete(self, row: Row, pipe: Any) -> Row:
-        """Refuse a switch that is out of range, and the one field that blending does not go with."""
+        """Refuse a switch that is out of range, and the one field that does not work with blending."""
         most = pipe.schedule.num_train_timesteps - 1
         if self.flags.switch > most:
             raise InputError(f"--switch: found {self.flags.switch:g}, expected a timestep from 0 to {most}")
@@ -133,5 +132,5 @@ class Fuse(Method):
         ]
 
     def shown(self, row: Row) -> dict[str, str]:
-        """Say the expert's prompt and the temperatures."""
+        """Show the expert's prompt and the temperatures."""
         return {"expert": row["expert_prompt"] or row.texts[0], "k": f"{row['k_general']:g}, {row['k_expert']:g}"}

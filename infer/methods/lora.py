@@ -1,4 +1,4 @@
-"""LoRAs (arXiv 2106.09685) in a job: files that are merged into the model's weights, each with its strength."""
+"""LoRAs (arXiv 2106.09685) in a job: files merged into the model's weights, each with its strength."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Flags(Base):
     """LoRAs for rows that name none.
 
     Attributes:
-        lora: LoRA: files (diffusers, PEFT or kohya) to merge into the model, PATH[:STRENGTH][,PATH[:STRENGTH]...]; a
-            strength of 1 (no unit) is as trained, and the default
+        lora: LoRA: files (diffusers, PEFT or kohya) to merge into the model, PATH[:STRENGTH][,PATH[:STRENGTH]...]; the
+            strength (no unit) is 1, as trained, by default
     """
 
     lora: str | None = None
@@ -50,12 +50,12 @@ class LoRA(Method):
         self._opened: dict[str, Any] = {}
 
     def prepare(self) -> None:
-        """Look for the flag's files: what is wrong with them is wrong with the whole job."""
+        """Look for the flag's files: a mistake there is one of the whole job."""
         for path, _ in check_loras("--lora", self.flags.lora or []):
             self.lora(path)
 
     def lora(self, path: str) -> Any:
-        """Return a LoRA, which is opened once, so that the weights that it makes are known to be the same."""
+        """Return a LoRA, opened only once, so that weights merged from it compare equal."""
         import jaxmix
 
         if path not in self._opened:
@@ -66,12 +66,12 @@ class LoRA(Method):
         return self._opened[path]
 
     def open(self, pipe: Any) -> None:
-        """Refuse the flag's files where they do not fit the model."""
+        """Refuse the flag's files if they do not fit the model."""
         for path, strength in check_loras("--lora", self.flags.lora or []):
             self.lora(path).on(strength).check(pipe, None)
 
     def on(self, row: Row) -> bool:
-        """A row of LoRAs all at strength 0 is one without."""
+        """Return whether any LoRA of the row has a strength other than 0."""
         return bool(_live(row["lora"]))
 
     def weights(self, row: Row) -> Hashable:
@@ -83,11 +83,11 @@ class LoRA(Method):
         return "lora " + " + ".join(f"{Path(path).name}:{strength:g}" for path, strength in _live(row["lora"]))
 
     def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
-        """Return each LoRA at its strength; rows of one batch have the same."""
+        """Return each LoRA at its strength; all rows of a batch have the same."""
         return [self.lora(path).on(strength) for path, strength in _live(batch.rows[0]["lora"])]
 
     def shown(self, row: Row) -> dict[str, str]:
-        """Say the files."""
+        """Show the files and their strengths."""
         return {"LoRA": ", ".join(f"{Path(path).stem} x {strength:g}" for path, strength in row["lora"])}
 
 
@@ -100,7 +100,7 @@ def _texts(loras: Merges) -> list[str]:
 
 
 def check_loras(key: str, value: Any) -> Merges:
-    """Read "PATH[:STRENGTH][,PATH[:STRENGTH]...]", or a list of such; the strength is 1 where none is given."""
+    """Read "PATH[:STRENGTH][,PATH[:STRENGTH]...]", or a list of such texts; the default strength is 1."""
     if isinstance(value, (list, tuple)):
         return tuple(one for item in value for one in check_loras(key, item))
     if not isinstance(value, str):
@@ -115,6 +115,6 @@ def check_loras(key: str, value: Any) -> Merges:
         except ValueError:
             path, number = item.strip(), 1.0  # a colon that belongs to the path
         if not math.isfinite(number):
-            raise InputError(f"{key}: found {item.strip()!r}, expected a finite strength behind the colon")
+            raise InputError(f"{key}: found {item.strip()!r}, expected a finite strength after the colon")
         found.append((path if colon and path else item.strip(), number))
     return tuple(found)

@@ -14,7 +14,7 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """The flags of a method, to be mixed into the `Config` of the commands; subclasses check them and say `method`."""
+    """The flags of a method, mixed into the commands' `Config`; subclasses check them and return their `method`."""
 
     def __post_init__(self) -> None:
         """Raise InputError for a flag out of range."""
@@ -28,9 +28,8 @@ class Flags:
 class Batch:
     """Rows for which methods are to be built.
 
-    `groups` are the sizes of the groups in which the rows stand, `beside` the names of all methods that these rows
-    have, and `weights` what these make of the model's weights. A `draft` is built to be checked and not to be drawn:
-    it needs no inversion.
+    `groups` are the sizes of the rows' groups, `beside` the names of all their methods, and `weights` identifies the
+    weights that these result in. A `draft` is built only to be checked, not drawn: it needs no inversion.
     """
 
     rows: Sequence[Row]
@@ -41,23 +40,23 @@ class Batch:
 
 
 class Method:
-    """A method as one job knows it. Subclasses override what differs."""
+    """A method as a job knows it. Subclasses override what differs."""
 
-    #: As settings and messages call it.
+    #: What settings and messages call it.
     name: ClassVar[str] = ""
-    #: Of `fields`, those that switch the method on for a row that has any of them.
+    #: Those of `fields` that switch the method on for a row that has any of them.
     switches: ClassVar[tuple[str, ...]] = ()
-    #: What messages call that which switches the method on, the names of those fields if empty.
+    #: What messages call the switch of the method; if empty, the names of those fields.
     says: ClassVar[str] = ""
-    #: A field in which a row chooses among methods that share their switches, and this one's name in it.
+    #: A field by which a row chooses among methods with the same switches, and this method's value of it.
     choice: ClassVar[tuple[str, str] | None] = None
-    #: Whether it is a part of the model, so to speak: pictures do not say under "method" that they were made by it.
+    #: Whether it counts as part of the model: pictures are not said to be drawn by it under "method".
     adapter: ClassVar[bool] = False
-    #: The fields of rows.
+    #: The fields that it adds to rows.
     fields: Fields
-    #: What the command says that wants this method in every row, where it is given none.
+    #: The message of a command that needs this method in every row, if it is given no rows.
     needs_rows: ClassVar[str] = ""
-    #: Whether the command wants this method in every row.
+    #: Whether the command needs this method in every row.
     wanted: bool = False
 
     # Rows ----------------------------------------------------------------------------------------------------------
@@ -66,67 +65,67 @@ class Method:
         """Open what the flags name, before the model is loaded."""
 
     def objects(self) -> Iterable[tuple[str, Mapping[str, Any]]] | None:
-        """Return rows that the flags spell out, as (where, fields), or None."""
+        """Return rows that the flags alone define, as (where, fields), or None."""
         return None
 
     def arrange(self, rows: Sequence[Row], alone: Mapping[str, None]) -> list[Row]:
-        """Return the rows as they are to be drawn, with those that the flags add.
+        """Return the rows to draw, including those that the flags add.
 
-        `alone` are the fields, as None, without which a row is drawn by no other method but adapters.
+        `alone` maps fields to None; a row changed by it is drawn by no other method, except adapters.
         """
         return list(rows)
 
     def on(self, row: Row) -> bool:
-        """Say whether a row is drawn by the method."""
+        """Return whether a row is drawn by the method."""
         return any(row[key] is not None for key in self.switches)
 
     def open(self, pipe: Any) -> None:
-        """Prepare for the model of the job, before any row is looked at."""
+        """Prepare for the model of the job, before any row is processed."""
 
     def defaults(self, row: Row) -> Mapping[str, Any]:
-        """Return what a row of the method draws with where neither it nor a flag says, in place of the model's own."""
+        """Return the method's defaults for what neither the row nor a flag sets, in place of the model's."""
         return {}
 
     def complete(self, row: Row, pipe: Any) -> Row:
-        """Return a row of the method with what the model settles; raises InputError for one that cannot be drawn."""
+        """Return a row of the method completed for the model; raises InputError for one that cannot be drawn."""
         return row
 
     def missing(self) -> InputError:
-        """Return what is said of a row that the command wants the method for, and which has none of its switches."""
+        """Return the error for a row without any of the method's switches, if the command needs the method."""
         return InputError(f"no field '{self.switches[0]}'")
 
     def settings(self, row: Row) -> dict[str, Any]:
-        """Return what goes into the settings of a row's picture beside the fields: flags that no row can change."""
+        """Return further settings of a row's picture, besides its fields: flags that no row can change."""
         return {}
 
     # Batches ---------------------------------------------------------------------------------------------------------
 
     def group(self, row: Row) -> Hashable:
-        """Return what rows share that must be drawn together, None for a row on its own."""
+        """Return the key that rows share if they must be drawn together, None for a row on its own."""
         return None
 
     def check_groups(self, rows: Sequence[Row]) -> list[tuple[Row, str]]:
-        """Return rows that cannot be drawn because of the others of their group, and why."""
+        """Return the rows that cannot be drawn because of others in their group, and why."""
         return []
 
     def program(self, rows: Sequence[Row]) -> Hashable:
-        """Return what a row, or the rows of a group, must share with others to be drawn in one batch."""
+        """Return the key that a row, or the rows of a group, must share with others to be drawn in one batch."""
         return None
 
     def weights(self, row: Row) -> Hashable:
-        """Return what the method makes of the model's weights for a row, None for nothing."""
+        """Return a key of the method's change to the model's weights for a row, None for no change."""
         return None
 
     def note(self, pipe: Any, rows: Sequence[Row], size: int) -> str:
-        """Return what the plan says of a bucket drawn in batches of `size`, such as the memory that it takes."""
+        """Return the plan's remark about a bucket drawn in batches of `size`, such as the memory that it needs."""
         return ""
 
     def plan(self, row: Row) -> str:
-        """Return how the plan calls the method at work in the rows of a bucket, of which `row` is one."""
+        """Return the plan's description of the method for a bucket that contains `row`."""
         return self.name
 
     def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
-        """Return the `jaxmix.Method`s for rows; those of a group that have not this method must be left as they are.
+        """Return the `jaxmix.Method`s for rows, which must leave alone rows of a group that do not have this method.
 
         `pipe` has the weights of these rows.
         """
@@ -135,7 +134,7 @@ class Method:
     # Pictures --------------------------------------------------------------------------------------------------------
 
     def write_inputs(self, row: Row, out: Path) -> None:
-        """Write the pictures beside the result that show what went in."""
+        """Write pictures of the row's inputs beside the result."""
 
     def inputs(self, row: Row, out: Path) -> list[Picture]:
         """Return the pictures that the gallery shows before the result."""
@@ -146,7 +145,7 @@ class Method:
         return ""
 
     def shown(self, row: Row) -> dict[str, str]:
-        """Return what the gallery says of a row besides its plain settings."""
+        """Return what the gallery shows of a row besides its plain settings."""
         return {}
 
 

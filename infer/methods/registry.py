@@ -1,4 +1,4 @@
-"""Every method that a job knows. A new one is one file beside this and one base of `Flags`."""
+"""Every method that a job knows. A new one is one more file here and one more base of `Flags`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Flags(
     lora.Flags,
     vmix.Flags,
 ):
-    """The flags of all methods; `--help` has those of the last one first."""
+    """The flags of all methods; `--help` lists them from the last base to the first."""
 
 
 CHECKED = 64
-"""Rows whose methods are built and checked at once."""
+"""How many rows have their methods built and checked at once."""
 
 
 class Bucket(NamedTuple):
-    """Completed rows that are drawn by one program with one set of weights: what draws them, and their groups."""
+    """Completed rows that share their program and weights, with their methods and groups."""
 
     methods: tuple[Method, ...]
     rows: list[Row]
@@ -84,7 +84,7 @@ class Methods:
         return list(rows)
 
     def check_flags(self, rows: Sequence[Row]) -> None:
-        """Raise InputError for a flag that is the field of a method which draws none of the rows."""
+        """Raise InputError for a flag that is a field of a method that draws none of the rows."""
         at_work = {method for row in rows for method in self.of(row)}
         for field in dataclasses.fields(self.flags):
             owners = [method for method in self.all if field.name in method.fields]
@@ -101,7 +101,7 @@ class Methods:
     def settle(self, row: Row, own: Mapping[str, Any]) -> Row:
         """Return the row with the steps, sampler and so on that neither it nor a flag says: a method's or the model's.
 
-        Raises InputError for a row that names fields of a method without those which switch it on.
+        Raises InputError for a row that names fields of a method without those that switch it on.
         """
         here = self.of(row)
         for key in (key for key in self.fields if key in row.named):
@@ -127,15 +127,15 @@ class Methods:
         return ""
 
     def complete(self, row: Row, pipe: Any) -> Row:
-        """Return the row with what the model settles; raises InputError for one that its methods cannot draw."""
+        """Return the row completed for the model; raises InputError for one that its methods cannot draw."""
         for method in self.of(row):
             row = method.complete(row, pipe)
         return row
 
     def check(self, pipe: Any, rows: Sequence[Row], request: Callable[[Sequence[Row]], Any]) -> list[BadRow]:
-        """Return the completed rows that cannot be drawn by their methods, or beside the others of their group.
+        """Return the completed rows that cannot be drawn by their methods, or together with others of their group.
 
-        `request` makes a `jaxmix.Request` of rows. Afterwards the rest is known to be drawn by `buckets`.
+        `request` makes a `jaxmix.Request` of rows. `buckets` can then draw all the other rows.
         """
         self._grouped = {}
         bad: list[BadRow] = []
@@ -176,7 +176,7 @@ class Methods:
     def _unfit(
         self, pipe: Any, rows: Sequence[Row], methods: Sequence[Method], request: Callable[[Sequence[Row]], Any]
     ) -> Iterator[tuple[Row, str]]:
-        """Yield those of some rows of one program that their methods cannot draw, and why."""
+        """Yield the rows, out of some with the same program, that their methods cannot draw, and why."""
         for start in range(0, len(rows), CHECKED):
             some = rows[start : start + CHECKED]
             try:
@@ -201,7 +201,7 @@ class Methods:
     def _try(
         self, pipe: Any, rows: Sequence[Row], methods: Sequence[Method], request: Callable[[Sequence[Row]], Any]
     ) -> None:
-        """Raise InputError for rows that their methods cannot draw, and say which two of them it is."""
+        """Raise InputError for rows that their methods cannot draw, naming the two methods that clash."""
         if not methods:
             return
 
@@ -230,18 +230,18 @@ class Methods:
     # Batches ---------------------------------------------------------------------------------------------------------
 
     def members(self, row: Row) -> tuple[Row, ...]:
-        """Return the rows that are drawn together with one, itself included."""
+        """Return the rows that are drawn together with a row, itself included."""
         return self._grouped.get(row, (row,))
 
     def undone(self, rows: Sequence[Row], done: Sequence[bool]) -> list[Row]:
-        """Return the rows to draw, where `done` says which of them an earlier run left: groups are drawn whole."""
+        """Return the rows still to draw, given which are `done`; groups are drawn whole."""
         missing = {other for row, there in zip(rows, done, strict=True) if not there for other in self.members(row)}
         return [row for row in rows if row in missing]
 
     def buckets(self, rows: Sequence[Row]) -> Iterator[Bucket]:
         """Yield the rows that share program, methods and weights, in order of first appearance.
 
-        Those of one set of weights follow each other, so that each set is merged into the model once.
+        Buckets with the same weights come one after another, so that each set is merged into the model once.
         """
         held: dict[Hashable, dict[Hashable, list[tuple[Row, ...]]]] = {}
         for members in dict.fromkeys(self.members(row) for row in rows):
@@ -254,7 +254,7 @@ class Methods:
                 yield Bucket(self._together(units[0]), [row for unit in units for row in unit], groups, weights)
 
     def _key(self, members: Sequence[Row]) -> tuple[Hashable, Hashable]:
-        """Return the (weights, program) of the rows of a group, or of one row; raises InputError where they differ."""
+        """Return the (weights, program) of a group, or of one row; raises InputError if weights differ in a group."""
         weights = {tuple(w for m in self.of(row) if (w := m.weights(row)) is not None) for row in members}
         if len(weights) > 1:
             raise InputError("found different LoRAs, expected the same weights in a group")
@@ -265,7 +265,7 @@ class Methods:
     # Pictures --------------------------------------------------------------------------------------------------------
 
     def settings(self, row: Row) -> dict[str, Any]:
-        """Return what the row's picture depends on, as it is written into the PNG and the manifest."""
+        """Return everything that the row's picture depends on, as written into the PNG and the manifest."""
         held = row.settings()
         here = self.of(row)
         if titles := [method.name for method in here if not method.adapter]:

@@ -20,16 +20,16 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Flags(Base):
-    """Groups, whose first row is the reference: drawn as it would be alone, or, with a picture, reconstructed.
+    """Groups, whose first row is the reference: drawn as it would be alone, or reconstructed from a picture.
 
     Attributes:
-        group_size: StyleAligned: rows of a group, for rows that name none; default: they stand alone, or, in
-            infer.style_aligned, all of them are one group
+        group_size: StyleAligned: size of the groups of rows that name none; default: these are drawn alone, or, in
+            infer.style_aligned, form one group
         reference: StyleAligned: a picture in whose style all groups are drawn; it becomes the first row of each
         reference_prompt: StyleAligned: what that picture shows
         score_scale: StyleAligned: factor of the scores of the reference's keys (no unit)
         score_shift: StyleAligned: added to them: log 2 = 0.69 doubles their weight (no unit)
-        level: StyleAligned: share of the self-attention layers that keep to themselves, from 0 to 1
+        level: StyleAligned: share of the self-attention layers that are not shared, from 0 to 1
         share_group_norm: StyleAligned: pool the statistics of group norms with the reference's; auto: on for SD 1 and
             2, off for SDXL
         full: StyleAligned: all images of a group attend to all of them, without AdaIN
@@ -38,7 +38,7 @@ class Flags(Base):
         inversion_guidance: StyleAligned: guidance scale of a picture's inversion (no unit)
         style_strength: StyleAligned, StyleID: weight of the style, from 0 (none) to 1 (no unit)
         adain: StyleAligned: which of queries, keys and values take the reference's statistics, some of qkv, or none;
-            StyleID: false leaves the mean and deviation of the start noise as they are (then qk)
+            StyleID: false leaves the mean and standard deviation of the start noise alone (then qk)
     """
 
     group_size: int | None = None
@@ -56,18 +56,18 @@ class Flags(Base):
     adain: bool | str = "qk"
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range, and a picture that is not there."""
+        """Refuse numbers out of range, and a picture that does not exist."""
         super().__post_init__()
         if self.group_size is not None and self.group_size < 2:
-            raise InputError(f"--group-size: expected at least 2, the reference and one more, found {self.group_size}")
+            raise InputError(f"--group-size: found {self.group_size}, expected at least 2, the reference and one more")
         for flag, value in (("--style-strength", self.style_strength), ("--level", self.level)):
             check_share(flag, value)
         if not isinstance(self.adain, bool) and self.adain != "none" and not set(self.adain) <= set("qkv"):
-            raise InputError(f"--adain: expected some of qkv, or none, found {self.adain!r}")
+            raise InputError(f"--adain: found {self.adain!r}, expected some of qkv, or none")
         if self.reference is not None:
             check_file("--reference", self.reference)
         if self.offset < 0:
-            raise InputError(f"--offset: expected 0 or more steps, found {self.offset}")
+            raise InputError(f"--offset: found {self.offset}, expected 0 or more steps")
 
     def method(self) -> Method:
         """Return the method under these flags."""
@@ -79,7 +79,7 @@ class StyleAligned(Method):
 
     name = "style_aligned"
     switches = ("group",)
-    needs_rows = "no rows: expected --prompts FILE with at least two of them, the first in whose style all are drawn"
+    needs_rows = "no rows: expected --prompts FILE with at least two of them, all drawn in the style of the first"
 
     def __init__(self, flags: Flags) -> None:
         self.flags = flags
@@ -96,7 +96,7 @@ class StyleAligned(Method):
         self._inverted: dict[Hashable, Any] = {}
 
     def on(self, row: Row) -> bool:
-        """Rows count themselves off by --group-size; in the command of the method they are one group without it."""
+        """Return whether a row is in a group: of its own, by --group-size, or of all rows in the method's command."""
         return super().on(row) or self.flags.group_size is not None or self.wanted
 
     def group(self, row: Row) -> Hashable:
@@ -106,7 +106,7 @@ class StyleAligned(Method):
         return row.number // self.flags.group_size if self.flags.group_size else 0
 
     def arrange(self, rows: Sequence[Row], alone: Mapping[str, None]) -> list[Row]:
-        """Return the rows with the flag's picture as the first of each group, numbered after all others."""
+        """Return the rows with the flag's picture as the first row of each group, numbered after all others."""
         self._leads = {}
         for row in reversed(rows) if self.flags.reference is None else ():
             if self.on(row):
@@ -144,13 +144,11 @@ class StyleAligned(Method):
             assert row.steps is not None
             open_picture(row["reference"], *size_of(row))
             if row.sampler != "ddim":
-                raise InputError(
-                    f"reference: a picture is held to its DDIM inversion, expected ddim, found {row.sampler}"
-                )
+                raise InputError(f"sampler: found {row.sampler}, expected ddim, to whose inversion a reference is held")
             if self.flags.offset >= row.steps:
-                raise InputError(f"--offset: expected fewer than the {row.steps} steps, found {self.flags.offset}")
+                raise InputError(f"--offset: found {self.flags.offset}, expected fewer than the {row.steps} steps")
             if row.image is not None:
-                raise InputError("image: found it beside a reference, expected none: the row starts from its inversion")
+                raise InputError("image: found it with a reference, expected none: the row starts from its inversion")
         return row
 
     def settings(self, row: Row) -> dict[str, Any]:
@@ -159,7 +157,7 @@ class StyleAligned(Method):
         return {name: getattr(self.flags, name) for name in names} | {"adain": self.adain}
 
     def check_groups(self, rows: Sequence[Row]) -> list[tuple[Row, str]]:
-        """Refuse groups of one, of several programs, and pictures elsewhere than first."""
+        """Refuse groups of one, groups of several programs, and pictures that do not come first."""
         self._firsts, bad = {}, []
         groups: dict[Hashable, list[Row]] = {}
         for row in rows:
@@ -167,7 +165,7 @@ class StyleAligned(Method):
         for name, members in groups.items():
             reason = ""
             if members[0].number != self._leads[name]:
-                reason = f"group {name}: its first row cannot be drawn, in whose style this one was to be"
+                reason = f"group {name}: its first row, in whose style this one was to be, cannot be drawn"
             elif len(members) < 2:
                 reason = f"group {name}: found one image, expected the reference and at least one more"
             elif len({row.program for row in members}) > 1:
@@ -181,11 +179,11 @@ class StyleAligned(Method):
         return bad
 
     def program(self, rows: Sequence[Row]) -> Hashable:
-        """Groups with a picture are a program of their own."""
+        """Compile groups with a reference picture as a program of their own."""
         return bool(rows[0]["reference"])
 
     def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
-        """Return the control of the groups, with what their pictures' inversions are."""
+        """Return the method for the groups, with the inversions of their pictures."""
         import jaxmix
 
         flags = self.flags

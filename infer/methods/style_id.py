@@ -22,7 +22,7 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Flags(Base):
-    """Two pictures, for rows that name none, and how strongly the one works on the other.
+    """Two pictures for rows that name none, and how strongly one acts on the other.
 
     Attributes:
         content: style transfer: a picture, or a folder of them: without --prompts every content meets every style
@@ -33,11 +33,11 @@ class Flags(Base):
         inject: StyleID: whether attention takes the style's keys and values
         pairing: StyleID: reference follows the authors' code (50 steps, the first of them skipped), diffusers its port
             (20)
-        features: StyleID: stored keeps the inversions' queries, keys and values in memory, rows computes them again
-            beside the result, in three rows an image
+        features: StyleID: stored keeps the inversions' queries, keys and values in memory, rows recomputes them beside
+            the result, in three rows per image
         style_strength: StyleAligned, StyleID: weight of the style, from 0 (none) to 1 (no unit)
         adain: StyleAligned: which of queries, keys and values take the reference's statistics, some of qkv, or none;
-            StyleID: false leaves the mean and deviation of the start noise as they are (then qk)
+            StyleID: false leaves the mean and standard deviation of the start noise alone (then qk)
     """
 
     content: str | None = None
@@ -94,23 +94,23 @@ class StyleID(Method):
         return [(f"{c} in the style of {s}", {"content": c, "style": s}) for c in contents for s in styles]
 
     def defaults(self, row: Row) -> Mapping[str, Any]:
-        """The method inverts DDIM, in the number of steps of whom it follows."""
+        """Default to DDIM, which the method inverts, with the steps of the code that the pairing follows."""
         return {"sampler": "ddim", "steps": 50 if self.flags.pairing == "reference" else 20}
 
     def missing(self) -> InputError:
-        """Say what the two fields are."""
+        """Ask for the first of the two pictures."""
         return InputError("no field 'content', expected a picture")
 
     def complete(self, row: Row, pipe: Any) -> Row:
-        """Refuse a row without two pictures, or for another sampler than DDIM."""
+        """Refuse a row without two pictures, or with a sampler other than DDIM."""
         for key in ("content", "style"):
             if row[key] is None:
                 raise InputError(f"no field '{key}', expected a picture")
             open_cropped(row[key], *size_of(row))
         if row.sampler != "ddim":
-            raise InputError(f"sampler: the method inverts DDIM, expected ddim, found {row.sampler}")
+            raise InputError(f"sampler: found {row.sampler}, expected ddim, which the method inverts")
         if row.image is not None:
-            raise InputError("image: found it beside 'content' and 'style', expected these alone")
+            raise InputError("image: found it with 'content' and 'style', expected these alone")
         return row
 
     def settings(self, row: Row) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class StyleID(Method):
         return {name: getattr(self.flags, name) for name in names} | {"adain": self.adain}
 
     def note(self, pipe: Any, rows: Sequence[Row], size: int) -> str:
-        """Say what the features of a batch take, and what they would take the other way."""
+        """Return the memory for the features of a batch, and what the other way would need."""
         stored, beside = self.memory(pipe, rows[0], size, size)
         ours, other = (stored, beside) if self.flags.features == "stored" else (beside, stored)
         names = ("stored", "rows") if self.flags.features == "stored" else ("rows", "stored")
@@ -128,8 +128,8 @@ class StyleID(Method):
     def memory(self, pipe: Any, row: Row, contents: int, styles: int) -> tuple[int, int]:
         """Return the bytes that a batch needs beyond its own: of stored features, and of rows beside the result.
 
-        Stored: q of each content, k and v of each style, every step and site. Rows: the courses, and the q, k and v of
-        two more rows an image at one site at a time.
+        Stored: q of each content, k and v of each style, for every step and site. Rows: the courses, and the q, k and v
+        of two more rows per image, one site at a time.
         """
         from jaxmix.methods.style_id import style_id_sites
         from jaxmix.models.unet import sites, subtree
@@ -178,7 +178,7 @@ class StyleID(Method):
         ]
 
     def _invert(self, pipe: Any, weights: Hashable, names: Sequence[Any], row: Row) -> Any:
-        """Return the inversion of pictures, keeping those that the next batch needs again."""
+        """Return the inversion of pictures, reusing those of the last batch."""
         from jaxmix.methods.style_id import style_id_sites, together
 
         label = "own" if self.flags.pairing == "reference" else "next"
@@ -186,14 +186,14 @@ class StyleID(Method):
         keys = [(weights, row.steps, *name) for name in names]
         self._inverted = {key: one for key, one in self._inverted.items() if key in keys}
         for key, name in zip(keys, names, strict=True):
-            # One by one: what is new changes from batch to batch, and each number would be a program.
+            # One by one: how many are new changes from batch to batch, and each number would be another program.
             if key not in self._inverted:
                 picture = open_cropped(*name)[None]
                 self._inverted[key] = pipe.invert(picture, steps=row.steps, label=label, record=record)
         return together([self._inverted[key] for key in keys])
 
     def write_inputs(self, row: Row, out: Path) -> None:
-        """Write both pictures as they went in."""
+        """Write both pictures as they were used."""
         for key in ("content", "style"):
             write_picture(open_cropped(row[key], *size_of(row)), out / _input_name(row, key))
 
@@ -207,7 +207,7 @@ class StyleID(Method):
         return f"{Path(row['content']).stem} in the style of {Path(row['style']).stem}"
 
     def shown(self, row: Row) -> dict[str, str]:
-        """Say the numbers."""
+        """Show gamma and the temperature."""
         return {"gamma, T": f"{row['gamma']:g}, {row['temperature']:g}"}
 
 

@@ -1,4 +1,4 @@
-"""VMix (arXiv 2412.20800) in a job: an adapter, the aesthetic labels that a picture shall have, and how strongly."""
+"""VMix (arXiv 2412.20800) in a job: an adapter, the aesthetic labels of each picture, and how strongly they act."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Flags(Base):
-    """A VMix adapter, for rows that name none.
+    """A VMix adapter for rows that name none.
 
     Attributes:
-        vmix: VMix: an adapter, "mini-vmix" (embedded) or an adapter.safetensors that train.vmix wrote
+        vmix: VMix: an adapter, "mini-vmix" (embedded) or an adapter.safetensors written by train.vmix
         vmix_scale: VMix: how strongly to apply it, 0 for not at all (no unit; the paper shows 0 to 2); default: 1
-        labels: VMix: its labels that the images shall have: all, none, or some, such as color,light; default: all
-        vmix_lora: VMix: whether to use the LoRA that was trained along with the adapter, too
+        labels: VMix: which of its labels the images get: all, none, or some, such as color,light; default: all
+        vmix_lora: VMix: whether to also use the LoRA that was trained along with the adapter
     """
 
     vmix: str | None = None
@@ -57,12 +57,12 @@ class VMix(Method):
         self._adapters: dict[str, Any] = {}
 
     def prepare(self) -> None:
-        """Open the flag's adapter: what is wrong with it is wrong with the whole job."""
+        """Open the flag's adapter: a mistake there is one of the whole job."""
         if self.flags.vmix is not None:
             self.opened(self.flags.vmix)
 
     def opened(self, name: str) -> Any:
-        """Return an adapter, which is opened once."""
+        """Return an adapter, opened only once."""
         import jaxmix
 
         if name not in self._adapters:
@@ -73,12 +73,12 @@ class VMix(Method):
         return self._adapters[name]
 
     def open(self, pipe: Any) -> None:
-        """Refuse the flag's adapter where it does not fit the model."""
+        """Refuse the flag's adapter if it does not fit the model."""
         if self.flags.vmix is not None:
             self.opened(self.flags.vmix).check(pipe)
 
     def complete(self, row: Row, pipe: Any) -> Row:
-        """Refuse labels that the adapter has not."""
+        """Refuse labels that the adapter does not have."""
         from jaxmix.controls.vmix import parse_labels
 
         parse_labels(row["labels"] or "none", self.opened(row["vmix"]).config.dimensions)
@@ -89,14 +89,14 @@ class VMix(Method):
         return {"vmix_lora": self.flags.vmix_lora}
 
     def program(self, rows: Sequence[Row]) -> Hashable:
-        """Rows of one batch share the adapter."""
+        """Return the adapter, which rows of a batch share."""
         found = list(dict.fromkeys(row["vmix"] for row in rows if row["vmix"] is not None))
         if len(found) > 1:
             raise InputError(f"vmix: found {' and '.join(found)}, expected one adapter in a group")
         return tuple(found)
 
     def weights(self, row: Row) -> Hashable:
-        """The adapter's LoRA is merged into the weights."""
+        """Name the adapter, if its LoRA is merged into the weights."""
         used = self.flags.vmix_lora == "on" and self.opened(row["vmix"]).lora is not None
         return ("vmix", row["vmix"]) if used else None
 
@@ -113,7 +113,7 @@ class VMix(Method):
         return [self.opened(name).on(labels, scales, lora=1.0 if self.flags.vmix_lora == "on" else 0.0)]
 
     def shown(self, row: Row) -> dict[str, str]:
-        """Say the labels and the scale."""
+        """Show the labels and the scale."""
         return {"VMix": f"{row['labels']} x {row['vmix_scale']:g}"}
 
 

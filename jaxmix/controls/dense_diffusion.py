@@ -6,11 +6,11 @@ a pixel in attn1) belong to one segment::
     A'_ij = A_ij + alpha_i (max_k A_ik - A_ij)  if R_ij  else  A_ij - alpha_i (A_ij - min_k A_ik)
     alpha_i = w (t / 1000)^5 a_i,      a_i = 1 - kappa (pixels that share a segment with i) / (all pixels)
 
-which draws each score towards an extreme of its row. This is the authors' code and not the paper's equation: the area
-is that of the pixel's own segment in cross-attention, too. Three of its oddities are kept unless ``strict`` is set: a
-pixel in two segments counts what both hold, so that a_i may be negative; a pixel whose segments have no words has all
-its words drawn to the minimum; so has one in no segment. Which tokens are a segment's, and the states of its phrase
-encoded alone, is for the caller to say (`jaxmix.dense_diffusion`).
+which draws each score towards an extreme of its row. This is the authors' code, not the paper's equation: the area is
+that of the pixel's own segment in cross-attention as well. Three of its oddities are kept unless ``strict`` is set: a
+pixel in two segments counts the pixels of both, so a_i may be negative; a pixel whose segments have no words has all
+words drawn to the minimum; so does one in no segment. The caller says which tokens belong to a segment, and supplies
+the states of its phrase encoded alone (`jaxmix.dense_diffusion`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MOST_SEGMENTS = 32
 
 @dataclass
 class DenseDiffusionControl(Control):
-    """Modulates attention by a layout of segments.
+    """Modulate attention by a layout of segments.
 
     ``pixels`` maps a grid ("64x64") to the segments of each of its pixels, ``tokens`` (rows, s) has those of each
     token, as bits. ``area`` maps a grid to the share of pixels (rows, h w) that a pixel shares a segment with.
@@ -58,7 +58,7 @@ class DenseDiffusionControl(Control):
         return dataclasses.replace(self, time=(jnp.asarray(t, jnp.float32) / 1000.0) ** POWER)
 
     def block(self, queries: Int[Array, " m"]) -> DenseDiffusionControl:
-        """Only the scores of some pixels."""
+        """Return the control for the scores of some pixels only."""
         return dataclasses.replace(self, queries=queries)
 
     def logits(self, site: Site, x: Float[Array, "b h n s"]) -> Float[Array, "b h n s"]:
@@ -111,7 +111,7 @@ def bind(
     its segments in either.
 
     ``grids`` are the sizes of the UNet's feature maps for latents of (h, w); the masks are shrunk to them by nearest
-    neighbour, the upper left one, from (h, w) each time. The weights are numbers or one a row.
+    neighbour, the upper left one, from (h, w) each time. Weights are one number, or one per row.
     """
     masks = np.asarray(masks, bool)
     b, m, h, w = masks.shape

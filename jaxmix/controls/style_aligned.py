@@ -7,10 +7,10 @@ In every attn1, within one branch of a group of rows whose first is the referenc
 
 Visual Style Prompting (arXiv 2402.12974) is the swap variant: K and V are the reference's, Q is left as it is.
 
-The defaults are those of the authors' code, from which come the score scale and shift, the level and the sharing of
-GroupNorm statistics; of its LayerNorm sharing nothing is left, since that changes nothing. The shift is one more
-channel of queries and keys and not a bias, so the fused kernels run. ``strength`` is ours: it weighs the reference's
-part of the softmax and the AdaIN, 1 is the paper's and 0 the base model, bit for bit.
+The defaults are those of the authors' code, the source of the score scale and shift, the level and the sharing of
+GroupNorm statistics; its LayerNorm sharing is left out, since it changes nothing. The shift is one more channel of
+queries and keys rather than a bias, so the fused kernels run. ``strength`` is ours: it weighs the reference's part of
+the softmax and the AdaIN; 1 is the paper's and 0 the base model, bit for bit.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _NEVER = -1000.0  # in the place of log 0: half precision holds it, and its expo
 
 @dataclass
 class StyleAlignedControl(Control):
-    """Lets rows attend to the reference of their group, too.
+    """Let rows also attend to the reference of their group.
 
-    ``peers`` (rows, m) says how many samples before a row its group's members stand, the reference first; m is 1, or
+    ``peers`` (rows, m) says how many samples back of a row its group's members are, the reference first; m is 1, or
     with ``full`` the size of all groups. ``strength`` (rows,) is 0 to 1, ``scale`` (rows,) multiplies the scores of
     the reference's keys and ``bias`` (rows,), None for 0, is added to them; neither touches the reference itself.
     """
@@ -51,15 +51,15 @@ class StyleAlignedControl(Control):
 
     @property
     def claims(self) -> frozenset[str]:  # type: ignore[override]
-        """The keys; and where they are, unless the own ones still come first."""
+        """The keys, and also their places unless a row's own keys still come first."""
         return frozenset({"keys", "places of the keys"} if self.full or self.swap else {"keys"})
 
     def on(self) -> Array:
-        """Anything is shared at all: the doubled keys change the last bits even where they have no weight."""
+        """Return whether anything is shared: doubled keys change the last bits even if they have no weight."""
         return jnp.any(self.strength > 0)
 
     def qkv(self, site: Site, a: QKV) -> QKV:
-        """Align queries and keys with the reference's, and add (or take) its keys and values."""
+        """Align queries and keys with the reference's, and append (or take over) its keys and values."""
         if self.full:
             rows = jnp.arange(a.k.shape[0])[:, None] - self.peers
             k, v = (x[rows].reshape(x.shape[0], -1, *x.shape[2:]) for x in (a.k, a.v))
@@ -94,7 +94,7 @@ class StyleAlignedControl(Control):
         return o if self.bias is None or self.full or self.swap else o[..., :-_CHANNELS]
 
     def moments(self, site: Site, m: Moments) -> Moments:
-        """Take the statistics over the pixels of the row and of its reference together."""
+        """Take the statistics over the pixels of the row and its reference together."""
         if not self.norms:
             return m
         mean, var = (others(self.peers[:, 0], x) for x in m)
@@ -106,7 +106,7 @@ class StyleAlignedControl(Control):
 
 
 def adain(x: Float[Array, "b n h d"], ref: Float[Array, "b n h d"]) -> Float[Array, "b n h d"]:
-    """Give the tokens of each row, head and channel the mean and (unbiased) deviation of those of ``ref``."""
+    """Give the tokens of each row, head and channel the mean and (unbiased) standard deviation of ``ref``."""
 
     def moments(y: Array) -> tuple[Array, Array]:
         y = y.astype(jnp.float32)
@@ -133,10 +133,10 @@ def bind(
     norms: bool = False,
     window: tuple[float, float] = (0.0, 1.0),
 ) -> StyleAlignedControl:
-    """Return the control for rows that stand in ``groups`` of these sizes, the reference first in each.
+    """Return the control for rows in ``groups`` of these sizes, the reference first in each.
 
-    ``strength``, ``scale`` and ``shift`` are numbers or one a row. Raises `InputError` for a group of one, numbers of
-    another length or out of range, and what `full` and `swap` cannot do.
+    ``strength``, ``scale`` and ``shift`` are one number, or one per row. Raises `InputError` for a group of one,
+    numbers of a wrong length or out of range, and options that `full` and `swap` do not allow.
     """
     groups = list(groups)
     if not groups or min(groups) < 2:
@@ -155,7 +155,7 @@ def bind(
         raise InputError(f"strength: found {strength!r}, expected numbers from 0 to 1")
     partial = len(set(strengths.tolist())) > 1 or strengths[0] not in (0, 1)
     if full and (partial or shifts.any() or (scales != 1).any()):
-        raise InputError("full: all keys count alike, expected strength 0 or 1 for all rows, scale 1 and shift 0")
+        raise InputError("full: all keys count alike, expected strength 0 or 1 in all rows, scale 1 and shift 0")
     starts = np.cumsum([0, *groups[:-1]])
     members = max(groups) if full else 1
     peers = [[i - member for member in range(members)] for size in groups for i in range(size)]
@@ -179,11 +179,11 @@ def bind(
 
 
 def unshared(layers: int, level: float) -> list[bool]:
-    """Return which of ``layers`` attn1 layers keep to themselves at a level from 0 (none) to 1 (all of them).
+    """Return which of ``layers`` attn1 layers are not shared at a level from 0 (none of them) to 1 (all).
 
-    The reference's rule, which meets the level only roughly: every (layers // floor(level * layers))-th of them, and
-    for levels above one half all but those that the rest to 1 would choose. Raises `InputError` for a level that
-    chooses no layer without being 0 or 1, where the reference divides by zero.
+    The authors' rule, which meets the level only roughly: every (layers // floor(level * layers))-th layer, and for
+    levels above one half all but those that 1 - level would pick. Raises `InputError` for a level other than 0 and 1
+    that picks no layer, where the authors' code divides by zero.
     """
     if level in (0, 1):
         return [level == 1] * layers

@@ -1,14 +1,14 @@
 """StyleID: Style Injection in Diffusion (arXiv 2312.09008).
 
-In the attn1 of the decoder's finer blocks, with the q, k and v that the inversions of a content and of a style image
-showed at the same timestep::
+In the attn1 of the decoder's finer blocks, with the q, k and v found at the same timestep when inverting a content and
+a style image::
 
     Q = gamma Q_content + (1 - gamma) Q,    x = softmax(T Q K_style' / sqrt(d)) V_style
 
-The run starts from the content's noise with the mean and deviation of the style's (`adain_latents`). Two controls give
-the same numbers: `StyleIDControl` reads the features from what `Pipeline.invert` recorded; `StyleIDRowsControl` finds
-them in other rows of the batch, which hold the inverted images at every step, and needs no memory for them.
-``strength`` is ours: 1 is the paper's and 0 the base model, bit for bit.
+The run starts from the content's noise with the mean and standard deviation of the style's (`adain_latents`). Two
+controls give the same numbers: `StyleIDControl` reads the features that `Pipeline.invert` recorded;
+`StyleIDRowsControl` finds them in other rows of the batch, held to the inverted images at every step, and needs no
+memory for them. ``strength`` is ours: 1 is the paper's and 0 the base model, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ GAMMA, TEMPERATURE = 0.75, 1.5
 
 
 class _StyleID(Control):
-    """What both controls do once they have the features."""
+    """What both controls do with the features."""
 
     claims = frozenset({"keys", "places of the keys"})
 
     def mix(self: Any, a: QKV, q_content: Array, k_style: Array, v_style: Array) -> QKV:
-        """Mix queries, and take keys and values of the style."""
+        """Mix queries, and take the keys and values of the style."""
         gamma, temperature, s = (like(x, a.q) for x in (self.gamma, self.temperature, self.strength))
         q = (gamma * q_content + (1 - gamma) * a.q) * temperature
         return QKV(*((1 - s) * x + s * y for x, y in zip(a, (q, k_style, v_style), strict=True)))
@@ -40,10 +40,10 @@ class _StyleID(Control):
 
 @dataclass
 class StyleIDControl(_StyleID):
-    """Injects stored features.
+    """Inject stored features.
 
     ``q``, ``k`` and ``v`` map a site to (steps, images, n, h, d), the noisiest step first; ``content`` and ``style``
-    (rows,) say which of the images each row takes them from. ``gamma`` (rows,) is the share of the content's queries.
+    (rows,) say from which of the images each row takes them. ``gamma`` (rows,) is the share of the content's queries.
     """
 
     q: dict[str, Float[Array, "t c n h d"]]
@@ -56,7 +56,7 @@ class StyleIDControl(_StyleID):
     strength: Float[Array, " b"] = per_row()
 
     def at(self, step: Array, t: Array) -> StyleIDControl:
-        """Take the features of the step."""
+        """Pick the features of the step."""
         q, k, v = ({site: y[step] for site, y in x.items()} for x in (self.q, self.k, self.v))
         return dataclasses.replace(self, q=q, k=k, v=v)
 
@@ -69,26 +69,26 @@ class StyleIDControl(_StyleID):
         )
 
     def check(self, sites: Sequence[Site]) -> None:
-        """Refuse features of other sites, or of images of another size."""
+        """Refuse features of other sites, or of images of a different size."""
         found = {s.name: s for s in sites}
         for name in self.k:
             if name not in found:
                 raise InputError(
-                    f"StyleID: features of {name}, which is not in this UNet or not in sites={self.sites!r}"
+                    f"StyleID: found features of {name}, expected a site of this UNet that sites={self.sites!r} matches"
                 )
             n = found[name].hw[0] * found[name].hw[1]
             if self.q[name].shape[-3] != n:
                 raise InputError(
-                    f"StyleID: {name} has {n} pixels, the content's features have {self.q[name].shape[-3]}: expected "
-                    "an image of the same size"
+                    f"StyleID: found content features of {self.q[name].shape[-3]} pixels at {name}, which has {n}, "
+                    "expected an image of the same size"
                 )
 
 
 @dataclass
 class StyleIDRowsControl(_StyleID):
-    """Injects the features of other rows.
+    """Inject the features of other rows.
 
-    ``content`` and ``style`` (rows,) say how many samples before a row these stand; the others are StyleIDControl's.
+    ``content`` and ``style`` (rows,) say how many samples back those are; the other fields are StyleIDControl's.
     """
 
     content: Int[Array, " b"] = rows_back()
@@ -103,7 +103,7 @@ class StyleIDRowsControl(_StyleID):
 
 
 def adain_latents(content: Float[Array, "n h w c"], style: Float[Array, "n h2 w2 c"]) -> Float[Array, "n h w c"]:
-    """Give the noise of the content, per image and channel, the mean and (unbiased) deviation of the style's."""
+    """Give the content's noise, per image and channel, the mean and (unbiased) standard deviation of the style's."""
 
     def moments(z: Array) -> tuple[Array, Array]:
         return z.mean((1, 2), keepdims=True), z.std((1, 2), keepdims=True, ddof=1)

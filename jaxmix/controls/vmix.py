@@ -5,8 +5,8 @@ In every attn2, with the content's one attention map::
     x = softmax(Q K_c' / sqrt(d)) (V_c + scale * V_a),    V_a = W_V^a Z(F(f_t))
 
 f_t holds one embedding per aesthetic dimension: that of its label if the image has it, else that of a rare token. F
-mixes along the token axis (N dimensions to C text positions) and normalises; Z is linear and starts at zero, weight and
-bias, so an untrained adapter changes nothing, bit for bit.
+mixes along the token axis (N dimensions to C text positions) and normalises; Z is linear with weight and bias starting
+at zero, so an untrained adapter changes nothing, bit for bit.
 
 The authors released no code, and the paper leaves three things open. Here W_V^a starts as a copy of W_V^c; the
 unconditional row is the base model (its gate is 0); and the values are mixed once per prompt, outside the denoising
@@ -63,9 +63,9 @@ class VMixConfig:
 
 @dataclass
 class VMixControl(Control):
-    """Adds ``scale * V_a`` to the values of every attn2 of the adapter.
+    """Add ``scale * V_a`` to the values of every attn2 of the adapter.
 
-    ``values`` maps a site's name to V_a (rows, C, d_inner), rows 1 for one label set for all images; ``scale`` is
+    ``values`` maps a site's name to V_a (rows, C, d_inner), with 1 row if all images share one label set; ``scale`` is
     (rows,).
     """
 
@@ -73,22 +73,22 @@ class VMixControl(Control):
     scale: Float[Array, " b"] = gate()
 
     def kv(self, site: Site, a: KV) -> KV:
-        """Mix the values; keys, and with them the attention map, stay those of the content."""
+        """Mix the values; the keys, and so the attention map, stay those of the content."""
         if site.name not in self.values:
             return a
         va = self.values[site.name].astype(a.v.dtype)
         if va.shape[1] != a.v.shape[1]:
-            raise InputError(f"VMix: the text has {a.v.shape[1]} tokens, the adapter was made for {va.shape[1]}")
+            raise InputError(f"VMix: found {a.v.shape[1]} text tokens, expected the adapter's {va.shape[1]}")
         va = va.reshape(*va.shape[:2], *a.v.shape[2:])
         return KV(a.k, a.v + like(self.scale, va) * va)
 
     def check(self, sites: Sequence[Site]) -> None:
-        """Refuse an adapter that was made for another UNet."""
+        """Refuse an adapter made for another UNet."""
         missing = sorted(set(self.values) - {s.name for s in sites})
         if missing:
             raise InputError(
-                f"VMix: the adapter has {len(self.values)} sites, {len(missing)} of them are not in this UNet, such as "
-                f"{missing[0]}"
+                f"VMix: found {len(missing)} of the adapter's {len(self.values)} sites missing in this UNet, such as "
+                f"{missing[0]}, expected all of them"
             )
 
 
@@ -109,7 +109,7 @@ def init(key: Array, config: VMixConfig, aes_emb: Float[Array, "n 2 d"], base_va
         },
         "norm": {"scale": jnp.ones((d,)), "bias": jnp.zeros((d,))},
         "zero_proj": {"kernel": jnp.zeros((d, d)), "bias": jnp.zeros((d,))},
-        # Copies: a training step gives its state's buffers away, and the base must not go with them.
+        # Copies: a training step donates the buffers of its state, which must not include those of the base.
         "to_v": {name: {"kernel": jnp.array(base_values[name], jnp.float32)} for name, _ in config.sites},
     }
 
@@ -122,7 +122,7 @@ def abstract_params(config: VMixConfig) -> Params:
 
 
 def aesthetic_context(params: Params, present: Float[Array, "b n"]) -> Float[Array, "b s d"]:
-    """Return f_a = Z(F(f_t)) for label sets ``present`` (b, N), 1 where the image has the label. Equation (c) above.
+    """Return f_a = Z(F(f_t)), see above, for label sets ``present`` (b, N), 1 where the image has the label.
 
     Depends on the label set alone; no text encoder runs here.
     """
@@ -143,7 +143,7 @@ def bind(params: Params, present: Float[Array, "b n"], scale: Float[Array, " b"]
 
 
 def parse_labels(labels: str | Sequence[str], dimensions: Sequence[str]) -> np.ndarray:
-    """Read label sets: "all", "none" or comma-separated dimensions, one such string for all images or one an image.
+    """Read label sets: "all", "none" or comma-separated dimensions, one string for all images or one per image.
 
     Returns float32 (1 or b, N). Raises `InputError` for an unknown dimension, listing the known ones.
     """
@@ -155,20 +155,18 @@ def parse_labels(labels: str | Sequence[str], dimensions: Sequence[str]) -> np.n
         chosen = [name.strip() for name in text.split(",") if name.strip()]
         for name in chosen:
             if name not in dimensions:
-                raise InputError(
-                    f"labels: {name!r} is not known, expected all, none or some of {', '.join(dimensions)}"
-                )
+                raise InputError(f"labels: found {name!r}, expected all, none or some of {', '.join(dimensions)}")
         rows.append([float(name in chosen) for name in dimensions])
     return np.asarray(rows, np.float32)
 
 
 def label_pairs(labels: Mapping[str, tuple[str, str]] | None) -> tuple[tuple[str, str, str], ...]:
-    """Return (dimension, label, rare token) triples, the paper's dimensions if None is given."""
+    """Return (dimension, label, rare token) triples, those of the paper if None is given."""
     chosen: Mapping[str, Any] = PAPER_LABELS if labels is None else labels
     out = []
     for name, pair in chosen.items():
         if isinstance(pair, str) or len(pair) != 2:
-            raise InputError(f"labels: {name!r} is {pair!r}, expected a pair (label, rare token)")
+            raise InputError(f"labels: found {pair!r} for {name!r}, expected a pair (label, rare token)")
         out.append((name, *pair))
     if not out:
         raise InputError("labels: found none, expected at least one dimension")

@@ -1,4 +1,4 @@
-"""DenseDiffusion (arXiv 2308.12964) as users hold it: prompts and masks in, controls and text states out."""
+"""DenseDiffusion (arXiv 2308.12964) as a method: prompts and masks in, controls and text states out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def dense_diffusion(
     """Lay out each prompt by its own segments (arXiv 2308.12964); see `jaxmix.controls.dense_diffusion`.
 
     ``cross`` and ``self_`` weigh the modulation of cross- and self-attention, ``area`` how much less a large segment
-    gets, each a number or one an image; ``window`` is the share of the steps in which they act. With ``splice`` the
+    gets, each one number or one per image; ``window`` is the share of the steps in which they act. With ``splice`` the
     states of a phrase encoded alone stand in the place of those in the sentence, at all steps, strength or not. Masks
     are (H, W) in pixels of the image, of one size. SDXL: the pooled text knows nothing of the layout, and its authors
     found the effect weaker there.
@@ -107,9 +107,9 @@ _splice = splice  # the function below has a flag of that name
 
 @dataclasses.dataclass(frozen=True)
 class DenseDiffusion(Method):
-    """Lay out each prompt by its own segments; what the fields do is said at `dense_diffusion`.
+    """Lay out each prompt by its own segments; see `dense_diffusion` for the fields.
 
-    ``layouts`` has a list of segments an image; ``cross``, ``self_`` and ``area`` are numbers or one an image.
+    ``layouts`` has one list of segments per image; ``cross``, ``self_`` and ``area`` are one number, or one per image.
     """
 
     layouts: Sequence[Sequence[Segment]]

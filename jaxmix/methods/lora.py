@@ -1,4 +1,4 @@
-"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685): files, and weights with LoRAs merged in."""
+"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), from files and merged into weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # di
 class LoRA:
     """A LoRA (arXiv 2106.09685): for each part of a pipeline that it changes, factors as in `jaxmix.tuning.lora`.
 
-    ``file`` is a (path, name in that folder) that is read for the pipeline which comes first, in place of ``parts``.
+    Instead of ``parts``, ``file`` (path, name in that folder) is read for the pipeline that the LoRA is applied to.
     """
 
     parts: Mapping[str, low_rank.Factors] = dataclasses.field(default_factory=dict)
@@ -44,17 +44,16 @@ class LoRA:
         return Merge(self, strength)
 
     def read(self, pipe: Pipeline) -> LoRA:
-        """Return the LoRA with its factors: itself, or what its file holds for a pipeline."""
+        """Return the LoRA with its factors: itself, or its file read for a pipeline."""
         return self if self.file is None else LoRA.load(self.file[0], pipe, self.file[1])
 
     @classmethod
     def load(cls, path: str | Path, pipe: Pipeline | None = None, name: str | None = None) -> LoRA:
         """Read a LoRA file (diffusers, PEFT or kohya, any generation) for a pipeline, in float32.
 
-        Without a pipeline only the path is checked, and the file is read for the one that it is applied to.
-        In a folder ``name`` says which file is meant; if None, it is the one that diffusers or PEFT would have
-        written, or the only one there. Raises `InputError` for a file that holds no plain LoRA or one for another
-        base.
+        Without a pipeline only the path is checked, and the file is read for the pipeline that it is applied to.
+        In a folder, ``name`` picks the file; if None, it is the one that diffusers or PEFT would have written, or the
+        only one there. Raises `InputError` for a file that holds no plain LoRA, or one for another base.
         """
         if pipe is None:
             path = Path(path)
@@ -73,9 +72,9 @@ class LoRA:
     ) -> None:
         """Write the LoRA as one ``.safetensors`` file, in the ``format`` "diffusers" or "kohya".
 
-        "diffusers" keeps alpha in the metadata, where diffusers 0.34 and newer look; "kohya" has it as tensors, which
-        everyone reads (diffusers only one alpha for all modules of a part). With ``pipe`` the LoRA is checked against
-        it first, and kohya's names for SDXL are those of the original layout, as kohya's own scripts want them.
+        "diffusers" keeps alpha in the metadata, where diffusers 0.34 and newer look; "kohya" stores it as tensors,
+        which everyone reads (diffusers only one alpha for all modules of a part). With ``pipe`` the LoRA is checked
+        against it first, and kohya's names for SDXL are those of the original layout, as kohya's own scripts expect.
         ``dtype`` casts the factors.
         """
         path = Path(path)
@@ -93,9 +92,9 @@ class LoRA:
 def apply_loras(pipe: Pipeline, loras: Sequence[tuple[LoRA, float]]) -> Pipeline:
     """Return the pipeline with LoRAs merged into its weights, each with its strength (1: as trained, 0: not at all).
 
-    The weights that no LoRA changes are shared with ``pipe``, which stays as it is. The sampler never compiles anew;
-    the merge does not either, for other strengths or LoRAs of the same modules and ranks. Raises `InputError` where a
-    LoRA does not fit the pipeline.
+    Weights that no LoRA changes are shared with ``pipe``, which stays as it is. The sampler never recompiles, nor does
+    the merge for other strengths or other LoRAs of the same modules and ranks. Raises `InputError` if a LoRA does not
+    fit the pipeline.
     """
     return dataclasses.replace(pipe, params=merge(pipe.params, [(lora.read(pipe), s) for lora, s in loras]))
 
@@ -112,7 +111,7 @@ def merge(params: Params, loras: Sequence[tuple[LoRA, float]]) -> dict[str, Any]
                     terms.setdefault(module, []).append((f, jnp.asarray(strength, jnp.float32)))
         if terms:
             modules = _targets(params, part)
-            # Kernel by kernel: few programs, as many kernels have one shape, and float32 copies of one at a time.
+            # Kernel by kernel: few programs, since many kernels share a shape, and one float32 copy at a time.
             kernels = {module: _add(modules[module][1], *zip(*found, strict=True)) for module, found in terms.items()}
             params[part] = low_rank.with_kernels(params[part], kernels)
     return params
@@ -123,7 +122,7 @@ _add = jax.jit(low_rank.add)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Merge(Method):
-    """A LoRA at a strength, as a method and as the edit of the weights that it makes."""
+    """A LoRA at a strength, both as a method and as the edit of the weights."""
 
     lora: LoRA
     strength: float = 1.0
@@ -132,7 +131,7 @@ class Merge(Method):
     when: ClassVar[int] = WEIGHTS
 
     def __eq__(self, other: object) -> bool:
-        """Say whether the same LoRA is merged at the same strength."""
+        """Return whether the same LoRA is merged at the same strength."""
         return isinstance(other, Merge) and (self.lora is other.lora and self.strength == other.strength)
 
     def __hash__(self) -> int:
@@ -147,7 +146,7 @@ class Merge(Method):
         """Refuse a strength that is not a number, and a LoRA that does not fit the pipeline."""
         strength = self.strength
         if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not math.isfinite(strength):
-            raise InputError(f"LoRA: strength is {strength!r}, expected a number")
+            raise InputError(f"LoRA: found strength {strength!r}, expected a number")
         for part, factors in self._read(pipe).parts.items():
             low_rank.check(_targets(pipe.params, part), factors)
 
@@ -169,7 +168,7 @@ class Merge(Method):
 
 def _targets(params: Params, part: str) -> Mapping[str, tuple[tuple[str, ...], Any]]:
     if part not in params:
-        raise InputError(f"lora: it changes the part {part}, which this pipeline has not; a LoRA for another base?")
+        raise InputError(f"lora: found factors for {part}, which this pipeline lacks, expected a LoRA for its base")
     return low_rank.targets(params[part])
 
 
@@ -185,5 +184,5 @@ def _find(path: Path, name: str | None) -> Path:
     chosen = [file for file in _FILES if file in files] or files
     if not chosen or (chosen is files and len(files) > 1):
         listing = ", ".join(files[:4]) or "no .safetensors files"
-        raise InputError(f"{path}: found {listing}, expected one LoRA file; give its name")
+        raise InputError(f"{path}: found {listing}, expected one LoRA file: give its name")
     return path / chosen[0]

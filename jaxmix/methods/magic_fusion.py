@@ -1,4 +1,4 @@
-"""MagicFusion (arXiv 2303.13126) as users hold it: which second model or prompt, and how the two are blended."""
+"""MagicFusion (arXiv 2303.13126) as a method: which second model or prompt, and how the two are blended."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class MagicFusion(Method):
-    """Blends the noise of the pipeline that draws (the general model) with that of an expert (arXiv 2303.13126).
+    """Blend the noise of the drawing pipeline (the general model) with that of an expert (arXiv 2303.13126).
 
-    ``prompts`` are the expert's, one an image. ``expert`` is a pipeline with the same latents and schedule, or None for
-    the same model; ``controls`` act inside the expert, None for the same as in the general model, and
-    ``negative_prompts`` are its own, None for the same. With none of the three the two prompts share one unconditional
-    branch, and a step takes three rows an image.
+    ``prompts`` are the expert's, one per image. ``expert`` is a pipeline with the same latents and schedule, or None
+    for the same model; ``controls`` act inside the expert, and ``negative_prompts`` are the expert's: None for those of
+    the general model. If all three are None, the two prompts share one unconditional branch, and a step takes three
+    rows per image.
 
     ``mode`` 1 blends once t has come down to ``switch`` (a timestep, 0 to 999) and runs the general model before,
     2 blends while t is above it and runs the general model after. ``k_general`` and ``k_expert`` are inverse
     temperatures: a larger one shrinks its own model's share of the picture. They and ``strength`` (0: the general model
-    alone) are numbers or one an image. As in the authors' code the general model's text encoder reads both prompts,
-    and the expert's saliency is taken against the general model's unconditional prediction; ``own_text`` and
-    ``own_uncond`` make both the expert's own. ``underflow`` is the code's float32 softmax.
+    alone) are one number, or one per image. As in the authors' code, the general model's text encoder reads both
+    prompts, and the expert's saliency is taken against the general model's unconditional prediction; ``own_text`` and
+    ``own_uncond`` use the expert's own instead. ``underflow`` is the code's float32 softmax.
     """
 
     prompts: Sequence[str]
@@ -55,7 +55,7 @@ class MagicFusion(Method):
     per_image: ClassVar[tuple[str, ...]] = ("prompts", "negative_prompts", "k_general", "k_expert", "strength")
 
     def check(self, pipe: Pipeline, request: Request) -> None:
-        """Refuse lists of another length, numbers out of range, and models that do not fit each other."""
+        """Refuse lists of a wrong length, numbers out of range, and models that do not fit each other."""
         n = request.n
         if isinstance(self.prompts, str) or len(self.prompts) != n:
             raise InputError(
@@ -72,7 +72,7 @@ class MagicFusion(Method):
             over.numbers(f"fusion: {name}", getattr(self, name), n, "images", least=0.0)
         own = self.negative_prompts
         if own is not None and (isinstance(own, str) or len(own) != n):
-            raise InputError(f"fusion: found {len(own)} negative prompts, expected one for each of {n} images")
+            raise InputError(f"fusion: found {len(own)} negative prompts, expected one for each of the {n} images")
         if np.any(request.guidance_rescale):
             raise InputError("fusion: blends guided predictions, expected no guidance_rescale")
         fits(pipe, self.expert or pipe)
@@ -80,7 +80,7 @@ class MagicFusion(Method):
             (self.expert or pipe).check_controls(over.tile(tuple(self.controls), n), request.hw(pipe))
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
-        """Add the guidance without what it is told."""
+        """Add the guidance without its text and its numbers."""
         window = self.window(pipe, request)
         if window is None:
             return request

@@ -1,4 +1,4 @@
-"""StyleAligned (arXiv 2312.02133) and Visual Style Prompting (2402.12974) as users hold them: groups to controls."""
+"""StyleAligned (arXiv 2312.02133) and Visual Style Prompting (2402.12974) as methods: groups to controls."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def style_aligned(
 ) -> aligned.StyleAlignedControl:
     """Draw groups of images in one style, that of the first of each (arXiv 2312.02133).
 
-    ``groups`` are the sizes of the groups, which follow each other in the prompts. ``level`` leaves about that share of
-    the attn1 layers to themselves, ``sites`` chooses them by a pattern instead. ``share_group_norm`` pools the
-    statistics of every GroupNorm with the reference's: None is the authors' choice, on for SD 1 and 2 and off for SDXL.
-    The other ``options`` (strength, scale, shift, adain, full, swap, window) are those of
-    `jaxmix.controls.style_aligned.bind`.
+    ``groups`` are the sizes of consecutive groups of prompts. ``level`` is about the share of attn1 layers that are not
+    shared; ``sites`` picks the shared ones by a pattern instead. ``share_group_norm`` pools the statistics of every
+    GroupNorm with the reference's: None is the authors' choice, on for SD 1 and 2 and off for SDXL. The other
+    ``options`` (strength, scale, shift, adain, full, swap, window) are those of `jaxmix.controls.style_aligned.bind`.
 
     ``swap`` is Visual Style Prompting (arXiv 2402.12974): keys and values are the reference's alone, queries stay as
     they are, and by default it acts in the last up block with attention.
@@ -51,7 +50,7 @@ def style_aligned(
         if swap:
             names = [name for name in names if name.startswith(up_blocks(names)[-1] + ".")]
         else:
-            # In the order in which the reference counts them: the middle block comes last.
+            # In the order in which the authors' code counts them: the middle block comes last.
             names.sort(key=lambda name: name.startswith("mid_block"))
             names = [n for n, alone in zip(names, aligned.unshared(len(names), level), strict=True) if not alone]
         chosen = [f"^{re.escape(name)}$" for name in names]
@@ -63,7 +62,7 @@ def style_aligned(
         raise InputError("level and sites: found both, expected the one or the other")
     else:
         chosen = [sites]
-    if norms:  # at level 1 they alone are shared, as in the reference
+    if norms:  # at level 1 only they are shared, as in the authors' code
         chosen += [f"^{re.escape(site.name)}$" for site in norm_sites(cfg, hw)]
     return aligned.bind(groups, sites="|".join(chosen), norms=norms, **options)
 
@@ -74,13 +73,13 @@ def _sites(pipe: Pipeline, hw: tuple[int, int]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class StyleAligned(Method):
-    """Draw groups of images in the style of the first of each; what the fields do is said at `style_aligned`.
+    """Draw groups of images in the style of the first of each; see `style_aligned` for the fields.
 
-    ``groups`` are the sizes of the groups, which follow each other in the prompts; one group of all if None.
-    ``strength``, ``scale`` and ``shift`` are numbers or one an image. ``adain`` None is queries and keys, and nothing
-    where ``swap`` is set. ``pictures`` maps the number of a group to the picture (H, W, 3) that is its first image, or
-    to its `Inverted`: it is inverted under that image's prompt with a guidance of ``inversion_guidance`` and held to
-    its course, which runs ``offset`` steps ahead; the solver is then ddim.
+    ``groups`` are the sizes of consecutive groups of prompts; all are one group if None. ``strength``, ``scale`` and
+    ``shift`` are one number, or one per image. ``adain`` None is queries and keys, or nothing with ``swap``.
+    ``pictures`` maps the number of a group to the picture (H, W, 3) that is its first image, or to its `Inverted`: it
+    is inverted under that image's prompt with a guidance of ``inversion_guidance`` and held to its course, ``offset``
+    steps ahead; the sampler must then be ddim.
     """
 
     groups: Sequence[int] | None = None
@@ -105,11 +104,11 @@ class StyleAligned(Method):
         return [n] if self.groups is None else list(self.groups)
 
     def check(self, pipe: Pipeline, request: Request) -> None:
-        """Refuse groups that are not the images, and pictures that cannot be held to their inversion."""
+        """Refuse groups that do not add up to the images, and pictures that cannot be held to their inversion."""
         super().check(pipe, request)
         sizes = self.groups_of(request.n)
         if sum(sizes) != request.n:
-            raise InputError(f"groups: found sizes {sizes}, expected that they sum to the {request.n} images")
+            raise InputError(f"groups: found sizes {sizes}, expected sizes that add up to the {request.n} images")
         self._control(pipe, sizes)
         expected = (request.height, request.width, 3)
         for group, picture in self.pictures.items():
@@ -126,7 +125,8 @@ class StyleAligned(Method):
             assert request.steps is not None
             if request.sampler != "ddim":
                 raise InputError(
-                    f"StyleAligned: a picture is held to its DDIM inversion, expected ddim, found {request.sampler}"
+                    f"StyleAligned: found the sampler {request.sampler}, expected ddim: a picture is held to its DDIM "
+                    "inversion"
                 )
             if not 0 <= self.offset < request.steps:
                 raise InputError(f"offset: found {self.offset}, expected 0 to {request.steps - 1}")
@@ -140,7 +140,7 @@ class StyleAligned(Method):
         return request.add(controls=(self._control(pipe, self.groups_of(request.n)),))
 
     def take(self, batch: Batch, n: int) -> StyleAligned:
-        """Return the method for a batch of whole groups, and of fillers that stand alone."""
+        """Return the method for a batch of whole groups, and of single rows that fill it up."""
         made = super().take(batch, n)
         starts = np.cumsum([0, *self.groups_of(n)])
         number = {int(start): group for group, start in enumerate(starts[:-1])}
@@ -167,7 +167,7 @@ class StyleAligned(Method):
     def _course(self, pipe: Pipeline, request: Request, row: int, picture: AnyArray | Inverted) -> Array:
         if not isinstance(picture, Inverted):
             assert request.steps is not None
-            # One by one: another number of pictures would be another program.
+            # One by one: each number of pictures would be another program.
             picture = pipe.invert(
                 np.asarray(picture)[None],
                 [request.prompts[row]],

@@ -1,4 +1,4 @@
-"""StyleID (arXiv 2312.09008) as users hold it: pictures in, controls and restyled images out."""
+"""StyleID (arXiv 2312.09008) as a method: pictures in, controls and restyled images out."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jaxmix.rows import numbers
 from jaxmix.samplers import Unguided
 from jaxmix.types import AnyArray, Array, InputError
 
-_BESIDE = "StyleID: found controls beside rows of pictures, expected stored features with them"
+_BESIDE = "StyleID: found controls together with rows of pictures, expected stored features"
 
 
 def style_id_sites(pipe: Pipeline, pairing: str = "reference") -> str:
-    """Return the pattern of the attn1 that StyleID edits: those of the last two up blocks with attention.
+    """Return the pattern of the attn1 layers that StyleID edits: those of the last two up blocks with attention.
 
-    In SD 1 and 2 these are the authors' (up_blocks.2 and 3); the port to diffusers leaves out the first of them.
+    In SD 1 and 2 these are the authors' (up_blocks.2 and 3); the port to diffusers leaves out the first layer.
     """
     names = [s.name for s in sites(pipe.unet.config, pipe.latent_shape[:2]) if s.name.endswith(".attn1")]
     blocks = up_blocks(names)[-2:]
@@ -96,15 +96,15 @@ def style_id_rows(
 class StyleID(Method):
     """Draw each image as a content picture with the attention of a style picture.
 
-    ``content`` and ``style`` are pictures (H, W, 3) of the images' size, one an image; or ``found`` is an `Inverted` of
-    pictures, with ``record=style_id_sites(pipe)`` and label "own" (for the pairing "diffusers": "next"), and ``pairs``
-    are the (content, style) of each image among them. ``gamma``, ``temperature`` and ``strength`` are numbers or one an
-    image. ``adain`` starts from the content's noise with the statistics of the style's.
+    ``content`` and ``style`` are pictures (H, W, 3) of the images' size, one per image; or ``found`` is an `Inverted`
+    of pictures, with ``record=style_id_sites(pipe)`` and label "own" ("next" for the pairing "diffusers"), and
+    ``pairs`` are the indices (content, style) of each image in it. ``gamma``, ``temperature`` and ``strength`` are one
+    number, or one per image. ``adain`` starts from the content's noise with the statistics of the style's.
 
-    ``pairing`` "reference" is the authors' code: features by the state at their own timestep, and the noise of the last
-    one of all given to the second step, the first being skipped; "diffusers" is its port, which skips nothing.
-    ``stored`` keeps the features that the inversion shows; else each image is three rows, which compute them.
-    The prompt's branch runs alone, as the paper has it, unless ``guided``, which MagicFusion needs.
+    ``pairing`` "reference" is the authors' code: features come from the state at their own timestep, and the run skips
+    its first step and gives the second the noise of the very last timestep; "diffusers" is its port, which skips
+    nothing. ``stored`` keeps the features of the inversion; otherwise each image is three rows, which compute them.
+    The prompt's branch runs alone, as in the paper, unless ``guided``, which MagicFusion needs.
     """
 
     content: Sequence[AnyArray] | None = None
@@ -123,25 +123,25 @@ class StyleID(Method):
 
     @property
     def adds_rows(self) -> bool:
-        """Whether images have further rows beside them."""
+        """Whether images bring rows of their own."""
         return not self.stored
 
     @property
     def label(self) -> str:
-        """The label of the inversions that the pairing wants."""
+        """The label of the inversions that the pairing needs."""
         return "own" if self.pairing == "reference" else "next"
 
     def check(self, pipe: Pipeline, request: Request) -> None:
-        """Refuse pictures that are missing or of another size, another solver than ddim, and another run's states."""
+        """Refuse pictures that are missing or of a wrong size, samplers other than ddim, and states of other runs."""
         super().check(pipe, request)
         if (self.found is None) != (self.pairs is None) or (self.found is None) == (self.content is None):
             raise InputError("StyleID: expected either content and style pictures, or found and pairs")
         if self.pairing not in ("reference", "diffusers"):
-            raise InputError(f"StyleID: pairing is {self.pairing!r}, expected 'reference' or 'diffusers'")
+            raise InputError(f"StyleID: found pairing {self.pairing!r}, expected 'reference' or 'diffusers'")
         for name in ("gamma", "temperature", "strength"):
             numbers(name, getattr(self, name), request.n, "pairs")
         if request.sampler != "ddim":
-            raise InputError(f"StyleID: the method inverts DDIM, expected the sampler ddim, found {request.sampler}")
+            raise InputError(f"StyleID: found the sampler {request.sampler}, expected ddim, which the method inverts")
         if request.images is not None or request.latents is not None:
             raise InputError("StyleID: found images or latents to start from, expected content and style alone")
         if self.found is not None:
@@ -196,7 +196,7 @@ class StyleID(Method):
         return dataclasses.replace(request, latents=rows, kept=np.arange(2, 3 * n, 3))
 
     def inverted(self, pipe: Pipeline, request: Request) -> tuple[Inverted, list[tuple[int, int]]]:
-        """Return the inversion of the pictures, each once, and the (content, style) of each image among them."""
+        """Return the inversion of the pictures, each once, and the indices (content, style) of each image in it."""
         if self.found is not None:
             assert self.pairs is not None
             return self.found, list(self.pairs)
@@ -205,7 +205,7 @@ class StyleID(Method):
         keys = [[np.asarray(p).tobytes() for p in side] for side in (self.content, self.style)]
         for side, of_side in zip((self.content, self.style), keys, strict=True):
             pictures |= dict(zip(of_side, side, strict=True))
-        # One by one: the number of pictures changes from batch to batch, and each number would be a program.
+        # One by one: the number of pictures changes from batch to batch, and each number would be another program.
         found = [
             pipe.invert(
                 np.asarray(picture)[None],

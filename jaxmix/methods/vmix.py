@@ -1,4 +1,4 @@
-"""VMix (arXiv 2412.20800) as users hold it: an adapter made for a pipeline, in one safetensors file."""
+"""VMix (arXiv 2412.20800) as a method: an adapter made for a pipeline, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from jaxmix.weights import load_tree, read_header, save_tree
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED = {"mini-vmix": ASSETS / "mini-vmix" / "adapter.safetensors"}
-"""Adapters that ship with the package, by name."""
+"""Adapters that come with the package, by name."""
 
 _KEY = "jaxmix"  # of the safetensors metadata, under which the config is stored
 
 
 @dataclasses.dataclass(frozen=True)
 class VMix:
-    """A VMix adapter (arXiv 2412.20800): ``config`` says what it was made for, ``params`` what it has learnt.
+    """A VMix adapter (arXiv 2412.20800): ``config`` says what it was made for, ``params`` is what it has learnt.
 
-    ``lora`` is the LoRA of the UNet that was trained along with it, or None. It is a part of its own: `bind` does
-    without it, `apply_lora` merges it into a pipeline, and its own ``save`` writes it for other programs.
+    ``lora`` is the LoRA of the UNet that was trained along with it, or None. It is separate: `bind` ignores it,
+    `apply_lora` merges it into a pipeline, and its own ``save`` writes it for other programs.
     """
 
     config: vmix.VMixConfig
@@ -46,8 +46,8 @@ class VMix:
         """Make an untrained adapter for a pipeline; until it is trained it changes nothing, bit for bit.
 
         ``labels`` maps each aesthetic dimension to (label, rare token); the paper's six dimensions if None. Each text
-        goes alone through the pipeline's text encoders, and what the UNet would attend to at the end-of-text token is
-        kept (SDXL: both encoders' layer before the last, joined).
+        goes through the pipeline's text encoders alone, and the state that the UNet would attend to at the end-of-text
+        token is kept (SDXL: the penultimate layers of both encoders, joined).
         """
         triples = vmix.label_pairs(labels)
         emb = embed_labels(pipe, [text for _, label, rare in triples for text in (rare, label)])
@@ -69,9 +69,9 @@ class VMix:
     ) -> vmix.VMixControl:
         """Return the control for a pipeline: which labels the images have, and how strongly to apply them.
 
-        ``labels`` is "all", "none" or comma-separated dimensions, one string for all images or one an image;
-        ``scale`` likewise a number or one an image (0: the base model; the paper shows 0 to 2). Raises `InputError`
-        where the adapter does not fit the pipeline.
+        ``labels`` is "all", "none" or comma-separated dimensions, one string for all images or one per image;
+        ``scale`` likewise one number or one per image (0: the base model; the paper shows 0 to 2). Raises `InputError`
+        if the adapter does not fit the pipeline.
         """
         self.check(pipe)
         present = jnp.asarray(vmix.parse_labels(labels, self.config.dimensions))
@@ -79,7 +79,7 @@ class VMix:
         return vmix.bind(self.params, present, strength)
 
     def check(self, pipe: Pipeline) -> None:
-        """Raise `InputError` where the adapter does not fit the pipeline's UNet or text length."""
+        """Raise `InputError` if the adapter does not fit the pipeline's UNet or text length."""
         found = {
             site.name: subtree(pipe.params["unet"], site.name)["to_v"]["kernel"].shape
             for site in sites(pipe.unet.config, pipe.latent_shape[:2])
@@ -88,13 +88,11 @@ class VMix:
         expected = {name: (self.config.context_dim, inner) for name, inner in self.config.sites}
         if found != expected:
             raise InputError(
-                f"VMix: the adapter was made for a UNet with {len(expected)} attn2 of {self.config.context_dim} text "
-                f"channels, found one with {len(found)} of {next(iter(found.values()))[0]}"
+                f"VMix: found a UNet with {len(found)} attn2 of {next(iter(found.values()))[0]} text channels, "
+                f"expected the adapter's {len(expected)} of {self.config.context_dim}"
             )
         if pipe.text_length != self.config.tokens:
-            raise InputError(
-                f"VMix: the adapter was made for {self.config.tokens} text tokens, the pipeline has {pipe.text_length}"
-            )
+            raise InputError(f"VMix: found {pipe.text_length} text tokens, expected the adapter's {self.config.tokens}")
 
     def on(self, labels: str | Sequence[str] = "all", scale: float | Sequence[float] = 1.0, lora: float = 1.0) -> Mix:
         """Return the method: ``labels`` and ``scale`` as for `bind`, ``lora`` the strength of its own LoRA."""
@@ -122,8 +120,8 @@ class VMix:
     def load(cls, path: str | Path, pipe: Pipeline | None = None) -> VMix:
         """Read an adapter that `save` wrote, or the embedded "mini-vmix".
 
-        Raises `InputError` for a file that is something else, and for one that does not fit ``pipe``; without one that
-        is found when it is applied.
+        Raises `InputError` for any other file, and for an adapter that does not fit ``pipe``; without ``pipe`` that is
+        checked when the adapter is applied.
         """
         path = EMBEDDED.get(str(path), Path(path))
         if not path.is_file():
@@ -136,7 +134,7 @@ class VMix:
             for name in alphas:
                 keys = {factor: f"lora.{name}.{factor}" for factor in ("down", "up")}
                 if missing := [key for key in keys.values() if key not in header.entries]:
-                    raise InputError(f"{path}: found no tensor {missing[0]}, expected it: the metadata gives its alpha")
+                    raise InputError(f"{path}: found no tensor {missing[0]}, expected it: the metadata has its alpha")
                 shapes = {factor: header.entries[key].shape for factor, key in keys.items()}
                 target["lora"][name] = {f: jax.ShapeDtypeStruct(shape, jnp.float32) for f, shape in shapes.items()}
         tree = dict(load_tree(path, target))
@@ -153,7 +151,7 @@ class VMix:
 
 @dataclasses.dataclass(frozen=True)
 class Mix(Method):
-    """A VMix adapter with the labels and the strength that the images shall have; ``lora`` is for all of them."""
+    """A VMix adapter with the labels and strengths of the images; ``lora`` is one strength for all of them."""
 
     adapter: VMix
     labels: str | Sequence[str] = "all"
@@ -165,7 +163,7 @@ class Mix(Method):
     per_image: ClassVar[tuple[str, ...]] = ("labels", "scale")
 
     def check(self, pipe: Pipeline, request: Request) -> None:
-        """Refuse an adapter for another model, labels that it has not, and strengths that are not numbers."""
+        """Refuse an adapter for another model, unknown labels, and strengths that are not numbers."""
         super().check(pipe, request)
         self.adapter.check(pipe)
         vmix.parse_labels(self.labels, self.adapter.config.dimensions)
@@ -187,14 +185,14 @@ class Mix(Method):
 
 
 def embed_labels(pipe: Pipeline, texts: Sequence[str]) -> Array:
-    """Return (n, d) float32: what the UNet attends to at the end-of-text token of each text, alone in its prompt."""
+    """Return (n, d) float32: the states that the UNet attends to at the end-of-text token of each text alone."""
     encoded = pipe.encode_prompt(texts)
     ids, _ = pipe.tokenize(texts)
     return at_end_of_text(pipe.text_encoder.config, ids, encoded.context).astype(jnp.float32)
 
 
 def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[vmix.VMixConfig, dict[str, float] | None]:
-    """Return what an adapter was made for, and the alphas of its LoRA (None without one), from a file's metadata."""
+    """Read an adapter's config, and the alphas of its LoRA (None without one), from a file's metadata."""
     try:
         config = json.loads(metadata.get(_KEY, "{}"))
         kind = config.get("class", "a file without a jaxmix config")

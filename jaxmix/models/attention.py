@@ -15,14 +15,14 @@ from jaxmix.models.layers import GroupNorm, LayerNorm, Linear
 from jaxmix.types import AnyArray, Array
 
 Context: TypeAlias = AnyArray | Mapping[str, KV]
-"""Text states (b, s, d), or the keys and values that `UNet2DConditionModel.precompute` made of them."""
+"""Text states (b, s, d), or the keys and values that `UNet2DConditionModel.precompute` made from them."""
 
 
 class Attention(nn.Module):
     """Multi-head attention under controls, named and laid out as in diffusers (``to_q``, ``to_k``, ``to_v``, ...).
 
-    Collections recorded when they are mutable: ``qkv`` (a `QKV` as projected, before controls) and ``probs``
-    (b, heads, n, s), each under the site's name.
+    The collections ``qkv`` (a `QKV` as projected, before controls) and ``probs`` (b, heads, n, s) are recorded if they
+    are mutable, each under the site's name.
     """
 
     heads: int

@@ -1,7 +1,7 @@
 """CLIPTextModel: the text encoders of Stable Diffusion (arXiv 2103.00020), under transformers' names.
 
-The tree is rooted at ``text_model``, as in every checkpoint that is in circulation; transformers 5 drops that prefix
-when it writes, and the weights room reads both.
+The tree is rooted at ``text_model``, as in every checkpoint in circulation; transformers 5 drops that prefix when it
+writes, and the weights room reads both.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _init = nn.initializers.normal(0.02)
 
 @struct.dataclass
 class TextStates:
-    """What a text encoder gives.
+    """The outputs of a text encoder.
 
-    ``last_hidden_state`` is after the final norm; ``penultimate`` is what the last layer is given, which no norm has
-    seen (``hidden_states[-2]`` in transformers); ``pooled`` is the last hidden state at the end-of-text token, and
+    ``last_hidden_state`` is after the final norm; ``penultimate`` is the input of the last layer, without a norm
+    (``hidden_states[-2]`` in transformers); ``pooled`` is the last hidden state at the end-of-text token, and
     ``projected`` its projection, None for a model without one.
     """
 
@@ -120,15 +120,15 @@ class TextTransformer(nn.Module):
 def at_end_of_text(cfg: CLIPTextConfig, ids: Int[AnyArray, "b s"], x: Float[Array, "b s d"]) -> Float[Array, "b d"]:
     """Return the state at each row's end-of-text token, the first one that has the configured id.
 
-    Old configs say ``eos_token_id: 2``, which is no token that prompts hold; the first of the largest id is taken then,
-    as transformers does.
+    Old configs say ``eos_token_id: 2``, which no prompt contains; then the first token with the largest id is taken, as
+    in transformers.
     """
     end = jnp.asarray(ids).argmax(-1) if cfg.eos_token_id == 2 else (jnp.asarray(ids) == cfg.eos_token_id).argmax(-1)
     return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP's text encoder: causal transformer over token ids, at most ``max_position_embeddings`` of them.
+    """CLIP's text encoder: a causal transformer over token ids, at most ``max_position_embeddings`` of them.
 
     With ``config.projection`` it is transformers' CLIPTextModelWithProjection, the second encoder of SDXL.
     """

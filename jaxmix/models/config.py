@@ -1,7 +1,7 @@
 """Model configurations: diffusers / transformers ``config.json`` dictionaries as frozen dataclasses.
 
-Keys that change what is computed are fields; keys that this library supports in one form only are checked against that
-form. Anything else is an error that names the key, so that no checkpoint is ever run as something that it is not.
+Keys that change what is computed are fields; keys that this library supports in one form only are checked against it.
+Anything else is an error that names the key, so that no checkpoint is ever run as something it is not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Config:
             if key not in cls.fixed:
                 if value in (None, False):
                     continue
-                raise InputError(f"{cls.class_name} config: key {key!r} (value {value!r}) is not known")
+                raise InputError(f"{cls.class_name} config: unknown key {key!r} (value {value!r})")
             if _tuple(value) not in cls.fixed[key]:
                 accepted = " or ".join(repr(v) for v in cls.fixed[key])
                 raise InputError(f"{cls.class_name} config: {key}={value!r} is not supported, expected {accepted}")
@@ -53,7 +53,7 @@ class _Config:
         """Raise `InputError` for fields that contradict each other."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ``config.json`` dictionary, which the torch libraries open."""
+        """Return the ``config.json`` dictionary, which the torch libraries can open."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
@@ -119,8 +119,8 @@ class UNetConfig(_Config):
         "cross_attention_norm": (None,),
         "reverse_transformer_layers_per_block": (None,),
     }
-    # The softmax is float32 here in any case, which is what upcast_attention asks for. The last three are what the Flax
-    # models of diffusers say about how they compute, not what.
+    # The softmax is always float32 here, which is what upcast_attention asks for. The last three tell how the Flax
+    # models of diffusers compute, not what.
     ignored: ClassVar[frozenset[str]] = frozenset(
         {
             "upcast_attention",
@@ -173,7 +173,7 @@ class UNetConfig(_Config):
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Number of attention heads of each block. diffusers' ``attention_head_dim`` holds it unless named apart."""
+        """Number of attention heads of each block, which diffusers usually calls ``attention_head_dim``."""
         value = self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
         return _per_block(value, len(self.block_out_channels), "attention_head_dim")
 
@@ -191,7 +191,7 @@ class UNetConfig(_Config):
 class VAEConfig(_Config):
     """Configuration of `AutoencoderKL`; fields as in diffusers.
 
-    ``force_upcast`` says that half precision overflows in this autoencoder: decode it in float32.
+    ``force_upcast`` says that this autoencoder overflows in half precision and must be computed in float32.
     """
 
     sample_size: int = 512
@@ -241,7 +241,7 @@ class VAEConfig(_Config):
 class CLIPTextConfig(_Config):
     """Configuration of `CLIPTextModel`; fields as in transformers.
 
-    ``projection`` is told by ``architectures``: a CLIPTextModelWithProjection maps the pooled state to
+    ``projection`` follows from ``architectures``: a CLIPTextModelWithProjection maps the pooled state to
     ``projection_dim`` numbers.
     """
 
@@ -273,7 +273,7 @@ class CLIPTextConfig(_Config):
             raise InputError(
                 f"config: architectures is {found}, expected [{cls.class_name!r}] or [{cls.projection_class_name!r}]"
             )
-        # transformers writes dozens of generation and training settings into each config.json; none of them changes a
+        # transformers writes dozens of generation and training settings into each config.json; none of them affects a
         # text encoder, so only the keys that do are read.
         read = {k: v for k, v in config.items() if k in names}
         return super().from_dict(read | {"projection": cls.projection_class_name in found})

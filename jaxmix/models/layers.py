@@ -17,21 +17,21 @@ from jaxmix.types import AnyArray, Array
 
 Padding: TypeAlias = Sequence[tuple[int, int]]  # (top, bottom), (left, right)
 
-_kernel_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # what torch layers start from
+_kernel_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # as in torch layers
 LOW_RANK = "lora"
 """Where a module finds ``{"down", "up", "scale"}``, a low-rank addition to its kernel, if its parameters hold one."""
 
-_TINY_IMAGE = 4 * 4  # pixels of the output up to which a convolution on the CPU is better off as a product ...
-_MANY = 512 * 512  # ... if it has at least so many pairs of inputs and outputs; below, it only compiles longer
-_SMALL_IMAGE = 64 * 64  # pixels up to which a convolution on the CPU is better off with Eigen ...
+_TINY_IMAGE = 4 * 4  # pixels of the output up to which a convolution on the CPU is faster as a product ...
+_MANY = 512 * 512  # ... if it has at least this many pairs of inputs and outputs; with fewer it only compiles longer
+_SMALL_IMAGE = 64 * 64  # pixels up to which a convolution on the CPU is faster with Eigen ...
 _FEW = 16  # ... unless it has fewer outputs than this
-_LARGE_IMAGE = 32 * 32  # pixels from which the means of norms on the CPU are better off as products
+_LARGE_IMAGE = 32 * 32  # pixels from which the means of norms on the CPU are faster as products
 
 
 class Linear(nn.Module):
     """A dense layer over the last axis.
 
-    With ``conv`` the kernel is stored as that of a 1x1 convolution, (1, 1, in, out), as some checkpoints have it.
+    With ``conv`` the kernel is stored as that of a 1x1 convolution, (1, 1, in, out), as in some checkpoints.
     """
 
     features: int
@@ -76,15 +76,15 @@ class Conv(nn.Module):
 
 
 def _low_rank(module: nn.Module, dtype: Any) -> tuple[Array, Array]:
-    """Return the factors (.., in, r) and (r, out) beside a module's kernel, the scale in the second."""
+    """Return the factors (.., in, r) and (r, out) beside a module's kernel, the second times the scale."""
     factors = module.get_variable("params", LOW_RANK)
     up = factors["up"]
     up = up.reshape(up.shape[-2:]) * factors["scale"]
     return factors["down"].astype(dtype), up.astype(dtype)
 
 
-# What depends on the platform is settled when the program is lowered, in functions that are compiled once a shape:
-# without `jit` a call outside of any program would compile its branches anew each time. Inlined, they leave no trace.
+# What depends on the platform is decided when the program is lowered, in functions that are compiled once per shape:
+# without `jit` a call outside any program would recompile its branches each time. Inlined, they leave no trace.
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "padding"), inline=True)
@@ -127,15 +127,15 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: Padding, beside: in
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _convolve_beside(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    # XLA:CPU gives a symmetric convolution to YNNPACK, which packs the kernel anew at every call: slower than Eigen
-    # where the image is small. One more column on the right, dropped again, keeps it with Eigen.
+    # XLA:CPU gives a symmetric convolution to YNNPACK, which repacks the kernel in every call: slower than Eigen if the
+    # image is small. One more column on the right, dropped again, keeps it with Eigen.
     return _convolve(x, kernel, stride, padding, beside=1)
 
 
 @functools.partial(_convolve_beside.defjvp, symbolic_zeros=True)
 def _convolve_beside_jvp(stride: int, padding: Padding, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    # Eigen does not take the column in the gradient of the kernel, which then runs as a plain loop: 15 to 60 times as
-    # long as that of the symmetric convolution.
+    # Eigen does not accept the column in the gradient of the kernel, which would run as a plain loop, taking 15 to 60
+    # times as long as that of the symmetric convolution.
     (x, kernel), (dx, dkernel) = primals, tangents
     y = _convolve_beside(x, kernel, stride, padding)
     terms = [
@@ -147,8 +147,8 @@ def _convolve_beside_jvp(stride: int, padding: Padding, primals: Any, tangents: 
 
 
 def _convolve_by_product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    # Where there are few pixels and many channels, reading the kernel is all the work, and XLA:CPU's convolutions take
-    # many times as long as one product of patches with the kernel (scripts.bench.changes, SD 1.5 at 16x16).
+    # With few pixels and many channels, reading the kernel is all the work, and XLA:CPU's convolutions take many times
+    # as long as one product of patches with the kernel (scripts.bench.changes, SD 1.5 at 16x16).
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     h, w = ((side - 3) // stride + 1 for side in x.shape[1:3])
     patches = [
@@ -192,8 +192,8 @@ class GroupNorm(nn.Module):
         y = x.astype(jnp.float32)
 
         def mean_of(y: Array) -> Array:
-            # Scaled before the sum and not after it, because a product after it may be fused with what a control (or
-            # epsilon) adds, and a control of strength 0 would then change the last bit.
+            # Scaled before the sum rather than after, where the product may be fused with what a control (or epsilon)
+            # adds, and a control of strength 0 would change the last bit.
             per_channel = mean_over_pixels(y)
             return (per_channel.reshape(b, g, c // g) * (g / c)).sum(-1)
 
@@ -210,8 +210,8 @@ class GroupNorm(nn.Module):
 
 
 def _flat_product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    # On XLA:CPU the weight gradient of a product of more axes is several times slower. On a TPU, flattened tokens made
-    # the compiler keep transposed copies of the attention's kernels beside the loop: 0.7 GiB for SDXL.
+    # On XLA:CPU the weight gradient of a product with more axes is several times slower. On a TPU, flattened tokens
+    # made the compiler keep transposed copies of the attention's kernels outside the loop: 0.7 GiB for SDXL.
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -238,7 +238,7 @@ def timestep_embedding(
 
 
 def upsample_nearest(x: Float[Array, "b h w c"], hw: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
-    """Enlarge by nearest neighbour, taking source index floor(i * in / out) as torch does."""
+    """Enlarge by nearest neighbour, with the source index floor(i * in / out) as in torch."""
     b, h, w, c = x.shape
     if hw == (2 * h, 2 * w):
         return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)

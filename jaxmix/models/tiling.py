@@ -20,18 +20,18 @@ def decode_tiled(
     tile: int,
     overlap: int,
 ) -> Float[Array, "b H2 W2 k"]:
-    """Decode latents by overlapping tiles that fade into each other, float32.
+    """Decode latents in overlapping tiles that fade into each other, float32.
 
-    ``tile`` is the side of a square tile and ``overlap`` the least that neighbours share, both in latent cells; a tile
-    is cut to the image where that is smaller. All tiles have one size and run one after the other through one compiled
-    decoder. Latents that fit one tile are decoded as they are, bit for bit.
+    ``tile`` is the side of a square tile and ``overlap`` the minimum that neighbours share, both in latent cells; a
+    tile is cut to the image if that is smaller. All tiles have the same size and run one after another through one
+    compiled decoder. Latents that fit one tile are decoded directly, bit for bit.
 
-    The GroupNorms and the attention of the decoder see a tile and not the image, so colours may differ slightly from
-    tile to tile; across an overlap the weights of two tiles are linear and sum to one, which hides that, and more
-    overlap hides it better. Raises `InputError` unless 0 <= overlap < tile.
+    The GroupNorms and the attention of the decoder see a tile, not the image, so colours may differ slightly from tile
+    to tile; across an overlap the weights of two tiles are linear and sum to one, which hides that, the better the
+    larger the overlap. Raises `InputError` unless 0 <= overlap < tile.
     """
     if not 0 <= overlap < tile:
-        raise InputError(f"tile={tile}, overlap={overlap}: expected 0 <= overlap < tile (latent cells)")
+        raise InputError(f"tile: found {tile} with overlap {overlap}, expected 0 <= overlap < tile (latent cells)")
     b, h, w, c = z.shape
     th, tw = min(tile, h), min(tile, w)
     if (th, tw) == (h, w):
@@ -43,8 +43,8 @@ def decode_tiled(
         zero = jnp.zeros((), jnp.int32)
         return decode(jax.lax.dynamic_slice(z, (zero, *corner, zero), (b, th, tw, c))).astype(jnp.float32)
 
-    # A list of tiles and no canvas that a loop carries: the tiles are small beside the activations of the decoder, and
-    # a carry would have to be marked as varying under shard_map.
+    # A list of tiles, not a canvas carried by the loop: the tiles are small compared with the decoder's activations,
+    # and a carry would have to be marked as varying under shard_map.
     tiles = jax.lax.map(one, corners)
     factor = tiles.shape[2] // th
     tiles = tiles.reshape(len(rows), len(cols), *tiles.shape[1:])
@@ -53,7 +53,7 @@ def decode_tiled(
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Return where the fewest tiles start that cover ``size`` cells with at least ``overlap`` cells shared."""
+    """Return the starts of the fewest tiles that cover ``size`` cells with at least ``overlap`` cells shared."""
     if tile >= size:
         return [0]
     n = -(-(size - overlap) // (tile - overlap))
@@ -61,9 +61,9 @@ def _starts(size: int, tile: int, overlap: int) -> list[int]:
 
 
 def _weights(starts: list[int], tile: int, size: int) -> np.ndarray:
-    """Return the weight of each pixel of each tile along one axis, (tiles, tile), which sum to one over the image.
+    """Return the weights of each tile's pixels along one axis, (tiles, tile), which sum to one at each pixel.
 
-    Linear across what two neighbours share, and flat elsewhere.
+    They are linear where two neighbours overlap, and flat elsewhere.
     """
     at = np.arange(tile) + 0.5
     weights = np.ones((len(starts), tile))
@@ -81,14 +81,13 @@ def _weights(starts: list[int], tile: int, size: int) -> np.ndarray:
 def _join(tiles: Array, starts: list[int], size: int, factor: int, *, position: int, axis: int) -> Array:
     """Blend tiles along one image axis.
 
-    ``position`` is the axis that numbers the tiles, and is gone from the result; ``axis`` is the image axis after that.
+    ``position`` is the axis of the tiles, which is removed; ``axis`` is the image axis in the result.
     """
     side = tiles.shape[axis + 1]
     pixels = [start * factor for start in starts]
     weights = _weights(pixels, side, size * factor)
     edges = sorted({edge for start in pixels for edge in (start, start + side)})
-    # Stretch by stretch between the edges of tiles, and not as a sum of padded tiles, which would each be as large as
-    # the image.
+    # Stretch by stretch between the edges of tiles, rather than as a sum of padded tiles, each as large as the image.
     stretches = []
     for low, high in itertools.pairwise(edges):
         parts = []

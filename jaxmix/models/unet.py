@@ -1,7 +1,7 @@
 """UNet2DConditionModel: the one denoiser, which knows nothing of any paper.
 
-Everything that a method changes enters as the ``controls`` argument. What a control can reach is listed by `sites`,
-`norm_sites` and `join_sites`, which need no parameters and no trace.
+Everything that a method changes enters through the ``controls`` argument. `sites`, `norm_sites` and `join_sites` list
+what a control can reach, without parameters or a trace.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxmix.types import AnyArray, Array, InputError, Params
 
 
 class AddedCond(NamedTuple):
-    """What SDXL is told besides the prompt's tokens (arXiv 2307.01952, sections 2.2 and 2.3).
+    """SDXL's conditioning besides the prompt's tokens (arXiv 2307.01952, sections 2.2 and 2.3).
 
     ``text_embeds`` (b, p) is the projected state of the second text encoder. ``time_ids`` (b, 6) are in pixels: the
     original height and width, the top and left of the crop, the target height and width.
@@ -165,7 +165,7 @@ class TimestepEmbedding(nn.Module):
 class UNet2DConditionModel(nn.Module):
     """The denoising UNet of Stable Diffusion (arXiv 2112.10752), NHWC, parameters under diffusers' names.
 
-    ``dtype`` is the type of the computation; norm statistics, softmax and the timestep embedding stay float32.
+    ``dtype`` is the type of computation; norm statistics, softmax and the timestep embedding stay float32.
     ``remat`` recomputes each block in the backward pass instead of keeping its activations.
     """
 
@@ -184,9 +184,9 @@ class UNet2DConditionModel(nn.Module):
     ) -> Float[Array, "b h w o"]:
         """Predict (noise, or v) for latents (b, h, w, c) at timesteps ``t`` (scalar or (b,), 0-999).
 
-        ``context`` is (b, s, d) text states, or what `precompute` made of them. ``added`` is the added conditioning of
-        SDXL, or what `embed_added` made of it. Returns float32 (b, h, w, o) of ``out_channels``. Raises `InputError`
-        where ``added`` is missing, not wanted, or of a wrong width.
+        ``context`` is (b, s, d) text states, or the result of `precompute`. ``added`` is SDXL's added conditioning, or
+        the result of `embed_added`. Returns float32 (b, h, w, o) of ``out_channels``. Raises `InputError` if ``added``
+        is missing, not expected, or of a wrong width.
         """
         cfg = self.config
         controls = tuple(controls)
@@ -249,7 +249,7 @@ class UNet2DConditionModel(nn.Module):
     ) -> dict[str, KV]:
         """Project a context to the keys and values of every attn2, with the told and kv stages of the controls applied.
 
-        Neither depends on the timestep, so the sampler calls this once outside of its loop and hands the result to
+        Neither depends on the timestep, so the sampler calls this once outside its loop and passes the result to
         `__call__` in place of the context.
         """
         out = {}
@@ -266,7 +266,7 @@ class UNet2DConditionModel(nn.Module):
         """Embed the added conditioning of SDXL.
 
         Like `precompute`, this does not depend on the timestep: `__call__` takes the result in place of ``added``.
-        Raises `InputError` if this model has no added conditioning, or one of another width.
+        Raises `InputError` if this model takes no added conditioning, or one of another width.
         """
         features = _added_features(self.config, added).astype(self.dtype)
         layer = TimestepEmbedding(4 * self.config.block_out_channels[0], self.dtype, parent=None)
@@ -284,7 +284,7 @@ class UNet2DConditionModel(nn.Module):
             context = jnp.zeros((1, 1, cfg.cross_attention_dim))
             added = None
             if cfg.addition_embed_type is not None:
-                # How the width is shared between text and numbers is nowhere in the config, and does not matter here.
+                # The config does not say how the width is split between text and numbers, which does not matter here.
                 added = AddedCond(jnp.zeros((1, cfg.projection_class_embeddings_input_dim)), jnp.zeros((1, 0)))
             return self.clone(remat=False).init(key, latents, 0, context, (), added)["params"]
 
@@ -299,7 +299,7 @@ class UNet2DConditionModel(nn.Module):
 def _added_features(cfg: UNetConfig, added: AddedCond) -> Float[Array, "b f"]:
     """Join the text embedding with the sinusoids of the numbers, float32."""
     if cfg.addition_embed_type is None or cfg.addition_time_embed_dim is None:
-        raise InputError(f"unet: added conditioning: found {type(added).__name__}, this model has none")
+        raise InputError(f"unet: added conditioning: found {type(added).__name__}, expected none for this model")
     b, n = added.time_ids.shape
     sinusoids = timestep_embedding(
         jnp.ravel(added.time_ids),
@@ -311,7 +311,7 @@ def _added_features(cfg: UNetConfig, added: AddedCond) -> Float[Array, "b f"]:
     if out.shape[-1] != cfg.projection_class_embeddings_input_dim:
         raise InputError(
             f"unet: added conditioning: found {added.text_embeds.shape[-1]} text features and {n} numbers of "
-            f"{cfg.addition_time_embed_dim}, expected {cfg.projection_class_embeddings_input_dim} in all"
+            f"{cfg.addition_time_embed_dim}, expected {cfg.projection_class_embeddings_input_dim} in total"
         )
     return out
 
@@ -319,7 +319,7 @@ def _added_features(cfg: UNetConfig, added: AddedCond) -> Float[Array, "b f"]:
 def subtree(params: Params, name: str) -> Params:
     """Return the parameters of the module with a dotted diffusers name.
 
-    Raises KeyError if there is none. Names of modules may hold dots themselves ("down_blocks.0"), so the longest
+    Raises KeyError if there is none. Names of modules may contain dots themselves ("down_blocks.0"), so the longest
     matching key is taken at each level.
     """
     node, rest = params, name

@@ -1,1 +1,1 @@
-"""The pipeline: what is asked for, what a batch is drawn from, and the programs that draw it."""
+"""The pipeline: requests, the job that a batch is drawn from, and the programs that draw it."""

@@ -1,4 +1,4 @@
-"""Images cut into batches: whole groups together, every batch of one size, so that each program compiles once."""
+"""Images cut into batches of equal size, so that each program compiles once; groups are kept whole."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jaxmix.types import AnyArray, Array, InputError
 
 
 class Batch(NamedTuple):
-    """Images to draw together: their indices, with repetitions that fill the batch up.
+    """Images to draw together: their indices, with repetitions to fill up the batch.
 
     ``kept`` are the positions in ``rows`` of those that count, each image once. ``groups`` are the sizes of the groups
-    in which the rows stand, repetitions included.
+    of the rows, repetitions included.
     """
 
     rows: np.ndarray
@@ -25,11 +25,11 @@ class Batch(NamedTuple):
 
 
 def pack(n: int, batch_size: int | None, devices: int, groups: Sequence[int] | None = None) -> Iterator[Batch]:
-    """Cut ``n`` images into batches of one size, a multiple of the devices, which is ``batch_size`` or all of them.
+    """Cut ``n`` images into batches of ``batch_size`` (None: all), rounded up to a multiple of the devices.
 
-    ``groups`` are the sizes of groups of images that follow each other and stay together, in one batch and on one
-    device. A device's share is filled up with its last group again as often as it fits, which then has its last image
-    again. Raises `InputError` for groups that are not the ``n`` images, or too large for a share.
+    ``groups`` are the sizes of consecutive groups of images that stay together, in one batch and on one device. A
+    device's share is filled up by repeating its last group as often as it fits, and then the last image. Raises
+    `InputError` for groups that do not add up to the ``n`` images, or are too large for a share.
     """
     if groups is None:
         together = -(-min(batch_size or n, n) // devices) * devices
@@ -38,7 +38,7 @@ def pack(n: int, batch_size: int | None, devices: int, groups: Sequence[int] | N
             yield Batch(some, np.arange(min(together, n - first)), (1,) * together)
         return
     if sum(groups) != n or min(groups) < 1:
-        raise InputError(f"groups: found sizes {list(groups)}, expected that they sum to the {n} images")
+        raise InputError(f"groups: found sizes {list(groups)}, expected sizes that add up to the {n} images")
     share = -(-(batch_size or n) // devices)
     if max(groups) > share:
         if batch_size is not None:
@@ -48,14 +48,14 @@ def pack(n: int, batch_size: int | None, devices: int, groups: Sequence[int] | N
             )
         share = max(groups)
     if len(set(groups)) == 1:
-        share -= share % groups[0]  # nothing but whole groups
+        share -= share % groups[0]  # whole groups only
     starts = np.cumsum([0, *groups[:-1]])
     shares: list[list[int]] = [[]]  # of groups
     for g in range(len(groups)):
         if shares[-1] and sum(groups[k] for k in shares[-1]) + groups[g] > share:
             shares.append([])
         shares[-1].append(g)
-    share = max(sum(groups[k] for k in held) for held in shares)  # no more than is needed
+    share = max(sum(groups[k] for k in held) for held in shares)  # no larger than needed
     counted = len(shares)
     shares += [shares[-1]] * (-len(shares) % devices)
     for first in range(0, len(shares), devices):
@@ -88,14 +88,14 @@ def of_shape(name: str, value: AnyArray, shape: tuple[int, ...]) -> Array:
 
 
 def shrink_masks(masks: AnyArray, shape: tuple[int, ...], factor: int) -> Float[Array, "n h w 1"]:
-    """Return masks at the latents' size, by nearest neighbour, 0 or 1."""
+    """Return masks shrunk to the latents' size by nearest neighbour, 0 or 1."""
     if np.shape(masks) != shape:
         raise InputError(f"masks: found shape {np.shape(masks)}, expected that of the images, {shape}")
     return jnp.asarray(inside(masks)[:, ::factor, ::factor, None], jnp.float32)
 
 
 def inside(mask: AnyArray) -> np.ndarray:
-    """Return where a mask is set, bool: at half of the whole or above, 1 or, in bytes with any value above 1, 255."""
+    """Return where a mask is set (bool): at half its full value or more, which is 255 for bytes above 1, else 1."""
     mask = np.asarray(mask)
     whole = 255 if mask.dtype == np.uint8 and mask.max(initial=0) > 1 else 1
     return mask >= whole / 2

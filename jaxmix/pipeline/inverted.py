@@ -1,4 +1,4 @@
-"""DDIM inversion of a batch, what it found, and how images are held to it."""
+"""DDIM inversion of a batch, its result, and how images are held to it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Inverted:
 
     @property
     def noise(self) -> Array:
-        """The noise (n, h, w, c) that would draw the images."""
+        """The start noise (n, h, w, c) that would draw the images."""
         return self.states[:, -1]
 
     def course(self, offset: int = 0) -> Array:
         """Return the states (n, S + 1, h, w, c) before each step of a sampling run, and at its end.
 
-        An ``offset`` starts the course so many steps ahead of the run, which then waits for it: StyleAligned's
-        references are cleaner than their timestep says.
+        The course starts ``offset`` steps ahead of the run and waits for it there: StyleAligned's references are
+        cleaner than their timestep says.
         """
         steps = self.states.shape[1] - 1
         if not 0 <= offset < steps:
@@ -52,14 +52,14 @@ class Inverted:
         return self.states[:, ::-1][:, ahead]
 
     def seen(self) -> Array:
-        """Return the states on which each step of a sampling run finds the features of its timestep; last the image."""
+        """Return the states that give each step of a sampling run the features of its timestep; the image is last."""
         return jnp.concatenate([self.states[:, :-1][:, ::-1], self.states[:, :1]], 1)
 
 
 def hold(courses: Array, rows: Sequence[int], n: int) -> Pin:
     """Hold the images ``rows`` of a batch of ``n`` to their courses (len(rows), S + 1, h, w, c).
 
-    Raises `InputError` for another number of courses, and rows that are not there.
+    Raises `InputError` for a wrong number of courses, and rows that do not exist.
     """
     if len(courses) != len(rows) or any(not 0 <= row < n for row in rows):
         raise InputError(
@@ -80,9 +80,9 @@ def invert_rows(
 ) -> tuple[Array, dict[str, QKV]]:
     """Run a DDIM inversion from clean latents (n, h, w, c).
 
-    ``scale`` (n,) is that of classifier-free guidance, None for the conditional branch alone. Returns the states (n,
-    steps + 1, h, w, c), the image first, and for each recorded site the projections of the conditional branch, (n,
-    steps, tokens, heads, d) each: rows first, so that they come from their devices as they are.
+    ``scale`` (n,) is the scale of classifier-free guidance, None for the conditional branch alone. Returns the states
+    (n, steps + 1, h, w, c), the image first, and for each recorded site the projections of the conditional branch, (n,
+    steps, tokens, heads, d) each: rows first, so that each device returns its own.
     """
 
     def run(model: Denoiser, latents: Array, scale: Array | None, inversion: DDIMInversion) -> Any:

@@ -1,7 +1,7 @@
 """What a batch of images is drawn from, and the program that draws it: one denoiser, guidance, edits of the latents.
 
-`denoise` knows no paper. Whatever a method does arrives as a control inside the denoiser, as a guidance over its
-branches, or as an edit of the latents.
+`denoise` knows no paper. Whatever a method does arrives as a control inside the denoiser, a guidance over its branches,
+or an edit of the latents.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxmix.types import Array, Params
 
 @dataclass
 class Denoiser:
-    """One UNet at work: its weights, what its branches are told, and the controls inside it, with a row an image.
+    """A UNet with its weights, the text of its branches and the controls inside it, one row per image.
 
     In ``text`` (n, branches, ...) branch 0 is unconditional, 1 conditional, further ones are other conditional prompts.
     """
@@ -44,7 +44,7 @@ class Denoiser:
         """
         count = len(which)
         run = range(which[0], which[0] + count)
-        # A slice where that is enough: nothing is gathered for plain guidance.
+        # A slice where possible: nothing is gathered for plain guidance.
         rows = flat(self.text[slice(run.start, run.stop) if list(which) == list(run) else list(which)])
         live = tuple(float(branch > 0) for branch in which)
         first = tuple(float(branch == 1) for branch in which)
@@ -60,12 +60,12 @@ class Denoiser:
 
 
 def flat(text: Text) -> Text:
-    """Return the text of rows (image, branch), branch minor, from that of images (n, branches, ...)."""
+    """Flatten the text of images (n, branches, ...) to that of rows (image, branch), branch minor."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), text)
 
 
 def added(text: Text) -> AddedCond:
-    """Return what SDXL's UNet is told beside the text states, of rows."""
+    """Return what SDXL's UNet takes beside the text states, for rows."""
     assert text.pooled is not None and text.time_ids is not None, "a model without added conditioning"
     return AddedCond(text.pooled, text.time_ids)
 
@@ -74,7 +74,7 @@ def added(text: Text) -> AddedCond:
 class Job:
     """What a batch of n images is drawn from.
 
-    ``noise`` (n, h, w, c) is standard normal. Of ``guidance`` the last one whose window holds a step is at work in it
+    ``noise`` (n, h, w, c) is standard normal. Each step uses the last ``guidance`` whose window covers it
     (`jaxmix.samplers.stack` builds the tuple). ``seeds`` (n,) uint32 are for stochastic solvers.
     """
 
@@ -92,7 +92,7 @@ class Job:
 def over_rows(fn: Callable[..., Any], mesh: Mesh | None, in_specs: Any) -> Callable[..., Any]:
     """Run ``fn`` on each device's rows.
 
-    shard_map and not jit with shardings: every device then runs the one-device program on its own rows, so no
+    By shard_map, not jit with shardings: every device then runs the one-device program on its own rows, so no
     partitioner can put a collective into the loop, and per-device kernels work unchanged.
     """
     if mesh is None:
@@ -106,8 +106,8 @@ def denoise(
 ) -> Float[Array, "n h w c"]:
     """Run a solver from step ``start`` to ``stop`` (None: the end); the whole loop is one program.
 
-    The numbers of the solver, the job and everything in it are traced. Steps in which the live controls or the
-    guidance change are scans of their own.
+    The numbers of the solver, the job and everything in it are traced. Each run of steps with the same live controls
+    and guidance is a scan of its own.
     """
 
     def run(job: Job, solver: Solver) -> Array:
@@ -132,7 +132,7 @@ def denoise(
 
 
 def phases(job: Job, solver: Solver, hw: tuple[int, int], start: int, stop: int | None) -> Iterator[Phase]:
-    """Yield the runs of steps from ``start`` on that share their live controls and guidance, as model functions."""
+    """Yield the runs of steps from ``start`` on that share their live controls and guidance, with model functions."""
     steps = solver.steps
     found = sorted(set(spans(job, steps)))
     end = steps if stop is None else stop
@@ -154,7 +154,7 @@ def spans(node: Any, steps: int) -> list[tuple[int, int]]:
 
 
 def during(node: Any, live: set[tuple[int, int]], steps: int) -> Any:
-    """Return a job without the parts whose span of the steps is not among the ``live`` ones."""
+    """Return a job with only those windowed parts whose span of the steps is ``live``."""
     if type(node) is tuple:
         return tuple(during(x, live, steps) for x in node if not hasattr(x, "span") or x.span(steps) in live)
     if not dataclasses.is_dataclass(node) or isinstance(node, (type, Control)):

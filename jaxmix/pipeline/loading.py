@@ -1,4 +1,4 @@
-"""Checkpoints of every kind to a `Pipeline`: the one place that tells what a folder or a file is."""
+"""Checkpoints of every kind to a `Pipeline`: the one place that finds out what a folder or file is."""
 
 from __future__ import annotations
 
@@ -71,20 +71,20 @@ def load(
 ) -> Pipeline:
     """Load a Stable Diffusion 1.x, 2.x or XL pipeline, in whichever form it comes.
 
-    ``name`` is "mini" (the model in this package), a diffusers folder (safetensors, in shards or not, or Flax
-    msgpack), a single ``.safetensors`` file in the original layout, or a hub id "owner/name".
-    ``dtype`` is the type of weights and computation: float32 if None, bfloat16, float16, or "auto" for the one that
-    each part is stored in. A VAE that overflows in float16 (``force_upcast``) is computed in float32 nevertheless.
-    ``sampler`` and ``prediction_type`` ("epsilon", "v_prediction", "sample") replace what the checkpoint says.
-    Raises `InputError` for anything that is missing, damaged or not supported.
+    ``name`` is "mini" (the model in this package), a diffusers folder (safetensors, sharded or not, or Flax msgpack),
+    a single ``.safetensors`` file in the original layout, or a hub id "owner/name".
+    ``dtype`` is the type of weights and computation: float32 (if None), bfloat16, float16, or "auto" for the type in
+    which each part is stored. A VAE that overflows in float16 (``force_upcast``) is still computed in float32.
+    ``sampler`` and ``prediction_type`` ("epsilon", "v_prediction", "sample") override the checkpoint's.
+    Raises `InputError` for anything missing, damaged or not supported.
     """
     kind = _dtype(dtype)
     if sampler is not None and sampler not in SAMPLERS:
-        raise InputError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
+        raise InputError(f"sampler: found {sampler!r}, expected one of {', '.join(SAMPLERS)}")
     path = ASSETS / "mini" if str(name) == "mini" else Path(name).expanduser()
     if not path.exists():
         if not _HUB_ID.fullmatch(str(name)):
-            raise InputError(f"{name}: no such folder or file, expected {_KNOWN}")
+            raise InputError(f"{name}: found no such folder or file, expected {_KNOWN}")
         path = download(str(name), _PARTS["sdxl"])
     if path.is_dir():
         pipe = _load_folder(path, kind, prediction_type)
@@ -92,27 +92,27 @@ def load(
         pipe = _load_single_file(path, kind, prediction_type)
     else:
         what = _OTHER_FILES.get(path.suffix, "a file of another kind")
-        raise InputError(f"{path}: {what}, expected {_KNOWN}")
+        raise InputError(f"{path}: found {what}, expected {_KNOWN}")
     return pipe if sampler is None else dataclasses.replace(pipe, sampler=sampler)
 
 
 def from_flax(module: Any, params: Mapping[str, Any]) -> tuple[Any, Params]:
-    """Adopt a live Flax model of diffusers 0.36 to 0.39: returns our module and its parameters.
+    """Adopt a live Flax model of diffusers 0.36 to 0.39: return our module and its parameters.
 
     ``module`` is a ``FlaxUNet2DConditionModel`` or a ``FlaxAutoencoderKL``, ``params`` its parameters with or without
-    {"params": ...} around them; they keep their precision, and the computation that of ``module.dtype``. Ours take and
-    give images and latents as (b, h, w, c).
+    {"params": ...} around them; they keep their precision, and computation stays in ``module.dtype``. Our modules take
+    and return images and latents as (b, h, w, c).
 
-    Two things differ from the Flax UNet on purpose, because the checkpoints were trained otherwise, with torch: GELU is
-    exact here (Flax has the tanh approximation), and the norms before the attention have epsilon 1e-6 (Flax: 1e-5).
-    Raises `InputError` for any other class, and for settings that change what is computed and are not supported.
+    Two things differ from the Flax UNet on purpose, because the checkpoints were trained with torch: GELU is exact
+    here (Flax has the tanh approximation), and the norms before the attention have epsilon 1e-6 (Flax: 1e-5). Raises
+    `InputError` for any other class, and for unsupported settings that change what is computed.
     """
     found = type(module).__name__
     part = {"FlaxUNet2DConditionModel": "unet", "FlaxAutoencoderKL": "vae"}.get(found)
     if part is None:
         raise InputError(f"from_flax: found a {found}, expected a FlaxUNet2DConditionModel or a FlaxAutoencoderKL")
     if not isinstance(params, Mapping):
-        raise InputError(f"from_flax: params are a {type(params).__name__}, expected a nested mapping of arrays")
+        raise InputError(f"from_flax: found {type(params).__name__} params, expected a nested mapping of arrays")
     with _naming(found):
         ours = _MODELS[part](_read(part, module.config), jnp.dtype(module.dtype))
     tree = FlaxTree(params, f"{found} params")
@@ -120,13 +120,13 @@ def from_flax(module: Any, params: Mapping[str, Any]) -> tuple[Any, Params]:
 
 
 def _kept(source: Source) -> Any:
-    """Return the widest of the precisions in a source: what holds all of its numbers."""
+    """Return the widest precision in a source, which holds all its numbers."""
     floats = [e.dtype for e in source.entries.values() if jnp.issubdtype(e.dtype, jnp.floating)]
     return np.dtype(jnp.result_type(*floats)) if floats else None
 
 
 def _dtype(dtype: Any) -> np.dtype | None:
-    """Return the dtype that a user asked for; None is "auto"."""
+    """Return the dtype that a user asked for, None for "auto"."""
     if isinstance(dtype, str) and dtype == "auto":
         return None
     try:
@@ -134,12 +134,12 @@ def _dtype(dtype: Any) -> np.dtype | None:
     except TypeError:
         kind = None
     if kind not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise InputError(f"dtype={dtype!r}: expected float32, bfloat16, float16 or 'auto'")
+        raise InputError(f"dtype: found {dtype!r}, expected float32, bfloat16, float16 or 'auto'")
     return kind
 
 
 def _without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config as torch would have it: without "Flax" in the class, and without what changes no result."""
+    """Return a config as torch would write it: without "Flax" in the class name and keys that change no result."""
     same = ("dropout", "dtype", "split_head_dim", "use_memory_efficient_attention")
     out = {key: value for key, value in config.items() if key not in same}
     if isinstance(named := out.get("_class_name"), str):
@@ -152,7 +152,7 @@ def _without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _naming(where: Any) -> Iterator[None]:
-    """Whatever the user finds wrong in this block, the file is named."""
+    """Name the file in every `InputError` raised in this block."""
     try:
         yield
     except InputError as e:
@@ -161,19 +161,19 @@ def _naming(where: Any) -> Iterator[None]:
 
 def _load_folder(folder: Path, kind: np.dtype | None, prediction_type: str | None) -> Pipeline:
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder}: {_what_folder(folder)}, expected a diffusers pipeline with a model_index.json")
+        raise InputError(f"{folder}: found {_what_folder(folder)}, expected a diffusers pipeline (model_index.json)")
     index = read_config(folder / "model_index.json")
     named = str(index.get("_class_name"))
     family = _PIPELINES.get(named.removeprefix("Flax"))
     if family is None:
         raise InputError(
-            f"{folder}/model_index.json: this is a {named}, expected a StableDiffusionPipeline or a "
+            f"{folder}/model_index.json: found a {named}, expected a StableDiffusionPipeline or a "
             "StableDiffusionXLPipeline"
         )
     folders = (*_PARTS[family], *_TOKENIZERS[family], "scheduler")
     for part in folders:
         if not (folder / part).is_dir():
-            raise InputError(f"{folder}: no {part} folder in this {named}, expected {', '.join(folders)}")
+            raise InputError(f"{folder}: found no {part} folder in this {named}, expected {', '.join(folders)}")
     configs = {}
     for part in _PARTS[family]:
         found = read_config(folder / part / "config.json")
@@ -201,7 +201,7 @@ def _load_folder(folder: Path, kind: np.dtype | None, prediction_type: str | Non
 
 
 def _load_single_file(path: Path, kind: np.dtype | None, prediction_type: str | None) -> Pipeline:
-    from transformers import CLIPTokenizer  # here, because it takes longer to import than all of the rest
+    from transformers import CLIPTokenizer  # here, because importing it takes longer than everything else
 
     file = open_single_file(path, prediction_type=prediction_type)
     with _naming(path):
@@ -234,7 +234,7 @@ def _assemble(
     params: dict[str, Params] = {}
     for part, config in configs.items():
         kept = stored_dtype(sources[part]) if kind is None else kind
-        # Weights that float16 holds, but whose activations it does not.
+        # float16 can hold the weights, but not the activations.
         overflows = part == "vae" and kept == np.float16 and config.force_upcast
         models[part] = _MODELS[part](config, np.dtype(np.float32) if overflows else kept)
         params[part] = load_tree(sources[part], models[part].abstract_params(), kept)
@@ -254,7 +254,7 @@ def _schedule(config: Mapping[str, Any], prediction_type: str | None) -> NoiseSc
 
 
 def _check_channels(where: Path, configs: Mapping[str, Any]) -> None:
-    """Refuse a UNet that takes more than latents before its weights are read."""
+    """Refuse a UNet that takes more than latents, before its weights are read."""
     found, expected = configs["unet"].in_channels, configs["vae"].latent_channels
     if found != expected:
         kind = "an inpainting model: its UNet" if found == 2 * expected + 1 else "its UNet"
@@ -262,14 +262,14 @@ def _check_channels(where: Path, configs: Mapping[str, Any]) -> None:
 
 
 def _what_folder(folder: Path) -> str:
-    """Say what a folder without a model_index.json is."""
+    """Say what is in a folder without a model_index.json."""
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names or any(name.startswith("pytorch_lora_weights") for name in names):
-        return "this is a LoRA, which changes a model and is none"
+        return "a LoRA, which changes a model but is not one"
     if "config.json" in names:
         config = read_config(folder / "config.json")
         named = config.get("_class_name") or next(iter(config.get("architectures") or ()), "a model")
-        return f"this is one model alone, {named}"
+        return f"a single model, {named}"
     if files := [name for name in names if name.endswith(".safetensors")]:
-        return f"no model_index.json in this folder; to load a single file give its path, such as {folder / files[0]}"
-    return "no model_index.json in this folder"
+        return f"no model_index.json (to load a single file give its path, such as {folder / files[0]})"
+    return "no model_index.json"

@@ -20,10 +20,10 @@ class Parts:
     """Stable Diffusion 1.x, 2.x or XL: modules, their parameters, the noise schedule and the tokenizers.
 
     ``params`` has the trees "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2". ``tokenizer`` and
-    ``tokenizer_2`` are transformers CLIPTokenizers, or the folders of them, which are opened when the first prompt
-    comes. ``sampler``, ``default_steps`` and ``default_guidance_scale`` are what a request takes that names none.
-    ``zeros_for_empty_prompt`` (SDXL base) makes the text states all zero where there is no negative prompt. ``extras``
-    are the tensors of a single-file checkpoint that belong to no part; saving writes them back.
+    ``tokenizer_2`` are transformers CLIPTokenizers, or their folders, which are opened at the first prompt.
+    ``sampler``, ``default_steps`` and ``default_guidance_scale`` are the defaults of a request.
+    ``zeros_for_empty_prompt`` (SDXL base) zeroes all text states where there is no negative prompt. ``extras`` are the
+    tensors of a single-file checkpoint that belong to no part; saving writes them back.
     """
 
     unet: UNet2DConditionModel
@@ -77,13 +77,13 @@ class Parts:
 
     @functools.cached_property
     def tokenizers(self) -> tuple[Any, Any]:
-        """The tokenizers, opened; the second is None where there is one text encoder."""
+        """The tokenizers, opened; the second is None if there is one text encoder."""
         return open_tokenizer(self.tokenizer), open_tokenizer(self.tokenizer_2)
 
     def latent_hw(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Return the size in latent cells of images of so many pixels (None: the model's own).
+        """Return the size in latent cells of images of a size in pixels (None: the model's own).
 
-        Raises `InputError` for sides that are not a multiple of the autoencoder's factor.
+        Raises `InputError` for sides that are not multiples of the autoencoder's factor.
         """
         factor = self.vae.config.factor
         default = self.latent_shape

@@ -53,7 +53,7 @@ class Pipeline(Parts):
     # Text --------------------------------------------------------------------------------------------------------
 
     def encode_text(self, prompts: Sequence[str]) -> TextStates:
-        """Return what the (first) text encoder makes of each prompt."""
+        """Return the (first) text encoder's states of each prompt."""
         return words.encode(self.tokenizers[0], self.text_encoder, self.params["text_encoder"], prompts)
 
     def encode_prompt(self, prompts: Sequence[str]) -> Text:
@@ -70,7 +70,7 @@ class Pipeline(Parts):
     def encode_images(self, images: AnyArray) -> Float[Array, "n h w c"]:
         """Encode images (n, H, W, 3), uint8 or float in [0, 1], to scaled latents: the mean of their posterior.
 
-        Raises `InputError` for another shape, or sides that are not a multiple of the autoencoder's factor.
+        Raises `InputError` for a wrong shape, or sides that are not multiples of the autoencoder's factor.
         """
         if np.ndim(images) != 4 or np.shape(images)[-1] != 3:
             raise InputError(f"images: found shape {np.shape(images)}, expected (n, H, W, 3)")
@@ -82,7 +82,7 @@ class Pipeline(Parts):
     def decode(
         self, latents: Float[AnyArray, "n h w c"], mesh: Mesh | None = None, tile: int | None = None
     ) -> np.ndarray:
-        """Decode latents, as `generate` gives them, to images (n, H, W, 3) uint8. Rows must divide by the devices.
+        """Decode latents, as `generate` returns them, to images (n, H, W, 3) uint8; the devices must divide the rows.
 
         ``tile`` (latent cells) decodes in overlapping tiles of that side, in the memory of one.
         """
@@ -116,19 +116,19 @@ class Pipeline(Parts):
         progress: Callable[[int, int], None] | None = None,
         **renamed: Any,
     ) -> np.ndarray:
-        """Draw one image a prompt: `draw` of a `Request` with these fields, under ``methods``.
+        """Draw one image per prompt: `draw` of a `Request` with these fields, under ``methods``.
 
-        ``seeds`` (0, 1, ... if None) fix the noise of each image alone, whatever the batch, the order or the number of
-        devices; ``latents`` (n, h, w, c) give the start noise itself. ``height`` and ``width`` are in pixels, the
+        ``seeds`` (0, 1, ... if None) fix the noise of each image, whatever the batch, the order or the number of
+        devices; ``latents`` (n, h, w, c) are the start noise itself. ``height`` and ``width`` are in pixels, the
         model's own if None. ``sampler`` is one of `jaxmix.samplers.SAMPLERS`. ``guidance_scale`` and
-        ``guidance_rescale`` (arXiv 2305.08891, 0 to 1) are a number or one an image.
+        ``guidance_rescale`` (arXiv 2305.08891, 0 to 1) are one number, or one per image.
 
         ``images`` (n, H, W, 3), uint8 or float in [0, 1], start image-to-image with ``strength`` from 0 (keep) to 1;
         ``masks`` (n, H, W), 1 where the image is to be repainted, make it inpainting.
 
-        The other arguments, what is returned and what is raised are those of `draw`. What a `Request` can say beyond
-        these is said with `draw`; the keywords of the last release for it (`pinned`, `fusion`, `context`, `start`,
-        `guided`, `original_size`, `crop`, `target_size`) go on working until the next one, with a warning.
+        For the other arguments, the result and the errors see `draw`. The other fields of a `Request` need `draw`; the
+        keywords of the last release for them (`pinned`, `fusion`, `context`, `start`, `guided`, `original_size`,
+        `crop`, `target_size`) still work until the next one, with a warning.
         """
         request = Request(
             prompts=prompts,
@@ -168,16 +168,16 @@ class Pipeline(Parts):
         ``mesh`` (see `jaxmix.data_mesh`) splits the rows over devices. Rows are drawn ``batch_size`` at a time, all at
         once if None; every batch is padded to the same size, so each (steps, size, batch size) compiles once. ``tile``
         (latent cells) decodes in tiles, for large images. ``progress(done, n)`` is called after each batch;
-        ``callback`` is kept for what is shown of the steps, and must be None today.
+        ``callback`` is reserved for showing steps, and must be None for now.
 
         Returns (n, H, W, 3) uint8, "float" in [0, 1], or "latent" (n, h, w, c) as the UNet sees them. Raises
-        `InputError`, before anything is compiled, for a request that cannot be, controls that do not fit, and methods
-        that exclude each other.
+        `InputError`, before anything is compiled, for an invalid request, controls that do not fit, and methods that
+        exclude each other.
         """
         if output not in OUTPUTS:
-            raise InputError(f"output={output!r}: expected 'uint8', 'float' or 'latent'")
+            raise InputError(f"output: found {output!r}, expected 'uint8', 'float' or 'latent'")
         if callback is not None:
-            raise InputError("callback: found one, expected None: nothing calls it yet")
+            raise InputError("callback: found one, expected None (nothing calls it yet)")
         methods = ordered(methods)
         request = self.check(request, methods)
         done: list[np.ndarray] = []
@@ -186,7 +186,7 @@ class Pipeline(Parts):
             x, kept = self._draw_batch(request, methods, batch, mesh)
             if output != "latent":
                 x = programs.decode(self.vae, mesh, tile, self.params["vae"], x)
-            if waiting is not None:  # one batch behind, so that the device draws while the host takes pixels
+            if waiting is not None:  # one batch behind, so that the device draws while the host copies pixels
                 done.append(_finish(*waiting, output))
             waiting = x, kept
             if progress is not None:
@@ -195,9 +195,9 @@ class Pipeline(Parts):
         return np.concatenate([*done, _finish(*waiting, output)])
 
     def check(self, request: Request, methods: Method | Sequence[Method] = ()) -> Request:
-        """Return the request with everything filled in; raises `InputError` for all that `draw` would raise it for.
+        """Return the request with everything filled in; raises `InputError` wherever `draw` would.
 
-        Nothing is compiled: a job of many requests can find what is wrong with any before it draws the first.
+        Nothing is compiled: a job of many requests can find all mistakes before it draws the first.
         """
         methods = ordered(methods)
         if not isinstance(request, Request):
@@ -207,7 +207,7 @@ class Pipeline(Parts):
         beside = [type(m).__name__ for m in methods if m is not wide and m.when > WEIGHTS]
         if wide is not None and beside:
             raise InputError(
-                f"{type(wide).__name__} and {beside[0]} exclude each other: the former adds rows beside the images"
+                f"{type(wide).__name__} and {beside[0]} exclude each other: the former adds rows to the batch"
             )
         for method in methods:
             method.check(self, request)
@@ -239,10 +239,10 @@ class Pipeline(Parts):
     def _draw_batch(
         self, request: Request, methods: Sequence[Method], batch: Batch, mesh: Mesh | None
     ) -> tuple[Array, np.ndarray]:
-        """Return the latents of a batch, and which of its rows count."""
+        """Return the latents of a batch, and which of its rows to keep."""
         part, pipe, n = request.take(batch.rows), self, request.n
         for method in methods:
-            if method.when > WEIGHTS:  # all edits at once: one set is kept, and part of it would take its place
+            if method.when > WEIGHTS:  # all edits at once: only one set is cached, and a part of it would evict it
                 pipe = self.merged(part.weights)
             part = method.take(batch, n).apply(pipe, part)
         pipe = self.merged(part.weights)
@@ -254,7 +254,7 @@ class Pipeline(Parts):
         return x, kept
 
     def job(self, request: Request, solver: Any) -> Job:
-        """Return what `jaxmix.pipeline.job.denoise` draws a checked request from, its weights merged already."""
+        """Return the job of a checked request whose weights are already merged, for `jaxmix.pipeline.job.denoise`."""
         image = None if request.images is None else self.encode_images(request.images)
         mask, hw = request.latent_masks(self), request.hw(self)
         edits: tuple[Any, ...] = ()
@@ -277,7 +277,7 @@ class Pipeline(Parts):
     # Weights -----------------------------------------------------------------------------------------------------
 
     def merged(self, weights: Sequence[WeightEdit]) -> Pipeline:
-        """Return the pipeline with edits of the weights merged in, in order; the last set is kept."""
+        """Return the pipeline with edits of the weights merged in, in order; the last set is cached."""
         key = tuple(weights)
         if not key:
             return self
@@ -312,12 +312,13 @@ class Pipeline(Parts):
         """Find the noise that draws given images, by DDIM inversion, and the states on the way.
 
         ``images`` (n, H, W, 3) as for `generate`, or clean scaled ``latents``. ``prompts`` describe them (empty if
-        None). Without a ``guidance_scale`` the prompt's branch runs alone. ``label`` says which timestep the model is
-        told, see `jaxmix.samplers.DDIMInversion`. ``record`` is a pattern over attention sites whose projected queries,
-        keys and values are kept for every step. Raises `InputError` as `generate` does.
+        None). Without a ``guidance_scale`` the prompt's branch runs alone. ``label`` picks the timestep given to the
+        model, see `jaxmix.samplers.DDIMInversion`. ``record`` is a pattern over attention sites whose projected
+        queries, keys and values are kept for every step. Raises `InputError` as `generate` does.
         """
         if (images is None) == (latents is None):
-            raise InputError("invert: expected either images or latents")
+            found = "neither" if images is None else "both"
+            raise InputError(f"invert: found {found}, expected either images or latents")
         x0 = self.encode_images(images) if images is not None else jnp.asarray(latents, jnp.float32)
         if x0.ndim != 4 or x0.shape[-1] != self.latent_shape[-1]:
             raise InputError(f"latents: found shape {x0.shape}, expected (n, h, w, {self.latent_shape[-1]})")
@@ -329,7 +330,7 @@ class Pipeline(Parts):
         there = sites(self.unet.config, hw)
         recorded = frozenset(s.name for s in there if record is not None and re.search(record, s.name))
         if record is not None and not recorded:
-            raise InputError(f"record={record!r}: matches none of the {len(there)} attention sites")
+            raise InputError(f"record: found {record!r}, which matches none of the {len(there)} attention sites")
         size = (hw[0] * factor, hw[1] * factor)
         text = words.encode_branches(self, [[None] * n, prompts], Sizes(size, (0, 0), size).ids)
         scale = None if guidance_scale is None else jnp.asarray(over.numbers("guidance_scale", guidance_scale, n))

@@ -17,7 +17,7 @@ from jaxmix.samplers import initial_noise
 from jaxmix.sharding import DATA
 from jaxmix.types import Array, Params
 
-_LARGE = 512 * 512  # pixels from which images are decoded one at a time: one fills a device, and memory is one's
+_LARGE = 512 * 512  # pixels from which images are decoded one at a time: one fills a device, in the memory of one
 
 
 @functools.partial(jax.jit, static_argnames=("vae", "mesh", "tile"))
@@ -44,7 +44,7 @@ def decode(
 
 @functools.partial(jax.jit, static_argnames=("vae",))
 def encode_images(vae: AutoencoderKL, params: Params, images: Float[Array, "n H W 3"]) -> Float[Array, "n h w c"]:
-    """Encode images in [0, 1] to scaled latents: the mean of the posterior, so that nothing is drawn."""
+    """Encode images in [0, 1] to scaled latents: the mean of the posterior, so that nothing is random."""
     mean, _ = vae.apply({"params": params}, images * 2 - 1, method="encode")
     return mean * vae.config.scaling_factor
 

@@ -1,4 +1,4 @@
-"""Keywords that `Pipeline.generate` had until 0.1, as what they are called now. Goes with the next release."""
+"""Keywords that `Pipeline.generate` had until 0.1, translated to today's. To be removed in the next release."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def translate(
 ) -> tuple[Request, tuple[Method, ...]]:
     """Return the request and methods that the old keywords stand for, and warn.
 
-    Raises TypeError, as a call does, for a keyword that there never was.
+    Raises TypeError, as any call does, for a keyword that never existed.
     """
     if unknown := sorted(set(renamed) - set(KEYWORDS)):
         raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
     warnings.warn(
-        f"generate({', '.join(f'{name}=' for name in renamed)}) is now said by methods=, or by Pipeline.draw of a "
-        "Request; the keyword goes with the next release",
+        f"generate({', '.join(f'{name}=' for name in renamed)}) is deprecated: use methods=, or Pipeline.draw of a "
+        "Request; the keyword will be removed in the next release",
         DeprecationWarning,
         stacklevel=3,
     )

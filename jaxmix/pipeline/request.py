@@ -1,7 +1,7 @@
-"""What users ask for: a request for images, and the methods that make a richer request of it.
+"""The user's side: a request for images, and the methods that extend it.
 
-A `Method` is what a user holds of a paper: ``apply`` turns a `Request` into a richer one through four seams, weights
-(`WeightEdit`), attention and features (`jaxmix.control.Control`), noise (`jaxmix.samplers.Guidance`) and latents
+A `Method` is the public form of a paper: ``apply`` extends a `Request` through four seams, weights (`WeightEdit`),
+attention and features (`jaxmix.control.Control`), noise (`jaxmix.samplers.Guidance`) and latents
 (`jaxmix.samplers.LatentEdit`).
 """
 
@@ -31,12 +31,12 @@ class WeightEdit(Protocol):
     """An edit of a pipeline's weights, such as a LoRA at some strength. Equal edits (``==``, hash) are merged once."""
 
     def __call__(self, params: Params) -> Params:
-        """Return the parameters of the whole pipeline with the edit merged in; what it leaves alone is shared."""
+        """Return the parameters of the whole pipeline with the edit merged in, sharing all others."""
         ...
 
 
 class Sizes(NamedTuple):
-    """What SDXL is told of an image's size, in pixels: (height, width), (top, left), (height, width)."""
+    """SDXL's size conditioning of an image, in pixels: (height, width), (top, left), (height, width)."""
 
     original: tuple[int, int]
     crop: tuple[int, int]
@@ -44,38 +44,38 @@ class Sizes(NamedTuple):
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The six numbers in the order in which the model takes them."""
+        """The six numbers in the order that the model takes."""
         return (*self.original, *self.crop, *self.target)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """All that ``n`` images depend on, one entry an image; None is the pipeline's own choice.
+    """Everything that ``n`` images depend on, one entry per image; None is the pipeline's default.
 
     Attributes:
         prompts: the text of each image.
         negatives: what to steer away from; None for no negative prompt at all.
         seeds: fix the start noise of each image alone: 0, 1, ... if None.
-        guidance_scale: of classifier-free guidance, a number or one an image.
-        guidance_rescale: arXiv 2305.08891, 0 to 1, a number or one an image.
+        guidance_scale: of classifier-free guidance, one number or one per image.
+        guidance_rescale: arXiv 2305.08891, 0 to 1, one number or one per image.
         steps: of the solver.
         sampler: one of `jaxmix.samplers.SAMPLERS`.
         height: in pixels.
         width: in pixels.
-        span: the first step that is run and the one before which to stop (None: the end). With ``images`` the first
-            is None or follows from ``strength``.
-        sizes: what SDXL is told; the images' own size if None.
+        span: the first step to run and the step to stop before (None: the end). With ``images`` leave the first at 0:
+            it follows from ``strength``.
+        sizes: SDXL's size conditioning; the images' own size if None.
         images: (n, H, W, 3), uint8 or float in [0, 1], to start from.
-        strength: how much of them is drawn anew, above 0 to 1.
-        masks: (n, H, W), 1 where they are to be repainted; they stay elsewhere.
+        strength: how much of them is drawn anew, above 0 and up to 1.
+        masks: (n, H, W), 1 where they are to be repainted; the rest stays.
         latents: (n, h, w, c), the start noise itself, or with ``span`` the state before its first step.
         text: ready-made states of all branches (n, 2 + len(branches), ...) in place of those of the prompts.
-        branches: further conditional prompts, each a list of one an image, for guidances that want more than two.
-        weights: edits of the weights, in order; for all images.
-        controls: inside the UNet, with one row, or one an image.
-        guidance: beside classifier-free guidance, which is at work in all steps where none of these is.
-        edits: of the latents, after those that ``images`` and ``masks`` are.
-        kept: rows to return, of those that methods have added; all if None.
+        branches: further conditional prompts, each a list of one per image, for guidances that need more than two.
+        weights: edits of the weights, in order, for all images.
+        controls: inside the UNet, with one row for all images or one per image.
+        guidance: in addition to classifier-free guidance, which acts in all steps that none of these covers.
+        edits: of the latents, after those that ``images`` and ``masks`` imply.
+        kept: rows to return once methods have added some; all if None.
     """
 
     prompts: Sequence[str]
@@ -107,7 +107,7 @@ class Request:
         return len(self.prompts)
 
     def checked(self, parts: Parts) -> Request:
-        """Return the request with everything filled in and of one row an image, for a model.
+        """Return the request with everything filled in for a model, one row per image.
 
         Raises `InputError` for lists of different lengths, and steps, sizes or numbers out of range.
         """
@@ -131,7 +131,7 @@ class Request:
         latents = None if self.latents is None else jnp.asarray(self.latents, jnp.float32)
         if self.images is not None:
             if first:
-                raise InputError("start: found it with images, expected strength, which says where their run starts")
+                raise InputError(f"start: found step {first} with images, expected strength to say where they start")
             shape = np.shape(self.images)
             if len(shape) != 4 or shape[-1] != 3 or shape[0] != n:
                 raise InputError(f"images: found shape {shape}, expected ({n}, H, W, 3)")
@@ -140,7 +140,7 @@ class Request:
             if self.masks is not None and np.shape(self.masks) != shape[:3]:
                 raise InputError(f"masks: found shape {np.shape(self.masks)}, expected that of the images, {shape[:3]}")
         elif self.masks is not None:
-            raise InputError("masks: found masks without images, expected the images to repaint")
+            raise InputError("masks: found masks alone, expected also the images to repaint")
         if not 0 <= first < solver.steps:
             raise InputError(f"start: found step {first}, expected 0 to {solver.steps - 1}")
         if last is not None and not first < last <= solver.steps:
@@ -175,11 +175,11 @@ class Request:
         )
 
     def hw(self, parts: Parts) -> tuple[int, int]:
-        """Return the size of the latents; the request has been checked."""
+        """Return the size of the latents of a checked request."""
         return parts.latent_hw(self.height, self.width)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Request:
-        """Return the request for some of its images, in that order; an index may come more than once."""
+        """Return the request for some of its images, in that order; an index may be repeated."""
         rows = np.asarray(rows)
         changed: dict[str, Any] = {}
         for name in ("prompts", "negatives", "seeds"):
@@ -196,7 +196,7 @@ class Request:
         return dataclasses.replace(self, **changed)
 
     def repeat(self, k: int) -> Request:
-        """Return the request with each image ``k`` times, one after another."""
+        """Return the request with each image repeated ``k`` times in a row."""
         return self.take(np.repeat(np.arange(self.n), k))
 
     def add(self, **more: tuple[Any, ...]) -> Request:
@@ -205,7 +205,7 @@ class Request:
         return dataclasses.replace(self, **changed)
 
     def states(self, parts: Parts) -> Text:
-        """Return what all branches of the images are told, (n, branches, ...)."""
+        """Return the text of all branches of the images, (n, branches, ...)."""
         if self.text is not None:
             expected = (self.n, 2 + len(self.branches), parts.text_length, parts.unet.config.cross_attention_dim)
             if self.text.context.shape != expected:
@@ -215,7 +215,7 @@ class Request:
         return encode_branches(parts, [self.negatives, self.prompts, *self.branches], self.sizes.ids)
 
     def with_branch(self, parts: Parts, prompts: Sequence[str | None]) -> tuple[Request, int]:
-        """Return the request with a further conditional prompt an image, and the number of its branch."""
+        """Return the request with one more conditional prompt per image, and the number of its branch."""
         made = self.add(branches=(list(prompts),))
         if self.text is not None:
             assert self.sizes is not None, "check the request first"
@@ -224,7 +224,7 @@ class Request:
         return made, 1 + len(made.branches)
 
     def latent_masks(self, parts: Parts) -> Array | None:
-        """Return the masks at the size of the latents (n, h, w, 1), None without them."""
+        """Return the masks at the size of the latents (n, h, w, 1), None if there are none."""
         if self.masks is None or self.images is None:
             return None
         return shrink_masks(self.masks, np.shape(self.images)[:3], parts.vae.config.factor)
@@ -233,35 +233,35 @@ class Request:
 def _controls(controls: Sequence[Any]) -> tuple[Control, ...]:
     for control in controls:
         if not isinstance(control, Control):
-            raise InputError(f"controls: expected Control objects, found {type(control).__name__}")
+            raise InputError(f"controls: found {type(control).__name__}, expected Control objects")
     return tuple(controls)
 
 
 WEIGHTS, ATTENTION, NOISE, BLEND = 0, 1, 2, 3
-"""When a method is applied: what changes weights before what encodes text with them, then guidance, and last of all
-what is built on the guidance of another."""
+"""When a method is applied: changes of weights come before text is encoded with them, then guidance, and last what is
+built on another's guidance."""
 
 
 class Method:
-    """What users hold of a paper. Subclasses are frozen dataclasses; they compose in any tuple.
+    """The public form of a paper. Subclasses are frozen dataclasses; they compose in any tuple.
 
-    Fields named in ``per_image`` are one value for all images or a sequence with one an image; `take` cuts the latter.
+    Fields named in ``per_image`` are one value for all images, or a sequence of one per image, which `take` cuts.
     """
 
-    #: Methods are applied by this number (`WEIGHTS`, `ATTENTION`, `NOISE`, `BLEND`), in their order where it is equal.
+    #: Methods are applied by this number (`WEIGHTS`, `ATTENTION`, `NOISE`, `BLEND`), equal ones in their given order.
     when: ClassVar[int] = ATTENTION
     #: What messages call the method; the name of its class if empty.
     title: ClassVar[str] = ""
-    #: Names of fields with one entry an image.
+    #: Names of fields with one entry per image.
     per_image: ClassVar[tuple[str, ...]] = ()
 
     @property
     def adds_rows(self) -> bool:
-        """Whether `apply` adds rows beside the images, which no later method would know of."""
+        """Whether `apply` adds rows beside the images, which later methods would not know of."""
         return False
 
     def check(self, pipe: Any, request: Request) -> None:
-        """Raise `InputError` for what cannot be, before anything is compiled; ``request`` is all of it, checked."""
+        """Raise `InputError` for a mistake, before anything is compiled; ``request`` is the whole one, checked."""
         for name in self.per_image:
             value = getattr(self, name)
             if is_list(value) and len(value) != request.n:
@@ -271,15 +271,15 @@ class Method:
                 )
 
     def sketch(self, pipe: Any, request: Request) -> Request:
-        """Return the request with what `apply` will add, as far as it costs nothing and decides what excludes what."""
+        """Return the request with as much of what `apply` adds as is free and decides which methods exclude others."""
         return request
 
     def together(self, n: int) -> Sequence[int] | None:
-        """Return the sizes of groups of the ``n`` images that must be drawn together, None if none must."""
+        """Return the sizes of the groups of the ``n`` images that must be drawn together, None without groups."""
         return None
 
     def take(self: T, batch: Batch, n: int) -> T:
-        """Return the method for the images of a batch of the ``n``."""
+        """Return the method for a batch of the ``n`` images."""
         cut = {
             name: [value[i] for i in batch.rows]
             for name in self.per_image  # type: ignore[attr-defined]
@@ -288,19 +288,19 @@ class Method:
         return dataclasses.replace(self, **cut) if cut else self  # type: ignore[type-var]
 
     def apply(self, pipe: Any, request: Request) -> Request:
-        """Return a richer request for a batch; ``pipe`` is the `Pipeline` that will draw it."""
+        """Return the extended request of a batch; ``pipe`` is the `Pipeline` that will draw it."""
         raise NotImplementedError
 
 
 def is_list(value: Any) -> bool:
-    """Say whether a value has one entry an image: a sequence or an array, not text and not a mapping."""
+    """Return whether a value has one entry per image: a sequence or an array, neither text nor a mapping."""
     return not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__len__")
 
 
 def ordered(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
     """Return methods, or a single one, in the order in which they are applied.
 
-    Raises `InputError` for what is no method.
+    Raises `InputError` for anything that is not a method.
     """
     given: Any = (methods,) if isinstance(methods, Method) or not hasattr(methods, "__iter__") else tuple(methods)
     for method in given:
@@ -312,7 +312,7 @@ def ordered(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
 
 
 def common_groups(methods: Sequence[Method], n: int) -> Sequence[int] | None:
-    """Return the groups in which the images must be drawn; raises `InputError` where methods want different ones."""
+    """Return the groups in which the images must be drawn; raises `InputError` if methods need different ones."""
     found: list[tuple[str, list[int]]] = []
     for method in methods:
         sizes = method.together(n)

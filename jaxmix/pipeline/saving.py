@@ -1,4 +1,4 @@
-"""Pipelines to the folders and files that torch diffusers and its users open."""
+"""Pipelines to folders and files that torch diffusers and its users can open."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxmix.weights.single_file import family_of_configs, save_single_file
 from jaxmix.weights.single_file_extras import save_extras
 
 DEFAULTS = "_jaxmix"
-"""Key of model_index.json for this library's own defaults; diffusers skips keys with an underscore."""
+"""Key of model_index.json for this library's defaults; diffusers skips keys that start with an underscore."""
 
 _FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -24,9 +24,9 @@ _FILES = {
 
 
 def save_pipeline(pipe: Parts, path: str | Path, dtype: Any = None) -> None:
-    """Write a single file in the original layout where `path` ends in ".safetensors", a diffusers folder otherwise.
+    """Write a single file in the original layout if `path` ends in ".safetensors", a diffusers folder otherwise.
 
-    ``dtype`` casts the floating weights on the way; they keep their own if it is None.
+    ``dtype`` casts the floating-point weights on the way; None keeps theirs.
     """
     if Path(path).suffix == ".safetensors":
         configs = {part: getattr(pipe, part).config.to_dict() for part in _parts(pipe)}
@@ -38,7 +38,7 @@ def save_pipeline(pipe: Parts, path: str | Path, dtype: Any = None) -> None:
 
 
 def save_folder(pipe: Parts, folder: str | Path, dtype: Any = None) -> None:
-    """Write a diffusers folder, which torch diffusers opens; ``dtype`` casts the floating weights on the way."""
+    """Write a folder that torch diffusers opens; ``dtype`` casts the floating-point weights on the way."""
     folder = Path(folder)
     for part in _parts(pipe):
         save_tree(pipe.params[part], folder / part / _FILES[part], dtype=dtype)
@@ -93,6 +93,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path, length: int) -> None:
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     config = folder / "tokenizer_config.json"
     found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    # diffusers pads to this length and not to the encoder's; a tokenizer may be trained with a longer encoder.
+    # diffusers pads to this length, not to the encoder's; a tokenizer may have been made for another length.
     if found.get("model_max_length", length) != length:
         config.write_text(json.dumps({**found, "model_max_length": length}, indent=2) + "\n", encoding="utf-8")

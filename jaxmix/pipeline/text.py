@@ -1,4 +1,4 @@
-"""Prompts to what the UNet is told of them, for one text encoder or two."""
+"""Prompts to the text conditioning of the UNet, for one text encoder or two."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxmix.types import Params
 
 
 def encode(tokenizer: Any, encoder: CLIPTextModel, params: Params, prompts: Sequence[str]) -> TextStates:
-    """Return what a text encoder makes of each prompt."""
+    """Return a text encoder's states of each prompt."""
     ids, _ = tokenize(tokenizer, encoder.config.max_position_embeddings, prompts)
     return encode_ids(encoder, params, jnp.asarray(ids))
 
@@ -27,7 +27,7 @@ def encode(tokenizer: Any, encoder: CLIPTextModel, params: Params, prompts: Sequ
 def encode_prompts(parts: Parts, prompts: Sequence[str]) -> Text:
     """Return what the UNet attends to for each prompt: ``context`` (b, s, d) and, for SDXL, ``pooled`` (b, p).
 
-    SDXL attends to the layer before the last of both encoders, joined. ``time_ids`` are not of the prompt: None.
+    SDXL attends to the penultimate layers of both encoders, joined. ``time_ids`` do not come from the prompt: None.
     """
     first = encode(parts.tokenizers[0], parts.text_encoder, parts.params["text_encoder"], prompts)
     if parts.text_encoder_2 is None:
@@ -37,11 +37,11 @@ def encode_prompts(parts: Parts, prompts: Sequence[str]) -> Text:
 
 
 def encode_branches(parts: Parts, branches: Sequence[Sequence[str | None]], sizes: Sequence[int]) -> Text:
-    """Return what the branches of each image are told, (n, branches, ...): each a list of one prompt an image.
+    """Return the text of all branches, (n, branches, ...), given for each branch a list of one prompt per image.
 
-    None is no prompt at all, which for SDXL base are states of zeros and elsewhere those of "". ``sizes`` are the six
-    numbers that SDXL is told. Each branch is encoded by itself: rounding depends on the number of rows, so a prompt
-    would else be encoded in another way beside further branches than without them.
+    None is no prompt at all: states of zeros for SDXL base, those of "" elsewhere. ``sizes`` are the six numbers that
+    SDXL takes. Each branch is encoded in a call of its own: rounding depends on the number of rows, so further branches
+    would otherwise change the states of the first two.
     """
     return functools.reduce(join, (_encode_branch(parts, branch, sizes) for branch in branches))
 
@@ -60,5 +60,5 @@ def _encode_branch(parts: Parts, prompts: Sequence[str | None], sizes: Sequence[
 
 
 def join(text: Text, more: Text) -> Text:
-    """Return the branches (n, a, ...) of one and then (n, b, ...) of the other, (n, a + b, ...)."""
+    """Return the branches (n, a, ...) of the one followed by (n, b, ...) of the other, (n, a + b, ...)."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), text, more)

@@ -1,4 +1,4 @@
-"""CLIP tokenizers: opened when the first prompt comes, padded and cut as Stable Diffusion does."""
+"""CLIP tokenizers: opened at the first prompt, padded and cut as Stable Diffusion does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def open_tokenizer(tokenizer: Any) -> Any:
     from transformers import CLIPTokenizer
 
     if not any((Path(tokenizer) / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise InputError(f"{tokenizer}: no vocab.json or tokenizer.json here, expected a CLIP tokenizer")
+        raise InputError(f"{tokenizer}: found no vocab.json or tokenizer.json, expected a CLIP tokenizer")
     return CLIPTokenizer.from_pretrained(str(tokenizer))
 
 

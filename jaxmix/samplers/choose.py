@@ -20,10 +20,10 @@ SAMPLERS = (
 
 
 def make_solver(name: str, schedule: NoiseSchedule, steps: int) -> Solver:
-    """Makes the solver of that name for a run of `steps` steps.
+    """Make the solver of that name for a run of `steps` steps.
 
-    The name says which solver and whether its levels are Karras's; all other options are those of the schedule's
-    config. Raises InputError for an unknown name, impossible steps, and options that the sampler does not have.
+    The name picks the solver and Karras levels; all other options come from the schedule's config. Raises InputError
+    for an unknown name, impossible steps, and options that the sampler does not have.
     """
     if name not in SAMPLERS:
         raise InputError(f"sampler {name!r} is not known{near_misses(name, SAMPLERS)}")
@@ -36,14 +36,14 @@ def make_solver(name: str, schedule: NoiseSchedule, steps: int) -> Solver:
 
 
 def default_sampler(schedule: NoiseSchedule) -> str:
-    """Returns the name of the sampler that the schedule's config asks for, "ddim" where there is none like it here."""
+    """Return the name of the sampler that the schedule's config asks for, "ddim" if we have none like it."""
     karras = "_karras" if schedule.option("use_karras_sigmas", False) else ""
     if schedule.class_name == "EulerDiscreteScheduler":
         return "euler" + karras
     if schedule.class_name == "EulerAncestralDiscreteScheduler":
         return "euler_ancestral"
     if schedule.class_name == "DPMSolverMultistepScheduler":
-        # The first-generation algorithms, "dpmsolver" and "sde-dpmsolver", go to their successors.
+        # The first-generation algorithms, "dpmsolver" and "sde-dpmsolver", map to their successors.
         sde = str(schedule.option("algorithm_type", "dpmsolver++")).startswith("sde")
         return "dpmpp_2m" + ("_sde" if sde else "") + karras
     return "ddim"

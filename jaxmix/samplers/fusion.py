@@ -1,15 +1,15 @@
 """MagicFusion: Boosting Text-to-Image Generation Performance by Fusing Diffusion Models (arXiv 2303.13126).
 
 Saliency-aware noise blending of a general model g and an expert e, which may be one model with two prompts. At each
-step and pixel the noise is that of the model whose saliency there is the larger share of its own total::
+step and pixel the noise is that of the model whose saliency there is a larger share of its total::
 
     G_g = |s (c_g - u_g)|,  G_e = |s (c_e - u_g)|,  S_x = mean over channels of blur(G_x)
     eps = eps_e where softmax(k_e S_e) > softmax(k_g S_g), else eps_g        (softmax over the pixels)
 
 As in the authors' code the expert's saliency is taken against the *general* model's unconditional prediction (the
 paper's uses its own: ``own_uncond``), s is inside the saliency, and k is an inverse temperature: a larger k shrinks its
-own model's share of the picture. The comparison is made between logarithms, where nothing underflows; the code's
-softmax, in which pixels far below the peak tie at zero and go to the general model, is ``underflow``.
+own model's share of the picture. Logarithms are compared, so that nothing underflows; ``underflow`` is the code's
+softmax, in which pixels far below the peak tie at zero and go to the general model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from jaxmix.samplers.guidance import Branches, ClassifierFree, Guidance
 from jaxmix.samplers.loop import Solver
 from jaxmix.types import Array, ModelFn
 
-_WINDOW = 4  # of the average; even, so the map loses a row and a column, and is resized back
+_WINDOW = 4  # of the average; it is even, so the map loses a row and a column and is resized back
 
 
 def saliency(difference: Float[Array, "n h w c"]) -> Float[Array, "n h w"]:
-    """Return the blurred magnitude of guidance, the mean over channels.
+    """Return the blurred magnitude of guidance, averaged over channels.
 
-    Blurred by a 4 x 4 average with zeros around the image counted, (h - 1, w - 1), and enlarged again bilinearly.
+    It is blurred by a 4 x 4 average that counts zeros around the image, to (h - 1, w - 1), and resized bilinearly.
     """
     n, h, w, c = difference.shape
     window = (1, _WINDOW, _WINDOW, 1)
@@ -48,7 +48,7 @@ def expert_mask(
     k_expert: Float[Array, " n"],
     underflow: bool = False,
 ) -> Bool[Array, "n h w"]:
-    """Return where the expert's share of its saliency is above the general model's; ties are the general model's."""
+    """Return where the expert's share of its saliency exceeds the general model's, which wins ties."""
 
     def share(s: Array, k: Array) -> Array:
         flat = (k[:, None, None] * s).reshape(s.shape[0], -1)
@@ -69,10 +69,10 @@ def blend(
     own_uncond: bool = False,
     underflow: bool = False,
 ) -> Float[Array, "n h w c"]:
-    """Return the blended prediction of two models' (unconditional, conditional) ones, float32.
+    """Blend the (unconditional, conditional) predictions of two models, float32.
 
-    ``per_eps`` is what a difference of predictions is times to be one of eps: 1, or sqrt(abar) for v. ``strength`` 0
-    is the general model's own guided prediction, bit for bit; anything above lets the expert in where it wins.
+    ``per_eps`` times a difference of predictions is one of eps: 1, or sqrt(abar) for v. ``strength`` 0 is the general
+    model's own guided prediction, bit for bit; anything above lets the expert in where it wins.
     """
     scale_ = scale[:, None, None, None]
     (u_g, c_g), (u_e, c_e) = ((x[:, 0], x[:, 1]) for x in (general, expert))
@@ -85,10 +85,10 @@ def blend(
 
 @dataclass
 class SaliencyBlend(Guidance):
-    """MagicFusion's rule for a batch; outside of its window the general model draws alone, by ``base``.
+    """MagicFusion's rule for a batch; outside its window the general model draws alone, by ``base``.
 
-    ``expert`` is the second denoiser, None for another prompt of the same: branch number ``branch``. ``k_general``,
-    ``k_expert`` and ``strength`` (n,) are as in `blend`; where no image is to be blended, the step runs ``base``.
+    ``expert`` is the second denoiser, or None for another prompt of the same one, in branch ``branch``. ``k_general``,
+    ``k_expert`` and ``strength`` (n,) are as in `blend`; if no image is to be blended, the step runs ``base``.
     """
 
     k_general: Float[Array, " n"] = per_row()
@@ -103,7 +103,7 @@ class SaliencyBlend(Guidance):
     over: ClassVar[frozenset[str]] = frozenset({"ClassifierFree", "Composed"})
 
     def __call__(self, model: Branches, solver: Solver, hw: tuple[int, int]) -> ModelFn:
-        """Return the blended prediction; with no image to blend it is the general model's, to the last bit."""
+        """Return the blended prediction, or exactly the general model's if no image is to be blended."""
         assert self.base is not None, "stack() the guidances first"
         scale, guided = self.base.scale, self.base(model, solver, hw)
         model = self.base.see(model)

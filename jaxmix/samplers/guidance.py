@@ -1,8 +1,8 @@
-"""Guidance: what becomes of the branches of a denoiser, and classifier-free guidance (arXiv 2207.12598) as the first.
+"""Guidance: how the branches of a denoiser become one prediction, above all classifier-free (arXiv 2207.12598).
 
-A guidance is a tree (`jaxmix.rows`) of per-image numbers with a static window of the steps. Called with the denoiser it
-returns the model function of a phase. In every step exactly one is at work: the last whose window holds it. So two
-whose windows overlap exclude each other, unless the later is built on the earlier, its ``base``.
+A guidance is a tree (`jaxmix.rows`) of per-image numbers with a static window of steps. Called with the denoiser it
+returns the model function of a phase. Exactly one acts in every step: the last whose window covers it. So two whose
+windows overlap exclude each other, unless the later is built on the earlier, its ``base``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ BranchFn = Callable[[Array, Array, Array], Array]
 
 
 class Branches(Protocol):
-    """What a guidance asks of a denoiser."""
+    """What a guidance needs of a denoiser."""
 
     def branches(self, which: Sequence[int], hw: tuple[int, int]) -> BranchFn:
         """Return the function that predicts some branches of each image: 0 unconditional, 1 conditional, 2 ... more.
 
-        What does not depend on the step is computed in this call, so it belongs outside of the loop.
+        Everything that does not depend on the step is computed in this call, so call it outside the loop.
         """
         ...
 
@@ -39,7 +39,7 @@ class Branches(Protocol):
 class Guidance:
     """A rule from the branches of a denoiser to one prediction an image. Subclasses are `jaxmix.rows.dataclass`es.
 
-    ``window`` is the share of the sampling steps, from start (0) to end (1), in which it is at work.
+    ``window`` is the share of the sampling steps, from start (0) to end (1), in which it acts.
     """
 
     window: tuple[float, float] = static(default=(0.0, 1.0), kw_only=True)
@@ -84,10 +84,10 @@ class ClassifierFree(Guidance):
 
 
 def stack(guidance: Sequence[Any]) -> tuple[Any, ...]:
-    """Return guidances as a job holds them: each that has a ``base`` and none yet is given the one it stands on.
+    """Return guidances as a job holds them: each that needs a ``base`` is given the one it is built on.
 
-    The first is at work wherever no other is. Raises `InputError` for two that make the prediction of the same steps
-    and are not built on each other.
+    The first acts wherever no other does. Raises `InputError` for two that act in the same steps without being built on
+    each other.
     """
     first, *rest = guidance
     out = [first]
@@ -97,7 +97,7 @@ def stack(guidance: Sequence[Any]) -> tuple[Any, ...]:
             if max(before.window[0], g.window[0]) < min(before.window[1], g.window[1]):
                 names = type(before).__name__, type(g).__name__
                 if names[0] not in g.over or before.window[0] > g.window[0] or before.window[1] < g.window[1]:
-                    raise InputError(f"{names[0]} and {names[1]} exclude each other: both make the noise of some steps")
+                    raise InputError(f"{names[0]} and {names[1]} exclude each other: both predict noise in some steps")
                 under = before
         if g.over:
             if type(under).__name__ not in g.over:
@@ -111,10 +111,10 @@ def stack(guidance: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def by_branch(rows_fn: ModelFn, branches: int) -> BranchFn:
-    """Returns the function that predicts every branch of each image, float32 (n, branches, h, w, c).
+    """Return the function that predicts every branch of each image, float32 (n, branches, h, w, c).
 
     `rows_fn` is called with that many rows per image, branch minor: u0, c0, u1, c1, ... (so that sharding the rows
-    never parts the branches of an image), and must hold the contexts of the branches in that order.
+    never separates the branches of an image), and must hold the contexts of the branches in that order.
     """
 
     def predict(x: jax.Array, t: jax.Array, step: jax.Array) -> jax.Array:
@@ -126,9 +126,9 @@ def by_branch(rows_fn: ModelFn, branches: int) -> BranchFn:
 
 
 def classifier_free_guidance(predict: BranchFn, scale: jax.Array | float, rescale: jax.Array | float = 0.0) -> ModelFn:
-    """Returns the guided model function u + scale (c - u), one row per image.
+    """Return the guided model function u + scale (c - u), one row per image.
 
-    `predict` gives the unconditional and the conditional branch, as `by_branch` does. `scale` is a scalar or (n,),
+    `predict` returns the unconditional and the conditional branch, as `by_branch` does. `scale` is a scalar or (n,),
     traced; 1 is the conditional and 0 the unconditional prediction. Guidance is computed in float32, whatever dtype the
     model runs in.
 
@@ -154,7 +154,7 @@ def classifier_free_guidance(predict: BranchFn, scale: jax.Array | float, rescal
 def _rescaled(mixed: jax.Array, cond: jax.Array, rescale: jax.Array) -> jax.Array:
     axes = tuple(range(1, cond.ndim))
     spread = jnp.std(mixed, axes, keepdims=True)
-    # A row without any spread has nothing to rescale.
+    # A constant row has nothing to rescale.
     ratio = jnp.where(spread > 0, jnp.std(cond, axes, keepdims=True) / jnp.where(spread > 0, spread, 1), 1)
     return jnp.where(rescale == 0, mixed, rescale * (mixed * ratio) + (1 - rescale) * mixed)
 

@@ -4,7 +4,7 @@ From x at the level a of one step to the level b of the next noisier one (arXiv 
 
     x_b = sqrt(abar_b) x0(x_a, eps) + sqrt(1 - abar_b) eps
 
-Which timestep the model is told at x_a is where the methods differ, and `create`'s ``label`` says: "next", that of b
+The methods differ in the timestep that the model is given at x_a, the ``label`` of `create`: "next", that of b
 (diffusers' DDIMInverseScheduler, StyleAligned), or "own", that of a (StyleID).
 """
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.samplers.solvers import static
+from jaxmix.samplers.solvers import structural
 from jaxmix.schedule import NoiseSchedule, prediction_to_eps, prediction_to_x0
 from jaxmix.types import InputError
 
@@ -28,16 +28,16 @@ LABELS = ("next", "own")
 class DDIMInversion:
     """DDIM inversion over the S timesteps of a sampling run, as a pytree of float32 tables."""
 
-    timesteps: jax.Array  # (S,) int32, ascending: what the model is told
+    timesteps: jax.Array  # (S,) int32, ascending: what the model is given
     alphas_cumprod: jax.Array  # (S + 1,) abar before each step, and at the end
-    prediction_type: str = static()
+    prediction_type: str = structural()
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, label: str = "next") -> "DDIMInversion":
-        """Makes the inversion of a DDIM run of `steps` steps.
+        """Make the inversion of a DDIM run of `steps` steps.
 
-        "next" starts from the final abar of the schedule and ends at the first timestep of sampling. "own" takes the
-        image for the state at the last timestep of sampling, and ends at the schedule's last of all (999).
+        "next" starts from the final abar of the schedule and ends at the first timestep of sampling. "own" treats the
+        image as the state at the last timestep of sampling, and ends at the last timestep of the schedule (999).
         """
         if label not in LABELS:
             raise InputError(f"label is {label!r}, expected one of {', '.join(LABELS)}")
@@ -67,7 +67,7 @@ class DDIMInversion:
         return self.timesteps.shape[0]
 
     def step(self, i: jax.Array | int, x: jax.Array, pred: jax.Array) -> jax.Array:
-        """Returns the float32 state after step i, from the state x and the prediction at (x, timesteps[i])."""
+        """Return the float32 state after step i, from the state x and the prediction at (x, timesteps[i])."""
         x, pred = x.astype(jnp.float32), pred.astype(jnp.float32)
         signal, sigma = jnp.sqrt(self.alphas_cumprod[i]), jnp.sqrt(1 - self.alphas_cumprod[i])
         x0 = prediction_to_x0(self.prediction_type, pred, x, signal, sigma)
@@ -78,9 +78,9 @@ class DDIMInversion:
 def invert(
     model_fn: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]], inversion: DDIMInversion, x: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Runs an inversion from clean latents x (n, ...); `model_fn(x, t, step)` returns the prediction and what to keep.
+    """Run an inversion from clean latents x (n, ...); `model_fn(x, t, step)` returns the prediction and what to keep.
 
-    Returns the states (S + 1, n, ...), float32, from x to the noise, and what was kept of each step, stacked.
+    Returns the states (S + 1, n, ...), float32, from x to the noise, and what was kept at each step, stacked.
     """
     x = jnp.asarray(x, jnp.float32)
 

@@ -1,6 +1,6 @@
-"""Edits of the latents: where a run starts, and what is done to its state after each step.
+"""Edits of the latents: where a run starts, and what happens to its state after each step.
 
-An edit is a tree (`jaxmix.rows`) of per-image arrays. Several are applied in their order.
+An edit is a tree (`jaxmix.rows`) of per-image arrays. Several are applied in order.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jaxmix.types import Array, InputError
 
 
 def image_to_image_start(steps: int, strength: float) -> int:
-    """Returns the step at which a run over an image starts (arXiv 2108.01073), as diffusers counts it.
+    """Return the step at which a run over an image starts (arXiv 2108.01073), as diffusers counts it.
 
-    Strength 1 runs all steps and keeps nearly nothing of the image, less strength runs the last int(steps * strength)
-    steps. Raises InputError for a strength outside (0, 1], or so little that no step is left.
+    Strength 1 runs all steps and keeps almost nothing of the image; a lower one runs the last int(steps * strength)
+    steps. Raises InputError for a strength outside (0, 1], or so low that no step is left.
     """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
         raise InputError(f"strength is {strength!r}, expected a number above 0 and at most 1")
@@ -31,7 +31,7 @@ def image_to_image_start(steps: int, strength: float) -> int:
 
 
 def noised(solver: Solver, x0: jax.Array, noise: jax.Array, i: jax.Array | int) -> jax.Array:
-    """Returns signal_i x0 + sigma_i noise, float32: what x is before step i if the image is x0. i may be S, the end."""
+    """Return signal_i x0 + sigma_i noise, float32: what x is before step i if the image is x0. i may be S, the end."""
     x0, noise = jnp.asarray(x0, jnp.float32), jnp.asarray(noise, jnp.float32)
     return solver.signals[i] * x0 + solver.sigmas[i] * noise
 
@@ -39,16 +39,16 @@ def noised(solver: Solver, x0: jax.Array, noise: jax.Array, i: jax.Array | int) 
 def inpaint(
     solver: Solver, x0: jax.Array, noise: jax.Array, mask: jax.Array
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the `latents_fn` that repaints where mask is 1 and holds the rest to the image x0.
+    """Return the `latents_fn` that repaints where mask is 1 and holds the rest to the image x0.
 
-    After each step the rest is x0 under `noise` at that level, and x0 itself after the last (arXiv 2201.09865, eq. 8,
-    without resampling). x0 and noise are latents (n, h, w, c); mask broadcasts against them, from 0 to 1.
+    After each step the rest is x0 noised by `noise` to that level, and x0 itself after the last (arXiv 2201.09865,
+    eq. 8, without resampling). x0 and noise are latents (n, h, w, c); mask, from 0 to 1, broadcasts against them.
     """
     x0, noise, mask = (jnp.asarray(array, jnp.float32) for array in (x0, noise, mask))
     signals, sigmas = solver.signals, solver.sigmas
 
     def latents_fn(x: jax.Array, i: jax.Array) -> jax.Array:
-        # Where a run ends above level 0, diffusers too puts the clean image back.
+        # diffusers, too, puts the clean image back where a run ends above level 0.
         kept = jnp.where(i + 1 < solver.steps, signals[i + 1] * x0 + sigmas[i + 1] * noise, x0)
         return (1 - mask) * kept + mask * x
 
@@ -56,7 +56,7 @@ def inpaint(
 
 
 def pin(states: jax.Array, gate: jax.Array) -> Callable[[jax.Array, jax.Array | int], jax.Array]:
-    """Returns the `latents_fn` that holds images to the course `states` (n, S + 1, h, w, c) where gate (n,) is not 0.
+    """Return the `latents_fn` that holds images to the course `states` (n, S + 1, h, w, c) where gate (n,) is not 0.
 
     After step i the state of such an image is states[:, i + 1].
     """
@@ -69,14 +69,14 @@ def pin(states: jax.Array, gate: jax.Array) -> Callable[[jax.Array, jax.Array | 
 
 @dataclass
 class LatentEdit:
-    """What an edit may do; it does nothing by itself. Subclasses are `jaxmix.rows.dataclass`es."""
+    """What an edit may override; the base does nothing. Subclasses are `jaxmix.rows.dataclass`es."""
 
     def start(self, solver: Solver, x: Array, noise: Array, step: int) -> Array:
-        """Return the state before the first step that is run, from the state that noise alone would be."""
+        """Return the state before the first step to run, given the state ``x`` of pure noise."""
         return x
 
     def after(self, solver: Solver, x: Array, noise: Array, step: Array) -> Array:
-        """Return the state after a step, from what the solver made; ``noise`` is the start noise, standard normal."""
+        """Return the state after a step, given the solver's; ``noise`` is the start noise, standard normal."""
         return x
 
 
@@ -93,23 +93,23 @@ class FromImage(LatentEdit):
 
 @dataclass
 class Inpaint(LatentEdit):
-    """Inpainting: ``image`` is held outside of ``mask`` (n, h, w, 1), which is 1 where it is to be repainted."""
+    """Inpainting: ``image`` is held outside ``mask`` (n, h, w, 1), which is 1 where it is to be repainted."""
 
     image: Float[Array, "n h w c"] = per_row()
     mask: Float[Array, "n h w 1"] = per_row()
 
     def start(self, solver: Solver, x: Array, noise: Array, step: int) -> Array:
-        """Return the noised image; what is to be repainted whole starts from noise alone, as in diffusers."""
+        """Return the noised image, or pure noise at strength 1, as in diffusers."""
         return noised(solver, self.image, noise, step) if step > 0 else x
 
     def after(self, solver: Solver, x: Array, noise: Array, step: Array) -> Array:
-        """Put the image back, under noise of the next level, where it is to stay."""
+        """Put the image back where it stays, noised to the next level."""
         return inpaint(solver, self.image, noise, self.mask)(x, step)
 
 
 @dataclass
 class Pin(LatentEdit):
-    """Images that are held to a course: what an inversion found of them, or noised images.
+    """Images held to a course: the states of an inversion, or noised images.
 
     ``states`` (n, steps + 1, h, w, c) is the state of each image before each step, and at the end; ``gate`` (n,) is 1
     where an image is held, 0 where it is free.

@@ -1,4 +1,4 @@
-"""The denoising loop: one scan per phase, traceable, carrying x and what the solver remembers."""
+"""The denoising loop: one scan per phase, traceable, carrying x and the solver's memory."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from jaxmix.types import ModelFn
 
 
 class Solver(Protocol):
-    """What the loop asks of a solver: a pytree of tables over S steps.
+    """What the loop needs of a solver: a pytree of tables over S steps.
 
     Whatever the solver, the state is x = signal x0 + sigma eps, which is what the model sees.
     """
@@ -33,7 +33,7 @@ class Solver(Protocol):
 
     @property
     def init_scale(self) -> jax.Array:
-        """What standard normal start noise is multiplied with, ()."""
+        """The factor of standard normal start noise, ()."""
         ...
 
     @property
@@ -52,13 +52,13 @@ class Solver(Protocol):
         ...
 
     def memory(self, x: jax.Array) -> Any:
-        """Returns what the solver carries beside x, as it is before the first step of a run; () for nothing."""
+        """Return what the solver carries beside x before the first step of a run; () for nothing."""
         ...
 
     def step(
         self, i: jax.Array, x: jax.Array, memory: Any, pred: jax.Array, noise: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Returns the state and the memory after step i."""
+        """Return the state and the memory after step i."""
         ...
 
 
@@ -66,8 +66,8 @@ class Solver(Protocol):
 class Phase:
     """A run of steps [start, stop) that share one model function.
 
-    More than one phase is for what changes the computation itself, such as a control that acts on the first steps
-    only; what changes numbers only belongs into one phase, by way of the model function's `step`.
+    Use more than one phase for what changes the computation itself, such as a control that acts in the first steps
+    only; what changes only numbers belongs in one phase, through the model function's `step`.
     """
 
     model_fn: ModelFn
@@ -86,16 +86,16 @@ def sample(
     start: int = 0,
     stop: int | None = None,
 ) -> Any:
-    """Runs the solver from x (n, ...), the state before step `start`, and returns the float32 state before step `stop`.
+    """Run the solver from x (n, ...), the state before step `start`, to the float32 state before step `stop`.
 
-    None is the end.
+    A `stop` of None is the end.
 
     From pure noise, x is standard normal noise times `solver.init_scale`; from an image, see `latents.noised`.
-    `model_fn(x, t, step)` sees the float32 state, the timestep (a traced scalar) and the step index. What
-    `latents_fn(x, step)` makes of the state after a step is what the next step sees.
-    `record(x, pred, step)` is called before each step; what it returns is stacked over the steps run, and the result is
-    then (x, records). `noise_fn(step)` gives the noise of a stochastic solver's step. Raises ValueError if the phases
-    do not tile the steps in order, or a stochastic solver gets no noise.
+    `model_fn(x, t, step)` sees the float32 state, the timestep (a traced scalar) and the step index.
+    `latents_fn(x, step)` edits the state after a step, before the next one. `record(x, pred, step)` is called in each
+    step before the state changes; its results are stacked over the steps run, and the function then returns (x,
+    records). `noise_fn(step)` gives the noise of a stochastic solver's step. Raises ValueError if the phases do not
+    tile the steps in order, or a stochastic solver gets no noise.
     """
     steps = solver.timesteps.shape[0] if stop is None else stop
     bounds = [start, *(bound for phase in phases for bound in (phase.start, phase.stop)), steps]

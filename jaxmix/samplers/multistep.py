@@ -2,8 +2,8 @@
 
 With lambda = log(signal / sigma), h = lambda_{i+1} - lambda_i and r = (lambda_i - lambda_{i-1}) / h, a step is
 x' = sigma_{i+1} / sigma_i x - signal_{i+1} (exp(-h) - 1) (x0_i + (x0_i - x0_{i-1}) / 2r)   (Algorithm 2, "midpoint").
-Difference from the paper: the weights and the choices around them (heun, first order at the end, SDE) are those of
-diffusers' DPMSolverMultistepScheduler.
+Unlike the paper, the weights and the choices around them (heun, first order at the end, SDE) are those of diffusers'
+DPMSolverMultistepScheduler.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.samplers.sigmas import UNSUPPORTED, choice, dpm_levels, final_sigma, refuse
-from jaxmix.samplers.solvers import static
+from jaxmix.samplers.solvers import structural
 from jaxmix.schedule import NoiseSchedule, prediction_to_x0
 from jaxmix.types import InputError
 
@@ -23,8 +23,8 @@ from jaxmix.types import InputError
 class DPMSolver2M:
     """DPM-Solver++(2M) over S steps, deterministic or as an SDE, as a pytree of float32 tables.
 
-    Level i is where step i starts and step i - 1 ends; level S is the end. The memory is the x0 of the step before,
-    and whether there is one: the first step of a run, wherever it starts, is of first order.
+    Step i goes from level i to level i + 1; level S is the end. The memory is the x0 of the previous step, and whether
+    there was one: the first step of a run, wherever it starts, is of first order.
     """
 
     timesteps: jax.Array  # (S,) int32, descending
@@ -34,21 +34,21 @@ class DPMSolver2M:
     x0_weights: jax.Array  # (S,)                       + noise_weight noise
     change_weights: jax.Array  # (S,)
     noise_weights: jax.Array  # (S,)
-    init_scale: jax.Array  # () what standard normal start noise is multiplied with: 1
-    prediction_type: str = static()
-    stochastic: bool = static()  # step needs noise
+    init_scale: jax.Array  # () factor of standard normal start noise: 1
+    prediction_type: str = structural()
+    stochastic: bool = structural()  # step needs noise
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, sde: bool = False, karras: bool = False) -> "DPMSolver2M":
-        """Makes the solver of a schedule; `sde` is diffusers' algorithm_type "sde-dpmsolver++".
+        """Make the solver of a schedule; `sde` is diffusers' algorithm_type "sde-dpmsolver++".
 
-        Raises InputError if the schedule cannot be run in that many steps or asks for what this solver does not have.
+        Raises InputError if the schedule cannot be run in that many steps, or needs what this solver does not have.
         """
         refuse(schedule, ("thresholding",) if karras else ("thresholding", *UNSUPPORTED))
         order = schedule.option("solver_order", 2)
         if order not in (1, 2):
             raise InputError(f"scheduler config: solver_order is {order!r}, expected 2 or 1 for this sampler")
-        # The last three are kinds of UniPC and DEIS, which diffusers takes for midpoint here.
+        # The last three are types of UniPC and DEIS, which diffusers treats as midpoint here.
         kind = choice(schedule, "solver_type", ("midpoint", "heun", "logrho", "bh1", "bh2"))
         levels = dpm_levels(schedule, steps, karras)
         ratios = levels.sigmas.astype(np.float64)
@@ -62,12 +62,12 @@ class DPMSolver2M:
         x0_weights = signals[1:] * (1 - decay)
         if kind == "heun":
             rate = 2 * h if sde else h
-            # (1 - decay) / rate tends to 1 where two levels fall together.
+            # (1 - decay) / rate tends to 1 where two levels coincide.
             change = signals[1:] * (1 - np.divide(1 - decay, rate, out=np.ones(steps), where=rate > 0))
         else:
             change = x0_weights / 2
         before = np.append(0.0, h[:-1])
-        with np.errstate(invalid="ignore"):  # inf * 0 at the last step, which is of first order then
+        with np.errstate(invalid="ignore"):  # inf * 0 at the last step, which is then of first order
             change = np.divide(change * h, before, out=np.zeros(steps), where=before > 0)
         if order == 1:
             change[:] = 0
@@ -98,8 +98,8 @@ class DPMSolver2M:
         return self.timesteps.shape[0]
 
     def memory(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the memory before the first step: some x0, which counts for 0."""
-        # x and not zeros, so that under shard_map it varies over the devices as what replaces it does.
+        """Return the memory before the first step: some x0 with weight 0."""
+        # x rather than zeros, so that under shard_map it varies over devices like the x0 that replaces it.
         return x.astype(jnp.float32), jnp.zeros((), jnp.float32)
 
     def step(
@@ -110,7 +110,7 @@ class DPMSolver2M:
         pred: jax.Array,
         noise: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Returns the float32 state after step i and the memory, from the state x and the prediction at it.
+        """Return the float32 state after step i and the memory, from the state x and the prediction there.
 
         `noise` (shape of x, standard normal) is required by the SDE and ignored by the deterministic solver.
         """

@@ -1,7 +1,7 @@
 """Noise levels of the solvers that step along sigma / signal, which diffusers calls sigmas.
 
 sigma(t) = sqrt((1 - abar_t) / abar_t). The grids follow diffusers' EulerDiscreteScheduler and
-DPMSolverMultistepScheduler, which differ from each other and from DDIM in the spacing and in the end points.
+DPMSolverMultistepScheduler, which differ from each other and from DDIM in spacing and end points.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ UNSUPPORTED = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """The grid of one run: timesteps (S,), descending, and sigma / signal float32 (S + 1,), before each step and last.
+    """The grid of a run: timesteps (S,), descending, and sigma / signal, float32 (S + 1,), before each step and last.
 
-    Timesteps are int32, or float32 where they fall between those of the training.
+    Timesteps are int32, or float32 if they fall between those of training.
     """
 
     timesteps: np.ndarray
@@ -28,14 +28,14 @@ class Levels:
 
     @property
     def signals(self) -> np.ndarray:
-        """The factor of x0 at each level, float64 (S + 1,): the grid's sigmas times it are the factors of eps."""
+        """The factor of x0 at each level, float64 (S + 1,); times the grid's sigmas it is the factor of eps."""
         return 1 / np.sqrt(self.sigmas.astype(np.float64) ** 2 + 1)
 
 
 def training_sigmas(schedule: NoiseSchedule) -> np.ndarray:
-    """Returns sigma / signal of every training timestep, float32 (T,), ascending and finite.
+    """Return sigma / signal of every training timestep, float32 (T,), ascending and finite.
 
-    Where the schedule ends without any signal, abar is taken as 2**-24 there, as in diffusers.
+    If the schedule ends without any signal, abar is taken as 2**-24 there, as in diffusers.
     """
     abar = schedule.alphas_cumprod
     if schedule.rescale_betas_zero_snr:
@@ -44,9 +44,9 @@ def training_sigmas(schedule: NoiseSchedule) -> np.ndarray:
 
 
 def euler_levels(schedule: NoiseSchedule, steps: int, karras: bool, to_zero: bool = False) -> Levels:
-    """Returns the grid of Euler; Karras levels (arXiv 2206.00364, eq. 5) run between the ends of the plain grid.
+    """Return the grid of Euler; Karras levels (arXiv 2206.00364, eq. 5) run between the ends of the plain grid.
 
-    The last level is 0, or, if the config's final_sigmas_type says so and not `to_zero`, the least of the training.
+    The last level is 0, or the lowest of training if the config's final_sigmas_type says so and `to_zero` is not set.
     Raises InputError for impossible steps and unsupported options.
     """
     total = schedule.check_steps(steps)
@@ -67,10 +67,10 @@ def euler_levels(schedule: NoiseSchedule, steps: int, karras: bool, to_zero: boo
 
 
 def dpm_levels(schedule: NoiseSchedule, steps: int, karras: bool) -> Levels:
-    """Returns the grid of DPM-Solver++; Karras levels run between the ends of the training's levels.
+    """Return the grid of DPM-Solver++; Karras levels run between the ends of the training levels.
 
-    Plain grids are those of one step more than asked, without its last timestep. Raises InputError for impossible
-    steps and unsupported options.
+    Plain grids are made for one step more, and their last timestep is dropped. Raises InputError for impossible steps
+    and unsupported options.
     """
     total = schedule.check_steps(steps)
     training = training_sigmas(schedule)
@@ -111,12 +111,12 @@ def _with_last(schedule: NoiseSchedule, training: np.ndarray, sigmas: np.ndarray
 
 
 def final_sigma(schedule: NoiseSchedule) -> str:
-    """Returns the config's final_sigmas_type: "zero" or "sigma_min"; raises InputError for any other."""
+    """Return the config's final_sigmas_type: "zero" or "sigma_min"; raises InputError for any other."""
     return choice(schedule, "final_sigmas_type", ("zero", "sigma_min"))
 
 
 def choice(schedule: NoiseSchedule, key: str, choices: tuple[str, ...]) -> str:
-    """Returns a solver option of the config, the first choice if it has none; raises InputError for another value."""
+    """Return a solver option of the config, by default the first choice; raises InputError for any other value."""
     found = schedule.option(key, choices[0])
     if found not in choices:
         raise InputError(f"scheduler config: {key} is {found!r}, expected {' or '.join(choices)} for this sampler")
@@ -124,20 +124,20 @@ def choice(schedule: NoiseSchedule, key: str, choices: tuple[str, ...]) -> str:
 
 
 def refuse(schedule: NoiseSchedule, keys: tuple[str, ...]) -> None:
-    """Raises InputError if the config switches on one of these options, which the sampler asked for does not have."""
+    """Raise InputError if the config switches on one of these options, which the sampler does not have."""
     for key in keys:
         if schedule.option(key, False):
             raise InputError(f"scheduler config: {key} is true, expected false for this sampler: not supported")
 
 
 def _karras(least: float, most: float, steps: int) -> np.ndarray:
-    """Returns levels from most to least, evenly spaced in their RHO-th root, float64 (steps,)."""
+    """Return levels from most to least, evenly spaced in their RHO-th roots, float64 (steps,)."""
     start, stop = most ** (1 / RHO), least ** (1 / RHO)
     return (start + np.linspace(0, 1, steps) * (stop - start)) ** RHO
 
 
 def _timesteps_of(sigmas: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Returns the timesteps of levels, interpolated in log sigma between the training's and held to its range."""
+    """Return the timesteps of levels, interpolated in log sigma between those of training and clipped to its range."""
     logs, log = np.log(training), np.log(np.maximum(sigmas, 1e-10))
     low = np.clip(np.searchsorted(logs, log, side="right") - 1, 0, len(logs) - 2)
     weight = np.clip((logs[low] - log) / (logs[low] - logs[low + 1]), 0, 1)

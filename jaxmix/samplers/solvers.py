@@ -1,7 +1,7 @@
-"""Solvers of one evaluation a step and no memory: DDIM, Euler and Euler ancestral.
+"""Solvers with one evaluation per step and no memory: DDIM, Euler and Euler ancestral.
 
-They are one step with different numbers. From x = signal x0 + sigma eps the model's prediction gives x0 and eps, and
-the state is put together again at the next level: x' = a x0 + b eps + c noise.
+They are the same step with different numbers. From x = signal x0 + sigma eps the model's prediction gives x0 and eps,
+which are recombined at the next level: x' = a x0 + b eps + c noise.
 """
 
 import abc
@@ -17,8 +17,8 @@ from jaxmix.schedule import NoiseSchedule, prediction_to_eps, prediction_to_x0
 from jaxmix.types import InputError
 
 
-def static() -> Any:
-    """Declares a field that is part of the pytree's structure: another value is another program."""
+def structural() -> Any:
+    """Declare a field that is part of the pytree's structure: each value is another program."""
     return dataclasses.field(metadata={"static": True})
 
 
@@ -42,7 +42,7 @@ class OneStep(abc.ABC):
 
     @abc.abstractmethod
     def coefficients(self, i: jax.Array | int) -> Coefficients:
-        """Returns the numbers of step i."""
+        """Return the numbers of step i."""
 
     @property
     def steps(self) -> int:
@@ -50,13 +50,13 @@ class OneStep(abc.ABC):
         return self.timesteps.shape[0]
 
     def memory(self, x: jax.Array) -> tuple[()]:
-        """Returns what is carried from step to step beside x: nothing."""
+        """Return what is carried from step to step beside x: nothing."""
         return ()
 
     def step(
         self, i: jax.Array | int, x: jax.Array, memory: tuple[()], pred: jax.Array, noise: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[()]]:
-        """Returns the float32 state after step i, from the state x and the prediction at (x, timesteps[i]), and ().
+        """Return the float32 state after step i, from the state x and the prediction at (x, timesteps[i]), and ().
 
         `noise` (shape of x, standard normal) is required by a stochastic solver and ignored by others.
         """
@@ -80,7 +80,7 @@ class OneStep(abc.ABC):
 class DDIM(OneStep):
     """DDIM (arXiv 2010.02502, eq. 12 and 16) over S steps, as a pytree of float32 tables (S,).
 
-    The step sizes follow diffusers: step i moves from t to t - num_train_timesteps // steps, and past 0 to the final
+    The step sizes follow diffusers: step i moves from t to t - num_train_timesteps // steps, or below 0 to the final
     abar of `set_alpha_to_one`.
     """
 
@@ -88,15 +88,15 @@ class DDIM(OneStep):
     alphas_cumprod: jax.Array  # abar at each step's timestep
     previous: jax.Array  # abar that each step moves to
     added: jax.Array  # standard deviation of the noise that each step adds
-    prediction_type: str = static()
-    clip_range: float | None = static()  # x0 is clipped to [-clip_range, clip_range]
-    stochastic: bool = static()  # eta > 0
+    prediction_type: str = structural()
+    clip_range: float | None = structural()  # x0 is clipped to [-clip_range, clip_range]
+    stochastic: bool = structural()  # eta > 0
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> "DDIM":
-        """Makes the solver of a schedule; `eta` from 0 (deterministic) to 1 (as noisy as DDPM).
+        """Make the solver of a schedule; `eta` from 0 (deterministic) to 1 (as noisy as DDPM).
 
-        Raises InputError if the schedule cannot be run in that many steps, or not by DDIM.
+        Raises InputError if the schedule cannot be run in that many steps, or not with DDIM.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}, expected a number from 0 to 1")
@@ -139,13 +139,13 @@ class DDIM(OneStep):
 
     @property
     def init_scale(self) -> jax.Array:
-        """What standard normal start noise is multiplied with: 1, float32 ()."""
+        """The factor of standard normal start noise: 1, float32 ()."""
         return jnp.ones((), jnp.float32)
 
     def coefficients(self, i: jax.Array | int) -> Coefficients:
-        """Returns the numbers of step i."""
+        """Return the numbers of step i."""
         abar, previous, added = self.alphas_cumprod[i], self.previous[i], self.added[i]
-        # Rounding may bring the difference below 0 where eta is 1 and the previous abar is near 1.
+        # Rounding may make the difference negative if eta is 1 and the previous abar is near 1.
         direction = jnp.sqrt(jnp.maximum(1 - previous - added**2, 0))
         return Coefficients(jnp.sqrt(abar), jnp.sqrt(1 - abar), jnp.sqrt(previous), direction, added)
 
@@ -155,8 +155,8 @@ class DDIM(OneStep):
 class Euler(OneStep):
     """Euler's method on dx/dsigma = eps with x / signal as the state (arXiv 2206.00364, eq. 4), and its ancestral form.
 
-    The states here are the variance-preserving ones that the model sees, so that they compare with those of DDIM,
-    which is the same step on another grid. A run whose last level is not 0 ends in x0 + sigma eps, as in diffusers.
+    States here are the variance-preserving ones that the model sees, so that they compare with those of DDIM, which is
+    the same step on another grid. A run whose last level is not 0 ends in x0 + sigma eps, as in diffusers.
     """
 
     timesteps: jax.Array  # (S,) int32, or float32 if fractional; descending
@@ -164,15 +164,15 @@ class Euler(OneStep):
     sigmas: jax.Array  # (S + 1,) factor of eps before each step and at the end
     down: jax.Array  # (S,) factor of eps after each step: less than the next sigma if noise is added
     up: jax.Array  # (S,) standard deviation of the noise that each step adds
-    init_scale: jax.Array  # () what standard normal start noise is multiplied with
-    prediction_type: str = static()
-    stochastic: bool = static()  # ancestral
+    init_scale: jax.Array  # () factor of standard normal start noise
+    prediction_type: str = structural()
+    stochastic: bool = structural()  # ancestral
 
     @classmethod
     def create(cls, schedule: NoiseSchedule, steps: int, ancestral: bool = False, karras: bool = False) -> "Euler":
-        """Makes the solver of a schedule; `ancestral` replaces at each step what noise can be replaced.
+        """Make the solver of a schedule; `ancestral` replaces as much noise as possible at each step.
 
-        Raises InputError if the schedule cannot be run in that many steps or asks for what this solver does not have.
+        Raises InputError if the schedule cannot be run in that many steps, or needs what this solver does not have.
         """
         if not ancestral:
             choice(schedule, "interpolation_type", ("linear",))
@@ -187,7 +187,7 @@ class Euler(OneStep):
         source, target = ratios[:-1], ratios[1:]
         down = target**2 / source if ancestral else target
         up = np.sqrt(np.maximum(target**2 - down**2, 0))
-        # diffusers counts on the little signal of the first level only where the spacing is leading.
+        # diffusers allows for the little signal of the first level only if the spacing is leading.
         init_scale = 1.0 if schedule.timestep_spacing == "leading" else signals[0] * ratios[0]
         return cls(
             timesteps=jnp.asarray(levels.timesteps),
@@ -206,5 +206,5 @@ class Euler(OneStep):
         return None
 
     def coefficients(self, i: jax.Array | int) -> Coefficients:
-        """Returns the numbers of step i."""
+        """Return the numbers of step i."""
         return Coefficients(self.signals[i], self.sigmas[i], self.signals[i + 1], self.down[i], self.up[i])

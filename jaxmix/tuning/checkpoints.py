@@ -14,15 +14,15 @@ from jaxmix.types import InputError
 
 
 class DamagedError(InputError):
-    """A checkpoint cannot be read, or reads as other numbers than were saved."""
+    """A checkpoint cannot be read, or its numbers are not those that were saved."""
 
 
 @jax.jit
 def _digest(leaf: jax.Array) -> jax.Array:
-    """Return () uint32: the sum over the values of a hash of each one's bits and place, modulo 2**32.
+    """Return () uint32: the sum over all values of a hash of their bits and places, modulo 2**32.
 
-    Integers add up to the same in any order, so the digest does not depend on how the array is split over devices,
-    and no value has to leave its own.
+    The sum of integers is the same in any order, so the digest does not depend on how the array is split over devices,
+    and no value has to leave its device.
     """
     if jnp.issubdtype(leaf.dtype, jnp.bool_):
         leaf = leaf.astype(jnp.uint8)
@@ -53,10 +53,10 @@ def digests(tree: Any) -> dict[str, list[Any]]:
 
 
 class Checkpoints:
-    """The numbered checkpoints in one folder; saving happens in the background, the newest `keep` stay.
+    """The numbered checkpoints in one folder, saved in the background; the newest `keep` are kept.
 
-    Each holds digests of its arrays, which are compared when it is read. What must not be read again (damaged, or
-    of steps after an earlier one that a run goes back to) is moved to FOLDER-aside, never deleted.
+    Each holds digests of its arrays, which are checked when it is read. Checkpoints that must not be read again
+    (damaged ones, and later ones when a run goes back to an earlier step) are moved to FOLDER-aside, never deleted.
     """
 
     def __init__(self, folder: Any, keep: int | None = 2):
@@ -69,7 +69,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any, extra: Any = None) -> None:
-        """Begin to save `state` as number `step`, with `extra` (plain JSON) beside it; one that is there is left."""
+        """Begin to save `state` as number `step`, unless it is there, with `extra` (plain JSON) beside it."""
         import orbax.checkpoint as ocp
 
         if self._manager.latest_step() != step:
@@ -77,7 +77,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=beside)
 
     def newest(self) -> Any:
-        """Return the path of the newest checkpoint, when all are on disk; None if there is none."""
+        """Wait until all checkpoints are on disk; return the path of the newest, None if there is none."""
         self._manager.wait_until_finished()
         steps = self._manager.all_steps()
         return self.folder / str(max(steps)) if steps else None
@@ -93,14 +93,14 @@ class Checkpoints:
             raise InputError(f"resume_from_checkpoint: found {wanted!r}, expected latest, none or a step")
         if int(wanted) not in steps:
             there = ", ".join(map(str, steps)) or "none"
-            raise InputError(f"resume_from_checkpoint: found no step {wanted} in {self.folder} (there: {there})")
+            raise InputError(f"resume_from_checkpoint: found no step {wanted} in {self.folder}, only {there}")
         return int(wanted)
 
     def resume(self, wanted: str | int, like: Any) -> tuple[int, Any, Any, list[str]]:
-        """Return (step, state, extra, remarks) of the checkpoint to go on from; (0, like, None, remarks) for none.
+        """Return (step, state, extra, remarks) of the checkpoint to resume from; (0, like, None, remarks) for none.
 
-        Under `latest` a damaged checkpoint is passed over for the one before, and a remark says so; if none is sound,
-        or a wanted step is damaged, that is an InputError. Checkpoints after the one returned are moved aside.
+        With `latest` a damaged checkpoint is skipped for the one before, and a remark says so. It is an InputError if
+        none is intact, or the requested step is damaged. Checkpoints after the one returned are moved aside.
         """
         found, remarks, damaged = self.find(wanted), [], []
         while found is not None:
@@ -109,13 +109,13 @@ class Checkpoints:
             except DamagedError as error:
                 if str(wanted) != "latest":
                     raise
-                remarks.append(f"{error}; passed over")
+                remarks.append(f"{error}; skipped")
                 damaged.append(found)
                 found = max((s for s in self._manager.all_steps() if s < found), default=None)
                 continue
             break
         if found is None and damaged:
-            raise InputError(f"{'; '.join(remarks)}; no sound one is left: resume_from_checkpoint none starts anew")
+            raise InputError(f"{'; '.join(remarks)}; none is intact: resume_from_checkpoint none starts afresh")
         later = sorted(s for s in self._manager.all_steps() if s > (found if found is not None else -1))
         if later:
             aside = self._set_aside(later)
@@ -123,7 +123,7 @@ class Checkpoints:
         return (0, like, None, remarks) if found is None else (found, state, extra, remarks)
 
     def restore(self, step: int, like: Any) -> Any:
-        """Return the state saved at `step`, verified, in the structure, shapes and places of `like`."""
+        """Return the state saved at `step`, verified, in the structure, shapes and placement of `like`."""
         return self._read(step, like)[0]
 
     def _read(self, step: int, like: Any) -> tuple[Any, Any]:
@@ -150,7 +150,7 @@ class Checkpoints:
         if saved is not None:
             other = [path for path, row in digests(state).items() if row[2] != saved[path][2]]
             if other:
-                raise DamagedError(f"{where}: damaged, {len(other)} array(s) are not as saved (first: {other[0]})")
+                raise DamagedError(f"{where}: damaged, {len(other)} array(s) not as saved, such as {other[0]}")
         return state, beside.get("extra")
 
     def _compare_layout(self, where: Any, saved: dict[str, Any], like: Any) -> None:
@@ -193,7 +193,7 @@ def _first(error: Exception) -> str:
 
 @contextmanager
 def stop_on_signals() -> Iterator[list[str]]:
-    """Collect SIGTERM and Ctrl-C in the list that is yielded, for the loop to look at between two steps.
+    """Collect SIGTERM and Ctrl-C in the yielded list, for the loop to check between steps.
 
     A second Ctrl-C interrupts at once. Outside the main thread signals cannot be caught and the list stays empty.
     """
@@ -213,5 +213,5 @@ def stop_on_signals() -> Iterator[list[str]]:
         yield caught
     finally:
         for number, handler in before.items():
-            # None: a handler that is not Python's, as jax.distributed installs one; it cannot be put back.
+            # None: a handler that is not Python's, such as that of jax.distributed; it cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

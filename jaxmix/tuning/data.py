@@ -20,14 +20,14 @@ class Source(Protocol):
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """Rows of which not any may share a batch, such as pictures of several sizes: it orders them itself."""
+    """Rows that cannot share batches freely, such as pictures of several sizes: the source orders them itself."""
 
     def __len__(self) -> int: ...
 
     def in_batches(self, batch_size: int, seed: int) -> Source:
         """Return the endless sequence of rows in which batch k is items k * batch_size to (k + 1) * batch_size - 1.
 
-        Item i depends on (batch_size, seed, i) alone, and may be asked for by several threads in any order.
+        Item i depends on (batch_size, seed, i) alone, and several threads may ask for items in any order.
         """
         ...
 
@@ -42,13 +42,13 @@ def make_dataset(
 ) -> Any:
     """Return an endless grain MapDataset whose item k is batch k, or one host's rows of it.
 
-    Rows are shuffled anew in each pass, by grain, or by the source where it is a `BatchSource`. ``transform(row, rng)``
-    gets a generator that depends on the seed and the row's place alone, so crops and dropped captions repeat as well.
-    Nothing but (seed, k) has to be remembered to resume.
+    Rows are reshuffled in each pass, by grain, or by the source if it is a `BatchSource`. ``transform(row, rng)`` gets
+    a generator that depends only on the seed and the row's place, so crops and dropped captions repeat as well. To
+    resume, only (seed, k) must be remembered.
 
     ``shard`` is (index, count): host ``index`` of ``count`` makes rows index * b / count to (index + 1) * b / count of
-    every batch of b. What all hosts make together does not depend on ``count``, so a run may go on with another number.
-    Raises InputError for a batch size below 1 or that ``count`` does not divide, and for a source without rows.
+    every batch of b. Together the hosts make the same batches for any ``count``, so a run may resume with another one.
+    Raises InputError for a batch size below 1 or not divisible by ``count``, and for a source without rows.
     """
     import grain
 
@@ -67,7 +67,7 @@ def make_dataset(
         rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
     if transform is not None:
         rows = rows.random_map(transform)
-    # Cut into the hosts' shares, batch k is shares k * count to (k + 1) * count - 1; the places of rows stay the same.
+    # Cut into the hosts' shares, batch k is shares k * count to (k + 1) * count - 1; rows keep their places.
     shares = rows.batch(batch_size // count, drop_remainder=True)
     return shares if count == 1 else shares.slice(slice(index, None, count))
 

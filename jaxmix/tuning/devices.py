@@ -1,4 +1,4 @@
-"""Where training runs: the mesh for a config, the update compiled for it, and what processes must agree on."""
+"""Where training runs: the mesh for a config, the update compiled for it, and agreement between processes."""
 
 from __future__ import annotations
 
@@ -19,35 +19,33 @@ from jaxmix.types import InputError
 
 
 def training_devices(rows: int, fsdp: int = 1, devices: int = 0) -> list[Any]:
-    """Return the devices to train on: `devices` of them, or for 0 all.
+    """Return the devices to train on: `devices` of them, or as many as possible for 0.
 
-    rows: those of one micro-batch over all devices; the devices must divide them. For 0 in one process that means
-    the largest number, a multiple of `fsdp`, that does; in several processes every device must take part, so
-    anything else is an InputError.
+    The number of devices must divide `rows`, those of one micro-batch over all devices. For 0, one process takes the
+    largest multiple of `fsdp` that does; with several processes every device must take part, and anything else is an
+    InputError.
     """
     found = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     several = jax.process_count() > 1
     if not 0 <= devices <= len(found):
-        raise InputError(f"devices: found {devices}, expected 0 (all) to the {len(found)} there are")
+        raise InputError(f"devices: found {devices}, expected 0 (all) to {len(found)}")
     if several and devices not in (0, len(found)):
         raise InputError(f"devices: found {devices}, expected 0: {jax.process_count()} processes use all {len(found)}")
     if fsdp < 1 or fsdp > len(found):
-        raise InputError(f"fsdp: found {fsdp}, expected 1 to the {len(found)} devices")
+        raise InputError(f"fsdp: found {fsdp}, expected 1 to {len(found)}, the number of devices")
     if devices or several:
         count = devices or len(found)
         if count % fsdp:
             raise InputError(f"fsdp: found {fsdp}, expected a divisor of the {count} devices")
         if rows % count:
             raise InputError(
-                f"train_batch_size: found {rows} rows a micro-batch (train_batch_size / gradient_accumulation_steps), "
-                f"expected a multiple of the {count} devices"
+                f"train_batch_size: found {rows} rows per micro-batch (train_batch_size / "
+                f"gradient_accumulation_steps), expected a multiple of the {count} devices"
             )
         return found[:count]
     fitting = [n for n in range(fsdp, len(found) + 1, fsdp) if rows % n == 0]
     if not fitting:
-        raise InputError(
-            f"train_batch_size: found {rows} rows a micro-batch, expected a multiple of fsdp {fsdp} that devices divide"
-        )
+        raise InputError(f"train_batch_size: found {rows} rows per micro-batch, expected a multiple of fsdp = {fsdp}")
     return found[: fitting[-1]]
 
 
@@ -61,8 +59,8 @@ def agree(code: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """An update compiled for one shape of batch: seconds that took, model FLOPs of a step on all devices, memory."""
+class CompiledUpdate:
+    """An update compiled for one shape of batch: seconds taken, model FLOPs of a step on all devices, memory."""
 
     run: Callable[..., Any]
     seconds: float = 0.0
@@ -71,10 +69,10 @@ class Program:
 
 
 class Stepper:
-    """An update on the devices it was made for: places what it needs, compiles once for each shape of batch.
+    """An update for certain devices, which places its inputs and compiles once per shape of batch.
 
-    On one device nothing is moved. On several the rows are split over all; what trains, its average and optimiser
-    state, and `frozen` are split over fsdp by `jaxmix.sharding.fsdp_specs`, and with fsdp 1 stand whole on each.
+    On one device nothing is moved. On several, rows are split over all of them; the trained weights, their average and
+    optimiser state, and `frozen` are split over fsdp by `jaxmix.sharding.fsdp_specs`, or whole on each if fsdp is 1.
     """
 
     def __init__(self, update: Callable[..., Any], devices: Sequence[Any], fsdp: int = 1):
@@ -82,12 +80,12 @@ class Stepper:
         self.devices = list(devices)
         self.mesh: Mesh | None = train_mesh(fsdp, devices) if len(devices) > 1 else None
         self._update = update
-        self._programs: dict[Any, Program] = {}
+        self._compiled: dict[Any, CompiledUpdate] = {}
 
     def place(self, tree: Any) -> Any:
-        """Return weights or a training state where this stepper wants them."""
+        """Return weights or a training state placed as this stepper needs them."""
         if self.mesh is None:
-            return jax.device_put(tree)  # arrays of the host would travel in every step
+            return jax.device_put(tree)  # host arrays would be copied in every step
         return place(tree, self.mesh, fsdp_specs(tree, self.mesh))
 
     def key(self, seed: int) -> jax.Array:
@@ -97,35 +95,35 @@ class Stepper:
         return jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(self.mesh))()
 
     def rows(self, batch: Any) -> Any:
-        """Return this process's rows of a batch as the batch on the devices."""
+        """Return the batch on the devices, given this process's rows of it."""
         return batch if self.mesh is None else place_rows(batch, self.mesh)
 
-    def program(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> Program:
-        """Return the update for this shape of batch, compiled now if it is new."""
+    def compiled(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> CompiledUpdate:
+        """Return the update for this shape of batch, compiling it if it is new."""
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch)), jax.tree.structure(batch)
-        if shapes not in self._programs:
-            self._programs[shapes] = self._compile(state, frozen, batch, key)
-        return self._programs[shapes]
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._compile(state, frozen, batch, key)
+        return self._compiled[shapes]
 
-    def _compile(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> Program:
+    def _compile(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> CompiledUpdate:
         if not hasattr(self._update, "trace"):
-            return Program(self._update)  # not jitted: run as it is
+            return CompiledUpdate(self._update)  # not jitted: run as it is
         began = time.monotonic()
         if self.mesh is None:
             traced = self._update.trace(state, frozen, batch, key)
             compiled = traced.lower().compile()
         else:
-            # Outputs where the inputs are, so that the next step takes them as they are.
+            # Outputs placed like the inputs, so that the next step takes them as they are.
             out = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(self.mesh))
             with jax.set_mesh(self.mesh):
                 traced = jax.jit(self._update, donate_argnums=0, out_shardings=out).trace(state, frozen, batch, key)
                 compiled = traced.lower().compile()
-        return Program(compiled, time.monotonic() - began, model_flops(traced.jaxpr), memory_line(compiled))
+        return CompiledUpdate(compiled, time.monotonic() - began, model_flops(traced.jaxpr), memory_line(compiled))
 
     def whole(self, state: TrainState) -> TrainState:
-        """Return `state` with params and ema whole on the first device of this process, as one device would have them.
+        """Return `state` with params and ema whole on the first device of this process, as if it were the only one.
 
-        opt_state and step stay where they are. With several processes every process must call this.
+        opt_state and step stay where they are. With several processes, every process must call this.
         """
         if self.mesh is None:
             return state

@@ -1,4 +1,4 @@
-"""The loop that every trainer runs: batches in, logs and checkpoints out, stopping and resuming to the same numbers."""
+"""The loop of every trainer: batches in, logs and checkpoints out; stopped and resumed, it gives the same numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmix.tuning import flops
 from jaxmix.tuning.checkpoints import Checkpoints, stop_on_signals
-from jaxmix.tuning.devices import Program, Stepper, agree, training_devices
+from jaxmix.tuning.devices import CompiledUpdate, Stepper, agree, training_devices
 from jaxmix.tuning.logs import ScalarLog, mean_metrics
 from jaxmix.tuning.update import OptimizerConfig, TrainState, make_learning_rate
 from jaxmix.types import InputError
@@ -22,22 +22,22 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass
 class FitConfig(OptimizerConfig):
-    """What every trainer's config begins with.
+    """The settings that every trainer's config starts with.
 
     Attributes:
         output_dir: folder for checkpoints, logs, pictures and the exported model.
         seed: seed of the weights, of the data order and of the noise.
         train_batch_size: rows per update, over all devices and micro-batches.
-        devices: devices to train on, 0: all of all processes (in one process as many as divide a micro-batch's rows);
-            the rows are split over them.
-        fsdp: devices over which the frozen weights, and what trains with its average and optimiser state, are split;
-            1: every device has them whole. Weights are gathered when they are used. It must divide the devices.
-        checkpointing_steps: save the training state every so many steps, in the background; 0: only at the end.
-        checkpoints_total_limit: older states are removed beyond so many.
-        resume_from_checkpoint: latest (the newest sound one; start anew if there is none), none, or a step. Later
+        devices: number of devices to train on, which share the rows; 0: all of all processes (in a single process as
+            many as divide a micro-batch's rows).
+        fsdp: number of devices over which the weights, frozen and trained, their average and the optimiser state are
+            split; 1: every device has them whole. Weights are gathered for use. It must divide the devices.
+        checkpointing_steps: save the training state every this many steps, in the background; 0: only at the end.
+        checkpoints_total_limit: how many checkpoints to keep; older ones are removed.
+        resume_from_checkpoint: latest (the newest intact one; start afresh if there is none), none, or a step. Later
             checkpoints are moved to OUT/checkpoints-aside, later rows of the logs are dropped.
-        max_seconds: stop cleanly after so many seconds, for a later resume; 0: no limit.
-        log_steps: write the means of so many steps to the logs, and show them.
+        max_seconds: stop cleanly after this many seconds, to resume later; 0: no limit.
+        log_steps: log and show means over this many steps.
         mixed_precision: "no" for float32, bf16 for bfloat16 compute on float32 weights.
         dataloader_num_workers: threads that prepare batches ahead.
     """
@@ -56,7 +56,7 @@ class FitConfig(OptimizerConfig):
     dataloader_num_workers: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse values that could only fail later."""
+        """Refuse values that would fail later."""
         if not self.output_dir:
             raise InputError("output_dir: not given, expected a folder to write to")
         if self.mixed_precision not in ("no", "bf16"):
@@ -78,8 +78,8 @@ class Hook:
     """Something to do with the state every `every` steps (0: never) and, with `at_end`, when the loop ends.
 
     run(step, state) may return pictures, {name: (H, W, 3) uint8}, which become OUT/pictures/{name}-{step:07d}.png and
-    TensorBoard images. It runs on process 0 alone, with params and ema whole on one device whatever the mesh, so it
-    must not need the other processes.
+    TensorBoard images. It runs on process 0 only, with params and ema whole on one device whatever the mesh, so it must
+    not need the other processes.
     """
 
     every: int
@@ -99,23 +99,19 @@ def fit(
     """Run `update` up to cfg.max_train_steps and return (state, whether the run is complete).
 
     state: the fresh state, replaced by a checkpoint's when cfg.resume_from_checkpoint finds one in
-    cfg.output_dir/checkpoints. batches(k): iterator over the batches from step k on, in several processes over this
-    process's rows of them: the batch is process 0's rows, then process 1's, and so on. An entry "id" (names of the
-    rows) stays on the host. On several devices state, frozen and rows are placed as `Stepper` says; give `frozen` as
-    NumPy arrays where it is too large for one of them. The state that is returned has params and ema whole on one
-    device.
+    cfg.output_dir/checkpoints. batches(k): iterator over the batches from step k on; with several processes over this
+    process's rows of them, where the batch is process 0's rows, then process 1's, and so on. An entry "id" (names of
+    the rows) stays on the host. On several devices, state, frozen and rows are placed as `Stepper` does; pass `frozen`
+    as NumPy arrays if it is too large for one of them. The returned state has params and ema whole on one device.
 
-    The loop stops early, after saving, on SIGTERM, Ctrl-C or cfg.max_seconds, and returns as usual, so that the
-    command exits with status 0; several processes agree on the step, up to five steps later. A loss that is
-    not finite raises InputError naming the step, the rows and the last good checkpoint, and nothing of that state is
-    saved.
+    The loop stops early, after saving, on SIGTERM, Ctrl-C or cfg.max_seconds, and returns as usual, so that the command
+    exits with status 0; several processes agree on the step, up to five steps later. A loss that is not finite raises
+    InputError naming the step, the rows and the last good checkpoint, and that state is not saved.
     """
     micro = cfg.train_batch_size // cfg.gradient_accumulation_steps
     stepper = Stepper(update, training_devices(micro, cfg.fsdp, cfg.devices), cfg.fsdp)
     if len(stepper.devices) < len(jax.devices()) and not cfg.devices:
-        _say(
-            f"{len(stepper.devices)} of {len(jax.devices())} devices: no more divide the {micro} rows of a micro-batch"
-        )
+        _say(f"{len(stepper.devices)} of {len(jax.devices())} devices: no more divide a micro-batch of {micro} rows")
     folder = Path(cfg.output_dir)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoints_total_limit)
     log: ScalarLog | None = None
@@ -136,7 +132,7 @@ def fit(
 
 
 _AGREE_STEPS = 5
-"""Processes look every so many steps whether one of them was told to stop."""
+"""Processes check every this many steps whether one of them was told to stop."""
 
 
 def _say(*lines: str) -> None:
@@ -146,7 +142,7 @@ def _say(*lines: str) -> None:
 
 
 class _Run:
-    """One run of the loop: what it counts and writes between the updates."""
+    """One run of the loop, with what it counts and writes between updates."""
 
     def __init__(
         self,
@@ -160,8 +156,8 @@ class _Run:
         self.cfg, self.stepper, self.hooks = cfg, stepper, hooks
         self.checkpoints, self.log, self.signals = checkpoints, log, signals
         self.learning_rate = make_learning_rate(cfg)
-        # The metrics of the steps since the last row of the logs. They are saved with the state, so that the rows of
-        # a resumed run are means over the same steps.
+        # The metrics of the steps since the last row of the logs, saved with the state so that the rows of a resumed
+        # run are means over the same steps.
         self.window: list[dict[str, Any]] = []
         self.began = time.monotonic()
         self.peak = flops.Peak(math.inf, "unknown")
@@ -186,21 +182,21 @@ class _Run:
             batch, ids = _split_ids(next(rows))
             batch = stepper.rows(batch)
             paused = time.monotonic()
-            program = stepper.program(state, frozen, batch, key)
+            compiled = stepper.compiled(state, frozen, batch, key)
             if step == start:
-                self._introduce(program)
+                self._introduce(compiled)
                 bar = progress(cfg.max_train_steps - start, "train", "steps") if self.log and progress else None
-                self._restart_clock()  # neither placing, nor the first batch, nor compiling is speed
+                self._restart_clock()  # placing, the first batch and compiling do not count as speed
             else:
                 self.aside += time.monotonic() - paused
-            state, metrics = program.run(state, frozen, batch, key)
+            state, metrics = compiled.run(state, frozen, batch, key)
             step += 1
             if before is not None:
-                # One step behind, so that the device never waits for the host to look.
+                # One step behind, so that the device never waits for the host.
                 self._check_finite(*before)
             before = step, metrics, ids
             self.window.append(metrics)
-            self.timed, self.work = self.timed + 1, self.work + program.flops
+            self.timed, self.work = self.timed + 1, self.work + compiled.flops
             stopped = self._stop(step)
             complete = step == cfg.max_train_steps
             last = bool(stopped) or complete
@@ -224,27 +220,27 @@ class _Run:
                 self._run_hooks(step, due, stepper.whole(state))
             self.aside += time.monotonic() - paused
         if stopped:
-            _say(f"stopped at step {step} ({stopped}), saved; the same command goes on from there")
+            _say(f"stopped at step {step} ({stopped}), saved; the same command resumes from there")
         return state, step >= cfg.max_train_steps
 
     def _stop(self, step: int) -> str:
-        """Return why to stop after this step, "" to go on; the same in every process."""
+        """Return why to stop after this step, "" to continue; the same in every process."""
         late = self.cfg.max_seconds and time.monotonic() - self.began > self.cfg.max_seconds
         code = 2 if self.signals else 1 if late else 0
         if jax.process_count() > 1:
             code = agree(code) if step % _AGREE_STEPS == 0 else 0
         return ("", f"{self.cfg.max_seconds:g} s are over", self.signals[0] if self.signals else "signal")[code]
 
-    def _introduce(self, program: Program) -> None:
-        if not program.seconds:
+    def _introduce(self, compiled: CompiledUpdate) -> None:
+        if not compiled.seconds:
             return
         self.peak = flops.peak(self.stepper.devices, self.cfg.dtype)
         where = "" if self.stepper.mesh is None else f" for {dict(self.stepper.mesh.shape)}"
         said = (
-            f"update compiled{where} in {program.seconds:.1f} s",
-            f"{program.flops / 1e12:.3g} TFLOP a step",
+            f"update compiled{where} in {compiled.seconds:.1f} s",
+            f"{compiled.flops / 1e12:.3g} TFLOP per step",
             f"peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.label})",
-            program.memory,
+            compiled.memory,
         )
         _say("; ".join(filter(None, said)))
 
@@ -279,7 +275,7 @@ class _Run:
         rows = "" if ids is None else f" (rows {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''})"
         good = self.checkpoints.newest()
         raise InputError(
-            f"step {step}{rows}: loss is {loss}; last good checkpoint: {good or 'none'}; go on from it with a lower "
+            f"step {step}{rows}: loss is {loss}; last good checkpoint: {good or 'none'}; resume from it with a lower "
             "learning_rate or max_grad_norm"
         )
 

@@ -1,4 +1,4 @@
-"""How much of a device a program uses: its FLOPs, the peak rates of devices, memory once it is compiled."""
+"""How much of a device a program uses: its FLOPs, peak rates of devices, memory once compiled."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Dense peak rates of one JAX device in TFLOP/s as (bfloat16, float32), from the vendors' data sheets. float32 is what
-# a float32 product runs as at JAX's default precision: TF32 on these GPUs, bfloat16 passes on a TPU. Sought as parts
-# of `device_kind`, the first match wins. A v7 chip shows itself as two devices.
+# Dense peak rates of one JAX device in TFLOP/s as (bfloat16, float32), from the vendors' data sheets. float32 is the
+# rate of float32 products at JAX's default precision: TF32 on these GPUs, bfloat16 passes on a TPU. Names are searched
+# for in `device_kind`, and the first match wins. A v7 chip appears as two devices.
 _PEAKS = (
     ("TPU v7", 1153.5, 1153.5),
     ("TPU7x", 1153.5, 1153.5),
@@ -34,17 +34,17 @@ _PEAKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """The FLOP/s that devices could do together, and where the figure is from."""
+    """The combined peak FLOP/s of devices, and where the figure comes from."""
 
     flops: float
     label: str
 
 
 def peak(devices: Sequence[Any], dtype: Any) -> Peak:
-    """Return the peak of `devices` together for products in `dtype`.
+    """Return the combined peak of `devices` for products in `dtype`.
 
-    By data sheet for the accelerators in the table; else the rate that a large float32 matrix product reaches here
-    and now, which a busy machine lowers. The virtual devices of a CPU share it: it counts once a process.
+    That of the data sheet for the accelerators in the table; else the rate that a large float32 matrix product reaches
+    here and now, which is lower on a busy machine. The virtual devices of a CPU share it: it counts once per process.
     """
     kind = devices[0].device_kind
     rate = data_sheet_rate(kind, dtype)
@@ -76,7 +76,7 @@ def _measured_rate(size: int = 1024, repeats: int = 3) -> float:
 
 
 def memory_line(compiled: Any) -> str:
-    """Return what one device needs for a compiled program, in GiB, as the compiler states it; "" if it does not."""
+    """Return what one device needs for a compiled program, in GiB, as the compiler reports it; "" if it does not."""
     found = compiled.memory_analysis()
     if found is None:
         return ""
@@ -84,17 +84,17 @@ def memory_line(compiled: Any) -> str:
     # Outputs that reuse donated arguments take no memory of their own.
     new = (found.output_size_in_bytes - found.alias_size_in_bytes) / 2**30
     total = max(getattr(found, "peak_memory_in_bytes", 0) / 2**30, sum(gib) + max(new, 0.0))
-    return f"{total:.3g} GiB a device at most: arguments {gib[0]:.3g}, temporaries {gib[1]:.3g}"
+    return f"{total:.3g} GiB per device at most: arguments {gib[0]:.3g}, temporaries {gib[1]:.3g}"
 
 
 def model_flops(jaxpr: Any) -> float:
     """Return the FLOPs of the matrix products and convolutions in a (closed) jaxpr, of all devices together.
 
-    2 for a multiplication with its addition. Counted before compilation, so that loops count as often as they run
-    (XLA's cost analysis counts a scan once), and that a product with the same operands counts once however often it
-    is done: the recomputation of `gradient_checkpointing` is no work of the model, but for loops that carry something.
-    Of the branches of a cond the costliest counts, of kernels by platform the plain one, since those that are opaque to
-    JAX (Pallas, cuDNN) show no products; a while loop of unknown length counts once. Sums, norms and activations are
+    A multiplication with its addition counts 2. Counting happens before compilation, so that loops count as often as
+    they run (XLA's cost analysis counts a scan once), and a product with the same operands counts once however often it
+    is done: the recomputation of `gradient_checkpointing` is not work of the model, except in loops that carry
+    something. A cond counts its costliest branch, and kernels by platform their plain one, since those that are opaque
+    to JAX (Pallas, cuDNN) show no products; a while loop of unknown length counts once. Sums, norms and activations are
     left out.
     """
     inner = getattr(jaxpr, "jaxpr", jaxpr)
@@ -163,7 +163,7 @@ class _Count:
         if name == "conv_general_dilated":
             kernel, spec = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
             depth = math.prod(kernel[axis] for axis in spec[1:])
-            # Zeros between the values (the gradient of a stride) are no work.
+            # Zeros between the values (the gradient of a stride) do not count as work.
             return 2.0 * eqn.outvars[0].aval.size * depth / math.prod(params["lhs_dilation"])
         if name == "scan":
             return params["length"] * model_flops(params["jaxpr"])
@@ -173,15 +173,15 @@ class _Count:
 
 
 def _stacked(inside: Sequence[Any], outside: Sequence[Any]) -> list[bool]:
-    """Return which values of a loop are slices inside of what is stacked outside; the others are shared or carried.
+    """Return which values of a loop are slices of something stacked outside; the others are shared or carried.
 
-    By their ranks, since the parameters that count them are JAX's own and change their names between releases.
+    Told by their ranks, since the parameters that count them are internal to JAX and are renamed between releases.
     """
     return [len(y.aval.shape) > len(x.aval.shape) for x, y in zip(inside, outside, strict=True)]
 
 
 def _branch(params: dict[str, Any]) -> Any:
-    """Return the branch of a cond that counts; chosen by itself, so that its recomputation takes the same one."""
+    """Return the branch of a cond that counts, chosen by its contents so that a recomputation picks the same one."""
     branches = params["branches"]
     platforms = params.get("branches_platforms")
     if platforms is not None and None in platforms:

@@ -17,10 +17,9 @@ class ScalarLog:
     """Scalars and pictures by step, as TensorBoard events and as `metrics.jsonl`, in one folder."""
 
     def __init__(self, folder: str | Path, resumed_step: int | None = None):
-        """Open both for appending; with `resumed_step`, what they hold of later steps is dropped first.
+        """Open both for appending; with `resumed_step`, entries of later steps are dropped first.
 
-        So a run that was stopped between two checkpoints has each step once. A last line that was cut off is dropped
-        as well.
+        So a run that was stopped between two checkpoints has each step once. A truncated last line is dropped as well.
         """
         from tensorboardX import SummaryWriter
 
@@ -34,7 +33,7 @@ class ScalarLog:
         self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write one row of scalars; what is not finite (a timestep bin without rows) is left out."""
+        """Write one row of scalars, leaving out those that are not finite (a timestep bin without rows)."""
         scalars = {name: round(float(value), 7) for name, value in scalars.items() if math.isfinite(value)}
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
@@ -71,7 +70,7 @@ def _keep_until(path: Path, step: int) -> None:
             kept.append(line)
     beside = path.with_suffix(".jsonl.new")
     beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(beside, path)  # at once: a run killed here loses no row
+    os.replace(beside, path)  # atomic: a run killed here loses no row
 
 
 def mean_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

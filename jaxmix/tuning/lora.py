@@ -4,8 +4,8 @@ For a module with kernel W (in, out), or (h, w, in, out) for a convolution::
 
     W' = W + strength * alpha / r * down @ up,    down (.., in, r),  up (r, out) or (1, 1, r, out)
 
-`merge` writes W' and costs nothing when sampling: shapes stay, so another strength, or another LoRA, compiles nothing.
-`attach` leaves W alone and hands the factors to the layers, which compute ``x W + (x down) up``: for training, where a
+`merge` writes W' and costs nothing when sampling: shapes stay, so another strength or another LoRA does not recompile.
+`attach` leaves W alone and passes the factors to the layers, which compute ``x W + (x down) up``: for training, where a
 merged copy would hold every target twice, and its gradient would be as large as W.
 
 Here a LoRA is one part's ``{module: {"down", "up", "alpha"}}``, modules under their dotted diffusers names; r may
@@ -39,10 +39,10 @@ def targets(params: Params) -> dict[str, tuple[tuple[str, ...], Any]]:
 
 
 def init(key: Array, params: Params, pattern: str, rank: int, alpha: float | None = None) -> dict[str, dict[str, Any]]:
-    """Return a fresh LoRA for the modules whose name the regular expression ``pattern`` is found in.
+    """Return a fresh LoRA for the modules whose names match the regular expression ``pattern`` anywhere.
 
-    ``down`` is uniform within 1/sqrt(fan-in), as a torch layer starts; ``up`` is zero, so nothing changes yet.
-    ``alpha`` is the rank if None. Raises `InputError` for a rank below 1, or a pattern that finds no module.
+    ``down`` is uniform within 1/sqrt(fan-in), like a fresh torch layer; ``up`` is zero, so nothing changes yet.
+    ``alpha`` is the rank if None. Raises `InputError` for a rank below 1, or a pattern that matches no module.
     """
     if rank < 1:
         raise InputError(f"lora rank: found {rank}, expected 1 or more")
@@ -55,7 +55,7 @@ def init(key: Array, params: Params, pattern: str, rank: int, alpha: float | Non
     if not chosen:
         near = difflib.get_close_matches(pattern.replace("\\", ""), modules, n=3, cutoff=0.0)
         raise InputError(
-            f"lora pattern: {pattern!r} is found in none of the {len(modules)} modules; near: {', '.join(near)}"
+            f"lora pattern: {pattern!r} matches none of the {len(modules)} modules; near misses: {', '.join(near)}"
         )
     out: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(chosen):
@@ -68,7 +68,7 @@ def init(key: Array, params: Params, pattern: str, rank: int, alpha: float | Non
 
 
 def with_alpha(factors: Mapping[str, Mapping[str, Array]], alpha: float | None = None) -> dict[str, dict[str, Any]]:
-    """Return a LoRA from factors alone: what trains is ``down`` and ``up``; ``alpha`` (the rank if None) does not."""
+    """Return a LoRA from the factors that train, ``down`` and ``up``, and a fixed ``alpha`` (the rank if None)."""
     return {
         name: {**f, "alpha": jnp.asarray(f["down"].shape[-1] if alpha is None else alpha, jnp.float32)}
         for name, f in factors.items()
@@ -76,7 +76,7 @@ def with_alpha(factors: Mapping[str, Mapping[str, Array]], alpha: float | None =
 
 
 def without_alpha(lora: Factors) -> dict[str, dict[str, Any]]:
-    """Return the factors of a LoRA that train: ``{module: {"down", "up"}}``."""
+    """Return the trainable factors of a LoRA: ``{module: {"down", "up"}}``."""
     return {name: {"down": f["down"], "up": f["up"]} for name, f in lora.items()}
 
 
@@ -104,7 +104,7 @@ def add(kernel: Array, factors: Sequence[Mapping[str, Array]], strengths: Sequen
     total = kernel.astype(jnp.float32)
     for f, strength in zip(factors, strengths, strict=True):
         up = f["up"].astype(jnp.float32).reshape(f["up"].shape[-2:])
-        # Full precision also where products of float32 are rounded by default (TPU, GPU).
+        # Full precision even where float32 products are rounded by default (TPU, GPU).
         delta = jnp.matmul(f["down"].astype(jnp.float32), up, precision="highest")
         total = total + _scale(f, strength) * delta
     return total.astype(kernel.dtype)
@@ -134,7 +134,7 @@ def check(modules: Mapping[str, tuple[tuple[str, ...], Any]], lora: Factors) -> 
     missing = sorted(set(lora) - set(modules))
     if missing:
         raise InputError(
-            f"lora: {len(missing)} of its {len(lora)} modules are not in this model, such as {missing[0]}: "
+            f"lora: {len(missing)} of its {len(lora)} modules are not in this model, such as {missing[0]}, "
             "expected a LoRA for the same base"
         )
     for name, f in lora.items():
@@ -142,7 +142,7 @@ def check(modules: Mapping[str, tuple[tuple[str, ...], Any]], lora: Factors) -> 
         fits = (*down[:-1], up[-1]) == shape and up == (*[1] * (len(shape) - 2), down[-1], shape[-1])
         if not fits:
             raise InputError(
-                f"lora: {name}: found down {down} and up {up}, expected them to fit a kernel of {shape}: "
+                f"lora: {name}: found down {down} and up {up}, expected them to fit a kernel of {shape}; "
                 "a LoRA for another base?"
             )
 
@@ -160,7 +160,7 @@ def _leaves(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tu
 
 
 def _replace(tree: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Return a copy of a nested mapping with the entries at some paths set; what is on no such path is shared."""
+    """Return a copy of a nested mapping with the entries at some paths set; everything else is shared."""
     out = dict(tree)
     below: dict[str, dict[tuple[str, ...], Any]] = {}
     for (name, *rest), value in changes.items():

@@ -1,4 +1,4 @@
-"""The denoising loss: epsilon or v targets, uniform or logit-normal timesteps, min-SNR weights on request."""
+"""The denoising loss: epsilon or v targets, uniform or logit-normal timesteps, optional min-SNR weights."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def min_snr_weights(snr: jax.Array, gamma: float, prediction_type: str) -> jax.A
 def draw_timesteps(key: jax.Array, rows: int, total: int, logit_normal: tuple[float, float] | None = None) -> jax.Array:
     """Return (rows,) int32 in [0, total), each uniform, together spread evenly over the range.
 
-    One uniform offset plus i / rows, modulo 1 (arXiv 2107.00630, appendix I.1): less variance than independent draws.
-    With `logit_normal` = (mean, std) the same spread is taken through the quantiles of t / total = sigmoid(normal)
-    instead (arXiv 2403.03206, eq. 19): more of the middle, where shapes are decided.
+    One uniform offset plus i / rows, modulo 1 (arXiv 2107.00630, appendix I.1), has less variance than independent
+    draws. With `logit_normal` = (mean, std) the same spread is mapped through the quantiles of t / total =
+    sigmoid(normal) (arXiv 2403.03206, eq. 19), which favours the middle, where shapes are decided.
     """
     spread = (jax.random.uniform(key) + jnp.arange(rows) / rows) % 1.0
     if logit_normal is not None:
@@ -38,7 +38,7 @@ def draw_timesteps(key: jax.Array, rows: int, total: int, logit_normal: tuple[fl
 
 
 def bin_losses(per_row: jax.Array, t: jax.Array, total: int) -> dict[str, jax.Array]:
-    """Return sums and counts of `per_row` (b,) in equal bins of t; sums, so that empty bins do no harm in averages."""
+    """Return sums and counts of `per_row` (b,) in equal bins of t; sums, so that averages tolerate empty bins."""
     inside = jax.nn.one_hot(t * TIMESTEP_BINS // total, TIMESTEP_BINS, dtype=jnp.float32)
     return {"bin_sum": per_row @ inside, "bin_count": inside.sum(0)}
 
@@ -55,9 +55,9 @@ def diffusion_loss(
     """Return the mean squared error of `predict(noisy, t)` against the schedule's target, and metrics.
 
     latents: (b, h, w, c), already times the scaling factor. The target is epsilon or v by schedule.prediction_type.
-    noise_offset adds a constant per row and channel to the noise, as diffusers does; logit_normal
-    is that of `draw_timesteps`. Metrics hold the unweighted loss
-    by quarter of the timesteps as `bin_sum` and `bin_count`, each (4,). All in float32.
+    noise_offset adds a constant per row and channel to the noise, as in diffusers; logit_normal is that of
+    `draw_timesteps`. Metrics hold the unweighted loss by quarter of the timesteps as `bin_sum` and `bin_count`, each
+    (4,). All in float32.
     """
     latents = latents.astype(jnp.float32)
     rows, total = latents.shape[0], len(schedule.alphas_cumprod)

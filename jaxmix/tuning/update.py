@@ -1,4 +1,4 @@
-"""The optimisation step: a loss function in, one jitted update with donated state out."""
+"""The optimisation step: from a loss function to one jitted update with donated state."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ class TrainState:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW, its learning-rate schedule and the average of the weights; the names are those of diffusers' trainers.
+    """AdamW, its learning-rate schedule and the average of the weights, named as in diffusers' trainers.
 
     Attributes:
         learning_rate: the highest learning rate, reached after the warm-up.
         lr_scheduler: constant_with_warmup, cosine (to zero at max_train_steps) or wsd (constant, then linear to zero).
         lr_warmup_steps: steps of linear growth from zero.
-        lr_cooldown_steps: wsd only: the last so many of max_train_steps fall linearly to zero.
-        max_train_steps: updates in the whole run, those before a resume counted.
+        lr_cooldown_steps: wsd only: steps at the end of max_train_steps of a linear fall to zero.
+        max_train_steps: updates in the whole run, including those before a resume.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
         adam_epsilon: added to the root of the second moment.
         adam_weight_decay: decoupled decay, on arrays of two or more axes only (no biases, no norms).
-        max_grad_norm: gradients are scaled down to this global norm; 0 leaves them.
+        max_grad_norm: gradients are scaled down to this global norm; 0 for no limit.
         ema_decay: decay of the average of the weights; 0 keeps none.
         gradient_accumulation_steps: micro-batches per update; train_batch_size counts all of them together.
     """
@@ -130,14 +130,14 @@ def make_update(
 ) -> Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted `update(state, frozen, batch, key) -> (state, metrics)`; `state` is donated.
 
-    loss_fn(params, frozen, batch, key) -> (scalar loss, metrics) is differentiated in `params` alone; `frozen` holds
-    the weights that do not learn, as an argument so that they are no constants of the program. Every leaf of `batch`
-    has the rows first; `accumulate` splits them into so many micro-batches of equal size, whose gradients and metrics
-    are averaged: micro-batch j has the rows j, j + accumulate, ..., so that no row leaves its device. `key` is the
-    run's key: the step is folded in here, so a resumed run draws the same numbers.
+    loss_fn(params, frozen, batch, key) -> (scalar loss, metrics) is differentiated with respect to `params` alone;
+    `frozen` holds the weights that do not learn, as an argument so that they do not become constants of the program.
+    Every leaf of `batch` has the rows first; `accumulate` splits them into this many micro-batches of equal size, whose
+    gradients and metrics are averaged: micro-batch j has the rows j, j + accumulate, ..., so that no row leaves its
+    device. `key` is the run's key: the step is folded in here, so a resumed run draws the same numbers.
 
     Under `jax.set_mesh` of a mesh (data, fsdp) rows stay on their devices, and weights that are split over fsdp are
-    gathered where the loss begins, in each micro-batch anew: the devices exchange whole weights, never activations.
+    gathered at the start of the loss, in every micro-batch: the devices exchange whole weights, never activations.
     """
 
     def whole_loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -174,14 +174,14 @@ def make_update(
 
 
 def _gather(weights: Any) -> Any:
-    """Constrain weights to be whole on every device, if the mesh in scope splits any."""
+    """Constrain weights to be whole on every device if the mesh in scope splits any."""
     if jax.sharding.get_abstract_mesh().shape.get(FSDP, 1) == 1:
         return weights
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), weights)
 
 
 def _keep_rows(batch: Any, axis: int = 0) -> Any:
-    """Constrain rows to stay split over the mesh in scope, if there is one."""
+    """Constrain rows to stay split over the mesh in scope if there is one."""
     if FSDP not in jax.sharding.get_abstract_mesh().shape:
         return batch
     spec = PartitionSpec(*([None] * axis), (DATA, FSDP))

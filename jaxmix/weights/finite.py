@@ -1,4 +1,4 @@
-"""Whether all numbers of a large array are finite, at about the speed of reading it."""
+"""Whether all numbers in a large array are finite, at about the speed of reading it."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _CHUNK = 1 << 16  # numbers at a time, so that the scratch memory stays in the c
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Return whether an array in one piece holds neither NaN nor infinities; integers always pass.
+    """Return whether a contiguous array holds neither NaN nor infinities; integers always pass.
 
     The exponent bits are compared as integers, several times faster than `numpy.isfinite` on half precision.
     """

@@ -1,7 +1,7 @@
 """Parameter trees of diffusers' and transformers' Flax models under torch names.
 
-Their module names are torch's with the list indices behind an underscore (`down_blocks_0`, `to_out_0`) where torch has
-a dot; their leaves and layouts are Linen's, as ours are.
+Their module names are torch's with an underscore before list indices (`down_blocks_0`, `to_out_0`) where torch has a
+dot; their leaves and layouts are Linen's, like ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxmix.weights import names
 from jaxmix.weights.source import Entry, Source
 
 _INDEX = re.compile(r"_(\d+)$")
-# Numbered in torch with an underscore as well: the two layers of a timestep embedding.
+# Torch uses an underscore here as well: the two layers of a timestep embedding.
 _NOT_INDEXED = re.compile(r"^linear_\d+$")
 _LEAVES = ("kernel", "bias", "scale", "embedding")
 
@@ -29,15 +29,15 @@ def module_path(path: names.Path) -> names.Path:
 
 
 def unwrapped(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what is under "params" where a tree has nothing but that, otherwise the tree itself."""
+    """Return what is under "params" if a tree has nothing else, otherwise the tree itself."""
     return tree["params"] if set(tree) == {"params"} and isinstance(tree["params"], Mapping) else tree
 
 
 class FlaxTree(Source):
-    """A live tree of NumPy or JAX arrays as a Flax model holds it, with or without "params" around it."""
+    """A live tree of NumPy or JAX arrays from a Flax model, with or without "params" around it."""
 
     def __init__(self, tree: Mapping[str, Any], where: str) -> None:
-        """Name all leaves; `where` is what errors call the tree. Raises InputError for a leaf that is no array."""
+        """Name all leaves; `where` is what errors call the tree. Raises InputError for a leaf that is not an array."""
         self.where = where
         self._leaves: dict[str, tuple[names.Path, Any]] = {}
         self._entries: dict[str, Entry] = {}
@@ -51,7 +51,7 @@ class FlaxTree(Source):
 
     def read(self, key: str) -> np.ndarray:
         path, leaf = self._leaves[key]
-        # JAX arrays never change, so that memory shared with one is as good as memory of its own; NumPy's may change.
+        # JAX arrays never change, so their memory can be shared; NumPy's may change.
         array = leaf.copy() if isinstance(leaf, np.ndarray) else np.asarray(leaf)
         return names.to_torch_layout(path, array)
 

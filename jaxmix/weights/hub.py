@@ -1,4 +1,4 @@
-"""Pipelines from the Hugging Face hub: the files that are needed, into the cache that all its tools share."""
+"""Pipelines from the Hugging Face hub: only the files needed, into the cache that all its tools share."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _SECONDS = 10.0  # to wait for an answer before the cache is tried
 
 
 def download(repo: str, parts: Sequence[str]) -> Path:
-    """Return the local folder of the pipeline `repo` ("owner/name"), after downloading what is not there yet.
+    """Return the local folder of the pipeline `repo` ("owner/name"), after downloading what is missing.
 
-    Of each of `parts` one kind of weights is fetched, by the order of `WEIGHT_FILES`, and never a pickle. Without a
-    connection a folder that is in the cache already is used. Raises InputError with one line for an unknown or
-    private repository, for one that is no diffusers pipeline, and where there is neither connection nor cache.
+    For each of `parts` one kind of weights is fetched, the first in `WEIGHT_FILES`, and never a pickle. Without a
+    connection a cached folder is used. Raises InputError with one line for an unknown or private repository, for one
+    that is not a diffusers pipeline, and if there is neither connection nor cache.
     """
-    import huggingface_hub as hub  # here, because most models are loaded without it
+    import huggingface_hub as hub  # here, because most models load without it
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         found = hub.HfApi().model_info(repo, timeout=_SECONDS)
     except RepositoryNotFoundError:  # and gated ones
         raise InputError(
-            f"{repo}: neither a folder or file here nor a public model on the hub, expected the id of a diffusers "
+            f"{repo}: neither a local folder or file nor a public model on the hub, expected the id of a diffusers "
             "pipeline (log in with `hf auth login` for a private or gated one)"
         ) from None
-    except Exception as error:  # each release and each proxy has its own way to say that there is no connection
+    except Exception as error:  # each release and each proxy reports a missing connection in its own way
         return _cached(hub, repo, error)
     files = [file.rfilename for file in found.siblings or ()]
     if "model_index.json" not in files:
@@ -44,7 +44,7 @@ def download(repo: str, parts: Sequence[str]) -> Path:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{repo}: the download failed: {_one_line(error)}; the next call goes on with it") from None
+        raise InputError(f"{repo}: the download failed: {_one_line(error)}; the next call resumes it") from None
 
 
 def wanted_files(files: Iterable[str], part: str) -> list[str]:
@@ -70,8 +70,8 @@ def _cached(hub: Any, repo: str, error: Exception) -> Path:
         return Path(hub.snapshot_download(repo, local_files_only=True))
     except (OSError, ValueError):  # LocalEntryNotFoundError is one of them
         raise InputError(
-            f"{repo}: no such folder or file here, the hub cannot be reached ({_one_line(error)}), and nothing of it "
-            "is in the cache; expected a connection, or the path of a model"
+            f"{repo}: no such folder or file here, the hub cannot be reached ({_one_line(error)}), and it is not "
+            "cached; expected a connection, or the path of a model"
         ) from None
 
 

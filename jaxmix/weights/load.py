@@ -1,4 +1,4 @@
-"""Sources of tensors to parameter trees, driven by the target tree, with nothing skipped in silence."""
+"""Sources of tensors to parameter trees, driven by the target tree, with nothing skipped silently."""
 
 import json
 import os
@@ -25,7 +25,7 @@ WEIGHT_FILES = (
     "diffusion_flax_model.msgpack",
     "flax_model.msgpack",
 )
-"""What a model's folder may hold its weights in, the preferred first."""
+"""The files in which a model's folder may hold its weights, in order of preference."""
 
 CONFIG_FILES = ("config.json", "scheduler_config.json", "model_index.json")
 IGNORED_KEYS = ("text_model.embeddings.position_ids", "embeddings.position_ids")
@@ -35,15 +35,15 @@ _LISTED = 8  # how many keys of each kind an error spells out
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a `config.json`, or the one in a model's or scheduler's folder.
+    """Read a `config.json`, or the one in a model's or scheduler's folder.
 
-    Raises InputError naming the file if it is missing or holds no JSON object.
+    Raises InputError naming the file if it is missing or does not hold a JSON object.
     """
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in CONFIG_FILES if (path / name).is_file()]
         if not found:
-            raise InputError(f"{path}: no {' or '.join(CONFIG_FILES)} in this folder")
+            raise InputError(f"{path}: found no {' or '.join(CONFIG_FILES)} in this folder")
         path = found[0]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -61,10 +61,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def find_weights(folder: str | os.PathLike[str]) -> Path:
-    """Returns the file of a model's folder that has its weights: safetensors, an index of shards, or Flax msgpack.
+    """Return the file in a model's folder that has its weights: safetensors, an index of shards, or Flax msgpack.
 
-    A file is checked and returned as it is. Raises InputError if there is none, and says what to do if there are
-    pickles instead.
+    A file is checked and returned as is. Raises InputError if there is none, which says what to do if there are pickles
+    instead.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -85,9 +85,9 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a model's folder, a safetensors file, an index of shards, or a Flax msgpack file, by its name.
+    """Open a model's folder, a safetensors file, an index of shards, or a Flax msgpack file, told by its name.
 
-    Reads tables of contents only. Raises InputError for a path with no weights and for damaged files.
+    Reads tables of contents only. Raises InputError for a path without weights and for damaged files.
     """
     path = find_weights(path)
     if path.suffix == ".msgpack":
@@ -103,14 +103,14 @@ def load_tree(
     dtype: Any = None,
     ignore: Sequence[str] = IGNORED_KEYS,
 ) -> dict[str, Any]:
-    """Loads a source, or the file or folder at a path, into a tree of JAX arrays shaped like `target`.
+    """Load a source, or the file or folder at a path, into a tree of JAX arrays shaped like `target`.
 
-    `target` holds ShapeDtypeStructs or arrays. Floating leaves become `dtype`, by default each that of its target
-    leaf; "auto" keeps the precision of the source, which must then be one for all. Keys in `ignore` may be there
-    without being used. The names are compared as a whole before any tensor is read; then tensors are read one by one,
-    the largest first, so that the peak is about the size of the tree.
-    Raises InputError with one line that counts and lists what is missing, unused, of wrong shape, of wrong rank, of
-    wrong dtype, or set twice, or that names a tensor with NaN, infinities, or numbers that `dtype` cannot hold.
+    `target` holds ShapeDtypeStructs or arrays. Floating-point leaves become `dtype`, by default that of the target
+    leaf; "auto" keeps the precision of the source, which must then be the same throughout. Keys in `ignore` may be
+    present without being used. All names are compared before any tensor is read; then tensors are read one by one, the
+    largest first, so that peak memory is about the size of the tree.
+    Raises InputError with one line that counts and lists what is missing, unused, of wrong shape, rank or dtype, or set
+    twice, or that names a tensor with NaN, infinities, or numbers that `dtype` cannot hold.
     """
     if not isinstance(source, Source):
         source = open_source(source)
@@ -128,11 +128,11 @@ def load_tree(
 
 
 def _converted(source: Source, key: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns the array in one piece of memory and in `dtype`, with all of its numbers finite."""
+    """Return the array contiguous and in `dtype`, refusing numbers that are not finite."""
     converted = array
     if array.dtype != dtype or not array.flags.c_contiguous:
         converted = aligned_empty(array.shape, dtype)
-        with np.errstate(over="ignore", invalid="ignore"):  # told apart below
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
             np.copyto(converted, array, casting="unsafe")
     if not all_finite(converted):
         where, bad = f"{source.origin(key)}: tensor {key!r}", ~np.isfinite(array)
@@ -145,7 +145,7 @@ def _converted(source: Source, key: str, array: np.ndarray, dtype: np.dtype) -> 
 
 
 def _plan(source: Source, target: Mapping[str, Any], ignore: set[str]) -> list[tuple[names.Path, str, Entry, Any]]:
-    """Pairs every leaf of the target with its tensor in the source, or raises InputError listing every difference."""
+    """Pair every leaf of the target with its tensor in the source; raises InputError listing every difference."""
     expected: dict[str, tuple[names.Path, Any]] = {}
     for leaf_path, leaf in names.flatten(target):
         key = names.to_torch_key(leaf_path)
@@ -205,6 +205,6 @@ def _is_float(dtype: Any) -> bool:
 
 def _pickle_error(path: Path) -> InputError:
     return InputError(
-        f"{path}: is a Python pickle, which can run code when it is opened, and is refused; convert it where you trust "
-        f"it, e.g. DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+        f"{path}: found a Python pickle, which can run code when it is opened; if you trust it, convert it, "
+        f"e.g. DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
     )

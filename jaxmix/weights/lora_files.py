@@ -35,7 +35,7 @@ _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LISTED = 3
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""``{part: {module: shape of its kernel}}``: what a LoRA can change of a model."""
+"""``{part: {module: shape of its kernel}}``: what a LoRA can change in a model."""
 
 Parts = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -48,7 +48,7 @@ def read_lora(
     ``shapes`` are those of the model's kernels, ``unet_config`` the UNet's diffusers config, for the names of the
     original layout. alpha is taken from the file's tensors, else from PEFT's metadata, else it is the rank.
     Raises `InputError` with one line for a file without a LoRA, another form of it (DoRA, LoHa, LoKr, Tucker ...),
-    modules that the model has not, with near misses, and shapes of another base.
+    modules that the model lacks, with near misses, and shapes of another base.
     """
     source = SafetensorsFile(find_weights(path))
     keys = _keys_by_module(source, shapes, unet_config)
@@ -81,9 +81,9 @@ def write_lora(
 ) -> None:
     """Write a LoRA as one safetensors file, which appears whole or not at all.
 
-    "diffusers": PEFT's names with ranks and alphas in the metadata, as `save_lora_weights` of diffusers has them.
+    "diffusers": PEFT's names with ranks and alphas in the metadata, like `save_lora_weights` of diffusers.
     "kohya": underscores and alpha tensors; with the config ``original_unet`` the names of the UNet are those of the
-    original layout, as kohya's scripts have it for SDXL. ``dtype`` casts the factors.
+    original layout, like kohya's scripts for SDXL. ``dtype`` casts the factors.
     """
     if layout not in FORMATS:
         raise InputError(f"lora format: found {layout!r}, expected one of {', '.join(FORMATS)}")
@@ -99,7 +99,7 @@ def write_lora(
         for module, f in modules.items():
             down, up = (f[role] if dtype is None else jnp.asarray(f[role], dtype) for role in ("down", "up"))
             if layout == "diffusers":
-                # diffusers takes a text encoder's PEFT names only where some are of its attention, and these always.
+                # diffusers accepts PEFT names for a text encoder only if some are of its attention, but these always.
                 endings = ("lora_A", "lora_B") if part == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
                 tree[f"{part}.{module}.{endings[0]}"] = {"kernel": down}
                 tree[f"{part}.{module}.{endings[1]}"] = {"kernel": up}
@@ -117,7 +117,7 @@ def write_lora(
 def _keys_by_module(
     source: SafetensorsFile, shapes: Shapes, unet_config: Mapping[str, Any]
 ) -> dict[tuple[str, str], dict[Role, str]]:
-    """Return the keys of every module's arrays, all known to belong to the model and complete."""
+    """Return the keys of every module's arrays, checked to be complete and to belong to the model."""
     where, keys = source.where, list(source.entries)
     lora_names.refuse_other_forms(where, keys)
     parsed = {key: lora_names.parse(key) for key in keys}
@@ -189,7 +189,7 @@ def _check_shapes(source: SafetensorsFile, keys: Mapping[tuple[str, str], Mappin
 
 
 def _same_space(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Tell whether two kernels have the same extent; (1, 1) is that of a dense layer too."""
+    """Return whether two kernels have the same spatial extent, which is (1, 1) for a dense layer, too."""
     return (found or (1, 1)) == (expected or (1, 1))
 
 
@@ -207,7 +207,7 @@ def _read(source: SafetensorsFile, key: str) -> np.ndarray:
 
 
 def _peft_configs(source: SafetensorsFile) -> dict[str, dict[str, Any]]:
-    """Return PEFT's configuration of each part, from the metadata or from the file that PEFT writes beside its own."""
+    """Return PEFT's configuration of each part, from the metadata or from the file that PEFT writes beside it."""
     config_file = Path(source.where).parent / _PEFT_CONFIG
     if METADATA in source.metadata:
         try:
@@ -226,7 +226,7 @@ def _peft_configs(source: SafetensorsFile) -> dict[str, dict[str, Any]]:
 
 
 def _peft_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return the alpha that PEFT would take; its rule of scale with the root of the rank becomes ours of the rank."""
+    """Return the alpha that PEFT would use; where it scales by the root of the rank, converted to scale by the rank."""
     alpha = config.get("lora_alpha") or rank
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -236,8 +236,8 @@ def _peft_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _peft_config(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return PEFT's configuration of one part: the commonest rank and alpha, and the modules that have others."""
-    # A pattern may leave out what stands in front: without `text_model.` it fits old and new transformers.
+    """Return PEFT's configuration of one part: the commonest rank and alpha, and the modules with other ones."""
+    # A pattern may leave out a prefix: without `text_model.` it fits old and new transformers.
     ranks = {module.removeprefix(TEXT_MODEL): int(f["down"].shape[-1]) for module, f in modules.items()}
     alphas = {module.removeprefix(TEXT_MODEL): _whole(float(f["alpha"])) for module, f in modules.items()}
     (rank, _), *_ = Counter(ranks.values()).most_common(1)

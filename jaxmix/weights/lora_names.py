@@ -1,8 +1,8 @@
-"""The names that LoRA files give to modules and factors, and which of a model's own modules they mean.
+"""The names that LoRA files give to modules and factors, and which of a model's modules they mean.
 
-Files come from diffusers and PEFT (dotted names, in four generations), and from kohya's scripts and what follows them
+Files come from diffusers and PEFT (dotted names, in four generations), and from kohya's scripts and their followers
 (``lora_unet_`` and underscores; diffusers' or the original latent diffusion layout). An underscore may stand for a dot
-or for itself, so names are not taken apart: each is looked up among the model's modules, all with underscores.
+or for itself, so names are not parsed but looked up among the model's modules, all spelt with underscores.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _OTHER_FORMS = {
 
 
 class Meaning(NamedTuple):
-    """What a file's key says: of which part and module (by the file's name for it), and which of its arrays."""
+    """The meaning of a file's key: the part, the module (by the file's name for it), and which of its arrays."""
 
     part: str
     module: str
@@ -59,7 +59,7 @@ class Meaning(NamedTuple):
 
 
 def parse(key: str) -> Meaning | None:
-    """Return what a file's key means, or None if it is none of a LoRA's."""
+    """Return what a file's key means, or None if it is not of a LoRA."""
     dotted = key.replace(".processor.", ".")
     found = next((found for pattern in _FACTORS if (found := pattern.fullmatch(dotted))), None)
     if found is None:
@@ -75,7 +75,7 @@ def parse(key: str) -> Meaning | None:
 
 
 def refuse_other_forms(where: str, keys: Collection[str]) -> None:
-    """Raise `InputError` if a file holds another form of low-rank change than plain down, up and alpha."""
+    """Raise `InputError` if a file holds a form of low-rank change other than plain down, up and alpha."""
     for pattern, form in _OTHER_FORMS.items():
         of_it = [key for key in keys if re.search(pattern, key)]
         if of_it:
@@ -86,7 +86,7 @@ def refuse_other_forms(where: str, keys: Collection[str]) -> None:
 
 
 def original_names(modules: Collection[str], unet_config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the original latent diffusion layout calls the modules of a UNet with this diffusers config."""
+    """Return the names of a UNet's modules in the original latent diffusion layout, given its diffusers config."""
     table = unet_table(unet_config)
     links = {module: table.of_ours(f"{module}.weight") for module in modules}
     return {
@@ -97,7 +97,7 @@ def original_names(modules: Collection[str], unet_config: Mapping[str, Any]) -> 
 
 
 class Index:
-    """The modules of one part of a model under all the names that files have for them."""
+    """The modules of one part of a model under all the names that files use for them."""
 
     def __init__(self, part: str, modules: Collection[str], unet_config: Mapping[str, Any]):
         """Make the table; ``unet_config`` gives the UNet's names in the original layout."""
@@ -112,11 +112,11 @@ class Index:
         return self._modules.get(flat(name))
 
     def near(self, name: str) -> str | None:
-        """Return the module whose name is the most like ``name``, or None if none is."""
+        """Return the module with the name most like ``name``, or None if none is similar."""
         found = difflib.get_close_matches(flat(name), self._modules, n=1)
         return self._modules[found[0]] if found else None
 
 
 def flat(name: str) -> str:
-    """Return a module's name with underscores for dots, as kohya's files have it."""
+    """Return a module's name with underscores for dots, as in kohya's files."""
     return name.replace(".", "_")

@@ -14,8 +14,8 @@ from jaxmix.weights.flax_tree import FlaxTree
 def open_msgpack(path: str | os.PathLike[str]) -> FlaxTree:
     """Open a `diffusion_flax_model.msgpack` or `flax_model.msgpack` under torch names.
 
-    flax reads the file whole, so that it is in memory beside the parameters until they are all loaded. Raises
-    InputError for a file that is missing, truncated, or holds no tree of arrays.
+    flax reads the whole file, which stays in memory beside the parameters until they are all loaded. Raises InputError
+    for a file that is missing, truncated, or not a tree of arrays.
     """
     path = Path(path)
     try:
@@ -24,7 +24,7 @@ def open_msgpack(path: str | os.PathLike[str]) -> FlaxTree:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception as error:  # msgpack's own, and whatever flax makes of arrays that are none
+    except Exception as error:  # msgpack's own, and whatever flax raises for what is not an array
         if "incomplete input" in str(error):
             size = path.stat().st_size
             raise InputError(f"{path}: truncated: {size} bytes, expected more by its contents") from None

@@ -1,7 +1,7 @@
 """The safetensors container: a JSON header, then raw little-endian tensors.
 
-Read here rather than with the safetensors package because that memory-maps the file, which keeps the pages of every
-tensor read resident beside the parameters, and because its numpy interface lacks bfloat16.
+We read it ourselves because the safetensors package memory-maps the file, which keeps the pages of every tensor read
+resident beside the parameters, and because its numpy interface lacks bfloat16.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Header:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Reads and checks the header of a safetensors file, without reading any tensor.
+    """Read and check the header of a safetensors file, without reading any tensor.
 
     Raises InputError naming the file if it is missing, truncated, or not a safetensors file.
     """
@@ -95,16 +95,16 @@ class SafetensorsFile(Source):
 
 
 def read_tensor(file: BufferedReader, entry: FileEntry) -> np.ndarray:
-    """Reads one tensor into aligned memory of its own."""
+    """Read one tensor into aligned memory of its own."""
     array = aligned_empty(entry.shape, entry.dtype)
     file.seek(entry.offset)
     if file.readinto(array.reshape(-1).view(np.uint8).data) != entry.nbytes:
-        raise InputError(f"{file.name}: ends inside a tensor: the file was cut off while it was read")
+        raise InputError(f"{file.name}: ends inside a tensor: the file was truncated while it was read")
     return array
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialised array at a 64-byte boundary, which JAX adopts on the CPU without a copy."""
+    """Return an uninitialised array at a 64-byte boundary, which JAX adopts on the CPU without a copy."""
     nbytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -112,7 +112,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def encode_header(entries: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
-    """Returns the header of a file whose tensors follow in the order of `entries`."""
+    """Return the header of a file whose tensors follow in the order of `entries`."""
     contents: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for key, (dtype, shape) in entries.items():
@@ -156,7 +156,7 @@ def _read_header(path: Path, file: BufferedReader) -> Header:
 
 
 def _entry(value: dict[str, Any], base: int) -> tuple[FileEntry, int]:
-    """Returns a tensor's entry and the byte after its last, both counted from the start of the file."""
+    """Return a tensor's entry and the offset of its end, both counted from the start of the file."""
     name, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}")

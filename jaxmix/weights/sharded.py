@@ -1,4 +1,4 @@
-"""Models in several safetensors files, tied together by an index as diffusers and transformers write it."""
+"""Models in several safetensors files, tied together by an index as written by diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ShardedFiles(Source):
     def __init__(self, index: str | os.PathLike[str]) -> None:
         """Read the index and the headers of all shards.
 
-        Raises InputError for an index that is none, a shard that is missing or damaged, a key that is not in its shard,
+        Raises InputError for an invalid index, a shard that is missing or damaged, and a key that is not in its shard,
         in two shards, or in a shard but not in the index.
         """
         index = Path(index)
@@ -48,7 +48,7 @@ class ShardedFiles(Source):
                 raise InputError(f"{index}: tensor {key!r} is in {self._shards[key].name}, expected it in {name}")
         if extra := sorted(self._entries.keys() - shard_of.keys()):
             listed = ", ".join(extra[:_LISTED]) + (", ..." if len(extra) > _LISTED else "")
-            raise InputError(f"{index}: {len(extra)} tensors of the shards are not in the index: {listed}")
+            raise InputError(f"{index}: {len(extra)} tensors in the shards are not in the index: {listed}")
 
     @property
     def entries(self) -> Mapping[str, FileEntry]:
@@ -73,7 +73,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: no weight_map in this index, expected the shard of every tensor")
     for key, name in weight_map.items():
-        # A file name alone: an index from elsewhere must not reach out of its own folder.
+        # A bare file name: a foreign index must not reach outside its own folder.
         if not isinstance(name, str) or PurePosixPath(name).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{index}: weight_map has {name!r} for {key!r}, expected the name of a safetensors file")
     return weight_map

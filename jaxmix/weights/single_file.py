@@ -1,6 +1,6 @@
 """Single-file checkpoints of Stable Diffusion 1.x, 2.x and SDXL, as the community ships them: opened and written.
 
-The file's name and metadata are never looked at. Tensors are read one at a time from where they are in the file.
+The file's name and metadata are ignored. Tensors are read one at a time from their places in the file.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ __all__ = [
 ]
 
 CLIP_TOKENIZER = Path(__file__).parents[1] / "assets" / "clip_tokenizer"
-"""The folder of CLIP's tokenizer, which single files go without."""
+"""The folder of CLIP's tokenizer, which single files lack."""
 
 PAD_TOKENS = {
     "sd1": {"tokenizer": "<|endoftext|>"},
     "sd2": {"tokenizer": "!"},
     "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
 }
-"""What each tokenizer of a family fills a prompt up with, the `pad_token` to open `CLIP_TOKENIZER` with."""
+"""What each tokenizer of a family pads prompts with: the `pad_token` for `CLIP_TOKENIZER`."""
 
-V_PREDICTION_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty tensors by which community files say so
+V_PREDICTION_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty tensors that serve as flags in community files
 
-# Stable Diffusion 2 is one architecture with two predictions. The published v-prediction weights, and what was tuned
-# from them, spread more in this tensor than the epsilon weights do; ComfyUI tells them apart in the same way.
+# Stable Diffusion 2 is one architecture with two prediction types. The published v-prediction weights and their
+# fine-tunes spread more in this tensor than the epsilon weights do; ComfyUI tells them apart in the same way.
 _V_SPREAD = 0.09
 _OUTPUTS = UNET + "output_blocks."
 _BUFFERS = (".position_ids",)
@@ -78,7 +78,7 @@ class PartSource(Source):
         return np.ascontiguousarray(read_entry(self.where, stored).T)
 
     def origin(self, key: str) -> str:
-        return f"{self.where} ({self.part})"  # the key alone is not one of the file's
+        return f"{self.where} ({self.part})"  # the key is not one of the file's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +103,13 @@ def open_single_file(
     config: Mapping[str, Mapping[str, Any]] | None = None,
     prediction_type: str | None = None,
 ) -> SingleFile:
-    """Opens a checkpoint in the original layout; no tensor is read but, for 2.x, one that tells its prediction type.
+    """Open a checkpoint in the original layout; no tensor is read except, for 2.x, one that tells its prediction type.
 
     `config` overrides settings by part ("unet", ..., "scheduler"), for what shapes cannot tell: numbers of heads and of
-    norm groups. `prediction_type` ("epsilon" or "v_prediction") overrides what is told from the keys `v_pred` and
-    `ztsnr` (the latter also rescales the schedule to zero terminal signal), and otherwise from the family: epsilon for
-    1.x and SDXL, and for 2.x what a tensor of its UNet suggests.
-    Raises InputError with one line that says what the file is, if it is anything else or incomplete.
+    norm groups. `prediction_type` ("epsilon" or "v_prediction") overrides what the keys `v_pred` and `ztsnr` say (the
+    latter also rescales the schedule to zero terminal signal), and otherwise the family's: epsilon for 1.x and SDXL,
+    and for 2.x what a tensor of its UNet suggests.
+    Raises InputError with one line that says what the file is if it is anything else or incomplete.
     """
     path = Path(path)
     where, overrides = str(path), config or {}
@@ -163,7 +163,7 @@ def open_single_file(
 
 
 def _find(by_part: Mapping[str, Table], key: str) -> tuple[str | None, Link | None]:
-    """Returns the part that a file's tensor is of, and its names."""
+    """Return the part that a file's tensor belongs to, and its names."""
     if not key.endswith(_BUFFERS):
         for part, table in by_part.items():
             if (link := table.of_file(key)) is not None:
@@ -172,7 +172,7 @@ def _find(by_part: Mapping[str, Table], key: str) -> tuple[str | None, Link | No
 
 
 def _linked(link: Link, entry: FileEntry) -> dict[str, FileEntry]:
-    """Returns our tensors that one tensor of the file holds, each where it is in the file."""
+    """Return those of our tensors that one tensor of the file holds, with their places in the file."""
     shape = entry.shape
     if link.how == "transposed":
         shape = shape[::-1]
@@ -193,13 +193,13 @@ def save_single_file(
     extras: Extras | None = None,
     dtype: Any = None,
 ) -> None:
-    """Writes the parts of a pipeline as one file in the original layout of its family ("sd1", "sd2" or "sdxl").
+    """Write the parts of a pipeline as one file in the original layout of its family ("sd1", "sd2" or "sdxl").
 
     `configs` and `params` are by part; `configs["scheduler"]`, if given, decides whether `v_pred` and `ztsnr` are
-    written. `extras` are copied as they are; with those of the file that the pipeline came from, every tensor of that
-    file is written again. `dtype` casts the floating parameters. One tensor at a time is held in host memory, and the
-    file appears whole or not at all.
-    Raises InputError if the file could not be read back as this model (settings that no tensor shows, and that no
+    written. `extras` are copied as they are; with those of the pipeline's own file, every tensor of that file is
+    written again. `dtype` casts the floating-point parameters. Host memory holds one tensor at a time, and the file
+    appears whole or not at all.
+    Raises InputError if the file could not be read back as this model (because of settings that no tensor shows and no
     published model of the family has).
     """
     if family not in TEXTS:
@@ -232,7 +232,7 @@ def save_single_file(
         for key in _marks(configs["scheduler"], _prediction_type(family, shapes, lambda key: held[key].array())):
             shapes[key] = (0,)
             entries.setdefault(key, (np.dtype(np.float32), (0,)))
-    if extras is None:  # a file that was opened by its user's word can be written back as it was
+    if extras is None:  # a file opened with its user's overrides can be written back as it was
         told = _prediction_type(family, shapes, lambda key: held[key].array())
         _check_told(str(path), family, configs, shapes, told)
 
@@ -250,14 +250,14 @@ def save_single_file(
 
 
 def family_of_configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the family in whose layout a pipeline with these configs is written: its text encoders decide."""
+    """Return the family in whose layout a pipeline with these configs is written, decided by its text encoders."""
     if "text_encoder_2" in configs:
         return "sdxl"
     return "sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"
 
 
 class _Held(NamedTuple):
-    """A tensor of the file to be, and the leaves that it is made of, by our name."""
+    """A tensor of the file to be written, and the leaves that it is made of, by our names."""
 
     link: Link
     leaves: dict[str, tuple[names.Path, Any]]
@@ -280,7 +280,7 @@ class _Held(NamedTuple):
         return shape
 
     def array(self) -> np.ndarray:
-        """Returns the values in the file's order; only a pointwise tensor still lacks its axes of one."""
+        """Return the values in the file's order; a pointwise tensor still lacks its axes of length one."""
         leaves = (self.leaves[ours] for ours in self.link.ours)
         arrays = [names.to_torch_layout(leaf_path, np.asarray(jax.device_get(leaf))) for leaf_path, leaf in leaves]
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
@@ -288,7 +288,7 @@ class _Held(NamedTuple):
 
 
 def _marks(scheduler: Mapping[str, Any], told: str) -> list[str]:
-    """Returns the empty tensors that say of a noise schedule what the other tensors, which tell `told`, do not."""
+    """Return the empty tensors that say about a noise schedule what the others, which tell `told`, do not."""
     marks = [ZERO_SNR_KEY] if scheduler.get("rescale_betas_zero_snr") else []
     if scheduler.get("prediction_type") == "v_prediction" != told:
         marks.append(V_PREDICTION_KEY)
@@ -298,7 +298,7 @@ def _marks(scheduler: Mapping[str, Any], told: str) -> list[str]:
 def _check_told(
     where: str, family: str, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes, prediction: str
 ) -> None:
-    """Raises InputError if a file of these shapes and this prediction type would be opened as another model."""
+    """Raise InputError if a file of these shapes and this prediction type would be opened as another model."""
     family_of(where, shapes)
     told = read_configs(where, family, shapes, prediction)
     if "scheduler" in configs:
@@ -308,7 +308,7 @@ def _check_told(
 
 
 def _prediction_type(family: str, shapes: Shapes, read: Callable[[str], np.ndarray]) -> str:
-    """Returns what the tensors tell; `read` gives one of them."""
+    """Return the prediction type that the tensors tell; `read` gives one of them."""
     if V_PREDICTION_KEY in shapes:
         return "v_prediction"
     key = _spread_key(shapes)

@@ -1,9 +1,9 @@
 """The diffusers and transformers configs of a single-file checkpoint, told from the shapes of its tensors.
 
-What shapes cannot tell follows the family, as every published model of it does: Stable Diffusion 1.x has 8 heads in
-every block, 2.x and SDXL (and all text encoders) have heads of 64 channels; group norms have 32 groups; the VAE's
-scale, the noise schedule and the activation of the text encoder are the family's. Models of other sizes (channels that
-8, 64 or 32 do not divide) get 1 head and the most groups that fit; whoever has others overrides them.
+What shapes cannot tell follows the family, as in all its published models: Stable Diffusion 1.x has 8 heads in every
+block, 2.x and SDXL (and all text encoders) have heads of 64 channels; group norms have 32 groups; the VAE's scale, the
+noise schedule and the activation of the text encoder are the family's. Models of other sizes (channels that 8, 64 or 32
+do not divide) get 1 head and the most groups that fit, which can be overridden.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxmix.types import InputError
 from jaxmix.weights.single_file_kinds import Shapes
 from jaxmix.weights.single_file_names import UNET, VAE, is_open_clip, text_prefixes
 
-_MODELS = {"sd1": "sd15", "sd2": "sd21_base", "sdxl": "sdxl"}  # whose values a family takes where shapes are silent
+_MODELS = {"sd1": "sd15", "sd2": "sd21_base", "sdxl": "sdxl"}  # for the values that shapes do not tell
 _PER_BLOCK = ("attention_head_dim", "transformer_layers_per_block")
 _DEFAULTS = {
     "attention_head_dim": 8,
@@ -34,7 +34,7 @@ _DEFAULTS = {
     "rescale_betas_zero_snr": False,
     "num_train_timesteps": 1000,
 }
-# The settings that change what is computed and that no shape shows.
+# The settings that change what is computed and that shapes do not show.
 _COMPUTED = {
     "unet": (
         "attention_head_dim",
@@ -61,7 +61,7 @@ _FULL_OPEN_CLIP, _USED_OPEN_CLIP = 24, 23  # Stable Diffusion 2 reads the state 
 
 
 def read_configs(where: str, family: str, shapes: Shapes, prediction_type: str) -> dict[str, dict[str, Any]]:
-    """Returns the config of every part; raises InputError for shapes that no supported model has."""
+    """Return the config of every part; raises InputError for shapes that no supported model has."""
     # Only Stable Diffusion 2 has two sizes: v prediction was trained at 768 pixels, epsilon at 512.
     model = "sd21" if family == "sd2" and prediction_type == "v_prediction" else _MODELS[family]
     size = RELEASED[model]["unet"]["sample_size"]
@@ -92,7 +92,7 @@ def read_configs(where: str, family: str, shapes: Shapes, prediction_type: str) 
 
 
 def scheduler_config(family: str, prediction_type: str, zero_terminal_snr: bool) -> dict[str, Any]:
-    """Returns the `scheduler_config.json` of a family: one noise schedule for all of them."""
+    """Return the `scheduler_config.json` of a family; all share one noise schedule."""
     config = {**RELEASED[_MODELS[family]]["scheduler"], "prediction_type": prediction_type}
     if zero_terminal_snr:
         # The last timestep, where there is no signal, must be visited (arXiv 2305.08891).
@@ -101,7 +101,7 @@ def scheduler_config(family: str, prediction_type: str, zero_terminal_snr: bool)
 
 
 def untold(given: Mapping[str, Mapping[str, Any]], told: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns the settings of a model that a single file of it would not give back, as "part.key=value (told)"."""
+    """Return the settings of a model that a single file would not give back, as "part key=value (a file says ...)"."""
     found = []
     for part, config in told.items():
         for key in _COMPUTED.get(part, ()):
@@ -112,7 +112,7 @@ def untold(given: Mapping[str, Mapping[str, Any]], told: Mapping[str, Mapping[st
 
 
 def _plain(config: Mapping[str, Any], key: str) -> Any:
-    """Returns a setting in one form: a list for what may be one number for all blocks."""
+    """Return a setting in one form: a list where one number may stand for all blocks."""
     value = config.get(key)
     if key == "attention_head_dim" and config.get("num_attention_heads") is not None:
         value = config["num_attention_heads"]
@@ -159,7 +159,7 @@ def _unet(where: str, family: str, shapes: Shapes, size: int) -> dict[str, Any]:
                 f"{up[-1 - b]} going up, expected one number a block: a pruned model is not supported"
             )
         depths.append(max(found))
-    # The middle block has the depth of the last one, which a last block without attention says nothing about.
+    # The middle block has the depth of the last one, unless the last has no attention.
     depths[-1] = depths[-1] or middle
     if not middle or depths[-1] != middle:
         raise InputError(
@@ -235,7 +235,7 @@ def _open_clip(where: str, prefix: str, shapes: Shapes, part: str) -> dict[str, 
             "architectures": ["CLIPTextModelWithProjection"],
             "projection_dim": _shape(where, shapes, projection)[1],
         }
-    # The original files hold the whole encoder; files made from a diffusers folder hold only what is used of it.
+    # The original files hold the whole encoder; files made from a diffusers folder hold only the layers in use.
     elif layers != _USED_OPEN_CLIP and (layers == _FULL_OPEN_CLIP or projection in shapes):
         config["num_hidden_layers"] = layers - 1
     return config
@@ -269,14 +269,14 @@ def _depth(shapes: Shapes, module: str) -> int:
 
 
 def _indices(shapes: Shapes, prefix: str) -> list[int]:
-    """Returns the numbers that follow `prefix` in the file's keys, sorted."""
+    """Return the numbers that follow `prefix` in the file's keys, sorted."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return sorted({int(hit[1]) for key in shapes if (hit := pattern.match(key))})
 
 
 def _shape(where: str, shapes: Shapes, key: str) -> tuple[int, ...]:
     if key not in shapes:
-        raise InputError(f"{where}: has no tensor {key}, which every model of its family has")
+        raise InputError(f"{where}: found no tensor {key}, which every model of its family has")
     if len(shapes[key]) not in (2, 4):
         raise InputError(f"{where}: {key} has shape {list(shapes[key])}, expected 2 or 4 axes")
     return shapes[key]

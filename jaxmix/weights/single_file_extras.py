@@ -1,4 +1,4 @@
-"""The tensors of a single-file checkpoint that are of no part of the model, and where a diffusers folder keeps them."""
+"""The tensors of a single-file checkpoint outside the model's parts, and where a diffusers folder keeps them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from jaxmix.weights.single_file_names import TEXTS
 from jaxmix.weights.store import _replacing as replacing
 
 EXTRAS_FILE = "single_file_extras.safetensors"
-"""The name in a diffusers folder; diffusers skips files that it does not know."""
+"""The file's name in a diffusers folder; diffusers skips files that it does not know."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """The tensors of a single file that are of no part: buffers, an EMA copy, layers that are not used.
+    """The tensors of a single file that belong to no part: buffers, an EMA copy, unused layers.
 
-    They stay in the file at `path` and are read when they are written elsewhere. `layout` is what the file writes
-    otherwise than usual, so that one written later is the same: "prefixes" of text encoders by part, "shapes" by key.
+    They stay in the file at `path` and are read only to be written elsewhere. `layout` records where the file's layout
+    is unusual, so that one written later is the same: "prefixes" of text encoders by part, "shapes" by key.
     """
 
     path: Path
@@ -34,12 +34,12 @@ class Extras:
     layout: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, key: str) -> np.ndarray:
-        """Returns one tensor as the file has it."""
+        """Return one tensor as the file has it."""
         return read_entry(str(self.path), self.entries[key])
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Extras | None:
-        """Returns what a single file left in a diffusers folder (or that file in it), or None if nothing.
+        """Return what a single file left in a diffusers folder (or the extras file itself), None if nothing.
 
         Raises InputError if it is damaged.
         """
@@ -58,17 +58,17 @@ class Extras:
         return cls(path, family, file.entries, layout)
 
     def reopen(self) -> dict[str, FileEntry]:
-        """Returns where the tensors are now: the file may have been written again since it was opened."""
+        """Return where the tensors are now: the file may have been rewritten since it was opened."""
         if not self.entries:
             return {}
         now = SafetensorsFile(self.path).entries
         if lost := set(self.entries) - set(now):
-            raise InputError(f"{self.path}: {min(lost)} is in this file no longer, expected what it had when opened")
+            raise InputError(f"{self.path}: {min(lost)} is no longer in this file, expected what it had when opened")
         return {key: now[key] for key in self.entries}
 
 
 def save_extras(extras: Extras | None, folder: str | os.PathLike[str]) -> None:
-    """Writes what is of no part into a diffusers folder, where `Extras.open` finds it; what was there before goes."""
+    """Write what belongs to no part into a diffusers folder, for `Extras.open`, replacing what was there."""
     path = Path(folder) / EXTRAS_FILE
     if extras is None or not (extras.entries or extras.layout):
         path.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ def save_extras(extras: Extras | None, folder: str | os.PathLike[str]) -> None:
 
 
 def read_entry(path: str, entry: FileEntry) -> np.ndarray:
-    """Returns one tensor of a file, in memory of its own; raises InputError if the file is gone or was cut off."""
+    """Return one tensor of a file, in memory of its own; raises InputError if the file is gone or truncated."""
     try:
         with open(path, "rb") as file:
             return read_tensor(file, entry)

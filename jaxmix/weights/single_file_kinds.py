@@ -12,8 +12,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 EXPECTED = "expected a Stable Diffusion 1.x, 2.x or SDXL checkpoint with UNet, VAE and text encoder in one file"
 
-# The first pattern that a key begins with (after any `model.diffusion_model.`) names the file. Adapters come first,
-# because they repeat the names of what they adapt.
+# The first pattern that matches the start of a key (after any `model.diffusion_model.`) names the file. Adapters come
+# first, because they repeat the names of what they adapt.
 _KINDS = [
     (r".*(lora_(up|down|A|B|unet|te)|\.lora\.|_lora\.|hada_w1|lokr_w|\.dora_scale)", "a LoRA or another adapter"),
     (r"(ip_adapter|image_proj|proj\.norm)\.|image_proj$", "an IP-Adapter"),
@@ -44,7 +44,7 @@ _VARIANTS = [
 
 
 def family_of(where: str, shapes: Shapes) -> str:
-    """Returns "sd1", "sd2" or "sdxl"; raises InputError with one line that says what else the file is."""
+    """Return "sd1", "sd2" or "sdxl"; raises InputError with one line that says what else the file is."""
     if not {f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"} <= set(shapes):
         raise InputError(f"{where}: this is {_kind(shapes)}, {EXPECTED}")
     for pattern, kind in _VARIANTS:
@@ -83,11 +83,11 @@ def _kind(shapes: Shapes) -> str:
         if (hit := next((i for i, name in enumerate(names) if re.match(pattern, name)), None)) is not None:
             return f"{kind} (it has {list(shapes)[hit]!r})"
     first = ", ".join(repr(key) for key in list(shapes)[:3])
-    return f"no model that is known here ({len(shapes)} tensors: {first}{', ...' if len(shapes) > 3 else ''})"
+    return f"an unknown kind of model ({len(shapes)} tensors: {first}{', ...' if len(shapes) > 3 else ''})"
 
 
 def _check_widths(where: str, shapes: Shapes, prefixes: list[str]) -> None:
-    """Raises InputError if the UNet attends to text of another width than the text encoders give together."""
+    """Raise InputError if the UNet attends to text of another width than the text encoders' combined one."""
     wanted = next((s[1] for key, s in shapes.items() if key.endswith(".attn2.to_k.weight") and len(s) == 2), None)
     names = ("token_embedding.weight", "embeddings.token_embedding.weight")
     tables = [prefix + name for prefix in prefixes for name in names]

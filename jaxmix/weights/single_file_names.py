@@ -1,8 +1,8 @@
 """The names of single-file checkpoints (the original latent diffusion layout) and those of diffusers, both ways.
 
-Which module is which depends on how many blocks and layers a model has, so the table of a UNet or VAE is built from its
-config; one table serves reading and writing. Every tensor of a file is one tensor of ours, except the fused q, k and v
-of OpenCLIP, which are three.
+Names of modules depend on how many blocks and layers a model has, so the table of a UNet or VAE is built from its
+config; one table serves reading and writing. Every tensor of a file is one of ours, except the fused q, k and v of
+OpenCLIP, which are three.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ How = Literal["same", "pointwise", "thirds", "transposed"]
 
 
 class Link(NamedTuple):
-    """One tensor of a file and the tensors of ours that it holds.
+    """One tensor of a file and those of ours that it holds.
 
     "pointwise": (c, c, 1, 1) there, (c, c) here. "thirds": three of ours, one after the other along the first axis.
     "transposed": (b, a) there, (a, b) here.
@@ -69,7 +69,7 @@ _VAE_POINTWISE = re.compile(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weigh
 
 
 class Table:
-    """The modules of one part under both names; what is inside of a listed module has one name."""
+    """The modules of one part under both names; names inside a listed module are the same."""
 
     def __init__(self, prefix: str, modules: Mapping[str, str]):
         self.prefix = prefix
@@ -77,12 +77,12 @@ class Table:
         self.inverse = {ours: theirs for theirs, ours in self.modules.items()}
 
     def of_file(self, key: str) -> Link | None:
-        """Returns the link of a file's key, or None if the part has no such module."""
+        """Return the link of a file's key, or None if the part has no such module."""
         ours = _replace(key.removeprefix(self.prefix), self.modules) if key.startswith(self.prefix) else None
         return None if ours is None else self._link(key, ours)
 
     def of_ours(self, key: str) -> Link | None:
-        """Returns the link that holds our key, or None if the file has no such module."""
+        """Return the link that holds our key, or None if the file has no such module."""
         theirs = _replace(key, self.inverse)
         return None if theirs is None else self._link(self.prefix + theirs, key)
 
@@ -91,7 +91,7 @@ class Table:
 
 
 class ClipTable(Table):
-    """transformers' own names. `text_model.` is in the prefix, where the file has it; ours always have it."""
+    """transformers' own names. The prefix includes `text_model.` if the file has it; our names always do."""
 
     def __init__(self, prefix: str):
         super().__init__(
@@ -115,7 +115,7 @@ class OpenClipTable(Table):
             for leaf in ("weight", "bias"):
                 ours = tuple(f"{TEXT_MODEL}encoder.layers.{i}.self_attn.{x}_proj.{leaf}" for x in "qkv")
                 links.append(Link(f"{prefix}transformer.resblocks.{i}.attn.in_proj_{leaf}", ours, "thirds"))
-        # These are no modules: each has a name, a layout or a number of tensors of its own.
+        # These are not modules: each has a name, a layout or a number of tensors of its own.
         self.by_key = {link.key: link for link in links}
         self.by_ours = {key: link for link in links for key in link.ours}
 
@@ -127,7 +127,7 @@ class OpenClipTable(Table):
 
 
 def unet_table(config: Mapping[str, Any]) -> Table:
-    """Returns the table of a UNet with this diffusers config (block types and layers are looked at)."""
+    """Return the table of a UNet with this diffusers config (only block types and layers matter)."""
     blocks, layers = len(config["block_out_channels"]), int(config["layers_per_block"])
     modules = {
         "time_embed.0": "time_embedding.linear_1",
@@ -141,7 +141,7 @@ def unet_table(config: Mapping[str, Any]) -> Table:
         **_inside("middle_block.0", "mid_block.resnets.0", _RESNET),
         **_inside("middle_block.2", "mid_block.resnets.1", _RESNET),
     }
-    # The file counts what stands between two skip connections: a layer, or the change of size after a block's layers.
+    # The file counts what is between two skip connections: a layer, or the change of size after a block's layers.
     for b in range(blocks):
         attention = config["down_block_types"][b].startswith("CrossAttn")
         for j in range(layers):
@@ -159,14 +159,14 @@ def unet_table(config: Mapping[str, Any]) -> Table:
             if attention:
                 modules[f"{theirs}.1"] = f"{ours}.attentions.{j}"
         if b < blocks - 1:
-            # Inside of the block's last entry, after the attention if there is one.
+            # Inside the block's last entry, after the attention if there is one.
             last = f"output_blocks.{b * (layers + 1) + layers}.{2 if attention else 1}"
             modules[f"{last}.conv"] = f"up_blocks.{b}.upsamplers.0.conv"
     return Table(UNET, modules)
 
 
 def vae_table(config: Mapping[str, Any]) -> Table:
-    """Returns the table of an autoencoder with this diffusers config. The file counts `up` from the finest level."""
+    """Return the table of an autoencoder with this diffusers config. The file counts `up` from the finest level."""
     blocks, layers = len(config["block_out_channels"]), int(config["layers_per_block"])
     modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half in ("encoder", "decoder"):
@@ -191,7 +191,7 @@ def vae_table(config: Mapping[str, Any]) -> Table:
 def tables(
     family: str, configs: Mapping[str, Mapping[str, Any]], prefixes: Mapping[str, str] | None = None
 ) -> dict[str, Table]:
-    """Returns the table of every part of a family. `prefixes` are those of the text encoders, if not the usual ones."""
+    """Return the table of every part of a family. `prefixes` are those of the text encoders, if not the usual ones."""
     found = {"unet": unet_table(configs["unet"]), "vae": vae_table(configs["vae"])}
     for part, usual in TEXTS[family].items():
         prefix = (prefixes or {}).get(part, usual[0])
@@ -204,12 +204,12 @@ def tables(
 
 
 def is_open_clip(family: str, part: str) -> bool:
-    """Tells which text encoders are OpenCLIP's: that of Stable Diffusion 2 and the second one of SDXL."""
+    """Return whether a text encoder is OpenCLIP's: that of Stable Diffusion 2 and the second of SDXL."""
     return family == "sd2" or part == "text_encoder_2"
 
 
 def text_prefixes(family: str, keys: Collection[str]) -> dict[str, str | None]:
-    """Returns the prefix that each text encoder of a family has in a file, None for one that is not there."""
+    """Return the prefix of each text encoder of a family in a file, None for one that is missing."""
     return {
         part: next((prefix for prefix in prefixes if prefix + _EMBEDDING[is_open_clip(family, part)] in keys), None)
         for part, prefixes in TEXTS[family].items()
@@ -217,7 +217,7 @@ def text_prefixes(family: str, keys: Collection[str]) -> dict[str, str | None]:
 
 
 def canonical(part: str, key: str) -> str:
-    """Returns our name of a text encoder's tensor with `text_model.`, which transformers 5 leaves out."""
+    """Return our name of a text encoder's tensor, with the `text_model.` that transformers 5 leaves out."""
     if part.startswith("text_encoder") and not key.startswith((TEXT_MODEL, "text_projection.")):
         return TEXT_MODEL + key
     return key
@@ -228,7 +228,7 @@ def _inside(theirs: str, ours: str, modules: Mapping[str, str]) -> dict[str, str
 
 
 def _replace(key: str, modules: Mapping[str, str]) -> str | None:
-    """Returns `key` with the module that it is in (the longest one listed) under its other name."""
+    """Return `key` with its module (the longest one listed) under the other name."""
     end = key.rfind(".")
     while end > 0:
         if (other := modules.get(key[:end])) is not None:

@@ -16,7 +16,7 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is known of a tensor before it is read: its dtype, and its shape in torch's layout."""
+    """What is known about a tensor before it is read: its dtype, and its shape in torch's layout."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class Source(abc.ABC):
     """
 
     where: str
-    """What errors name: the file, or the folder of a model in several files."""
+    """The file, or the folder of a model in several files, for error messages."""
 
     @property
     @abc.abstractmethod
@@ -44,18 +44,18 @@ class Source(abc.ABC):
     def read(self, key: str) -> np.ndarray:
         """Return one tensor in torch's layout, with the dtype and the shape of its entry, in memory of its own.
 
-        Raises InputError if the file ends before the tensor does; the values are not looked at.
+        Raises InputError if the file ends before the tensor does; the values are not checked.
         """
 
     def origin(self, key: str) -> str:
-        """Return the file that holds a tensor, which errors about this tensor name."""
+        """Return the file that holds a tensor, for error messages about it."""
         return self.where
 
 
 def stored_dtype(source: Source) -> np.dtype:
-    """Return the one precision in which a source keeps its floating tensors: float32, bfloat16 or float16.
+    """Return the one precision of a source's floating-point tensors: float32, bfloat16 or float16.
 
-    Raises InputError where it keeps several ("mixed precisions"), or another one.
+    Raises InputError if there are several ("mixed precisions"), or another one.
     """
     floats = {key: entry.dtype for key, entry in source.entries.items() if jnp.issubdtype(entry.dtype, jnp.floating)}
     counts = Counter(floats.values())

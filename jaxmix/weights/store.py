@@ -1,4 +1,4 @@
-"""Parameter trees to the safetensors files and configs that torch diffusers and transformers open."""
+"""Parameter trees to safetensors files and configs that torch diffusers and transformers can open."""
 
 import json
 import os
@@ -21,10 +21,10 @@ def save_tree(
     dtype: Any = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Saves a tree of arrays as a safetensors file, in torch's names and layouts.
+    """Save a tree of arrays as a safetensors file, in torch's names and layouts.
 
-    Floating leaves are cast to `dtype` if it is given. `metadata` (strings) is added to the `{"format": "pt"}` that
-    transformers demands. The file appears whole or not at all; one tensor at a time is held in host memory.
+    Floating-point leaves are cast to `dtype` if it is given. `metadata` (strings) is added to the `{"format": "pt"}`
+    that transformers requires. The file appears whole or not at all; host memory holds one tensor at a time.
     """
     leaves: dict[str, tuple[names.Path, Any, np.dtype]] = {}
     for leaf_path, leaf in names.flatten(params):
@@ -42,7 +42,7 @@ def save_tree(
         if not isinstance(value, str):
             raise ValueError(f"metadata {key!r} is {value!r}, expected a string")
 
-    # Wider dtypes first keeps every tensor aligned to its own item size.
+    # Wider dtypes first, so that every tensor is aligned to its item size.
     order = sorted(leaves, key=lambda key: (-leaves[key][2].itemsize, key))
     entries = {
         key: (leaves[key][2], names.to_torch_shape(leaves[key][0], tuple(leaves[key][1].shape))) for key in order
@@ -57,14 +57,14 @@ def save_tree(
 
 
 def write_config(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a config as JSON, sorted and indented as diffusers does; the file appears whole or not at all."""
+    """Write a config as JSON, sorted and indented as diffusers does; the file appears whole or not at all."""
     with _replacing(Path(path)) as file:
         file.write((json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` and renames it to `path` when the block ends without an error."""
+    """Open a temporary file beside `path` and rename it to `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

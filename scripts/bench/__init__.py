@@ -1,1 +1,1 @@
-"""Seconds, bytes and FLOPs of ours beside diffusers' Flax and torch: ``python -m scripts.bench`` times them."""
+"""Seconds, bytes and FLOPs of ours against diffusers' Flax and torch: ``python -m scripts.bench`` times them."""

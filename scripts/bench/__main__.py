@@ -1,10 +1,10 @@
-"""Time ours, diffusers' Flax and torch diffusers (eager and compiled) beside each other, in one run.
+"""Time ours, diffusers' Flax and torch diffusers (eager and compiled) side by side, in one run.
 
     python -m scripts.bench --preset cpu --out bench_cpu.json
     python -m scripts.bench --preset gpu --out bench_gpu.json
     python -m scripts.bench --preset gpu --device cpu --tiny      # shows that the GPU run works, without one
 
-Every engine is a process of its own. See scripts/README.md for what is timed and how.
+Every engine runs in its own process. See scripts/README.md for what is timed and how.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from scripts.bench.table import markdown, peak_tflops, summary
 from scripts.bench.workers import Worker, WorkerError, available_bytes, machine
 
 _COMPILED = ("ours", "flax", "torch-compile", "ours-vmix", *bench_rows.METHODS)  # engines whose first call compiles
-_SLOW = 30.0  # seconds: the first run of so long a call is a round, not a warm-up
-_ROOM = 1.6  # memory of a running model as a multiple of its weights, for deciding what fits beside what
+_SLOW = 30.0  # seconds: if a call takes longer, its first run counts as a round, not a warm-up
+_ROOM = 1.6  # memory of a running model as a multiple of its weights, for deciding what fits together
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ class Config:
         preset: quick (mini alone), cpu (mini, SD 1.5, SDXL in float32) or gpu (SD 1.5 and SDXL in bfloat16, under ten
             minutes).
         models: comma list of mini, sd15, sdxl.
-        tasks: comma list of unet (one step of the UNet, two rows an image), sample (the guided sampler), decode.
+        tasks: comma list of unet (one step of the UNet, two rows per image), sample (the guided sampler), decode.
         latents: comma list of sides, in latents of 8 px (4 px of mini).
         batch: comma list of numbers of images.
         engines: comma list of ours, flax, torch, torch-compile, and our sampler with a method: ours-vmix, ours-dense,
@@ -52,9 +52,9 @@ class Config:
         dtype: float32 or bfloat16.
         steps: sampling steps.
         tiny: shrink every model, to see that the script works.
-        row_seconds: no further round of a row begins after so many seconds of its rounds.
-        max_seconds: of the whole run; what is left then stays empty with the reason. 0 without a preset's: no limit.
-        out: JSON file, written anew after each row; none if empty.
+        row_seconds: no further round of a row begins after this many seconds of its rounds.
+        max_seconds: limit of the whole run; what is left then stays empty with the reason. 0 without a preset's: none.
+        out: JSON file, rewritten after each row; none if empty.
     """
 
     preset: Literal["quick", "cpu", "gpu"] = "quick"
@@ -80,7 +80,7 @@ class Bench:
         preset = PRESETS[config.preset]
         self.config, self.cache = config, cache
         self.device = config.device or ("gpu" if config.preset == "gpu" else "cpu")
-        # One engine after the other where memory is the device's own and another process would take from it.
+        # One engine after another if the device has its own memory, which processes would compete for.
         self.alone = self.device == "gpu" or config.preset == "gpu"
         self.rounds = config.rounds or preset.rounds
         self.dtype = config.dtype or preset.dtype
@@ -110,21 +110,21 @@ class Bench:
     # The clock ----------------------------------------------------------------------------------------------------
 
     def left(self, end: float | None = None) -> float:
-        """Seconds until ``end`` (the end of the run if None), at most an hour."""
+        """Return the seconds until ``end`` (the end of the run if None), at most an hour."""
         return min((self._end if end is None else end) - time.monotonic(), 3600.0)
 
     def fail(self, row: Row, engine: str, reason: str) -> None:
-        """Leave a cell empty; the first reason stays."""
+        """Leave a cell empty; the first reason is kept."""
         self.cells[row][engine].setdefault("reason", reason)
 
     def open(self, row: Row, engine: str) -> bool:
-        """Whether a cell is still to be timed; what there is no time for is closed."""
+        """Return whether a cell is still to be timed; close it if there is no time left."""
         if "reason" not in self.cells[row][engine] and self.left() <= 0:
             self.fail(row, engine, f"no time left (--max-seconds {self.max_seconds:.0f})")
         return "reason" not in self.cells[row][engine]
 
     def say(self, text: str) -> None:
-        """One line of progress on stderr."""
+        """Print one line of progress on stderr."""
         print(f"bench: {text}", file=sys.stderr, flush=True)
 
     # What there is ------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Bench:
                 self.device_name = self.device_name or about["device"]
 
     def fits(self, row: Row, engines: int) -> bool:
-        """Whether so many engines have room for a row's model beside each other in main memory."""
+        """Return whether this many engines can hold a row's model in main memory at the same time."""
         if self.device == "gpu" or row.tiny:
             return True
         need = _ROOM * PARAMETERS[row.model] * (4 if row.dtype == "float32" else 2) * engines
@@ -245,7 +245,7 @@ class Bench:
             self.settle(row, engine)
 
     def by_itself(self, worker: Worker, rows: Sequence[Row], end: float | None = None) -> None:
-        """Time rows of one engine with nothing beside it."""
+        """Time rows of one engine running alone."""
         engine = worker.engine
         for row in rows:
             if not self.open(row, engine):
@@ -284,18 +284,18 @@ class Bench:
             if self.fits(row, len(ready)):
                 self.beside(row, cache)
             else:
-                self.notes[row] = "engines one after another: they do not fit into memory beside each other"
+                self.notes[row] = "engines one after another: they do not fit into memory together"
                 for engine in ready:
                     with self.worker(engine, [row], cache) as worker:
                         self.by_itself(worker, [row])
             self.write()
 
     def _run_alone(self) -> None:
-        """First every engine compiles, all at the same time; then each is timed with the device to itself.
+        """Compile every engine at the same time, then time each with the device to itself.
 
-        Compiling is mostly the CPU's work and would take all of the time if the engines queued for it; half of the
-        time is its share. Each engine keeps its process, so that nothing is traced twice. How a second process starts
-        is looked at last, for as many rows as there is time.
+        Compiling is mostly work for the CPU and would take all the time if the engines queued for it; half of the time
+        is its share. Each engine keeps its process, so that nothing is traced twice. The start of a second process is
+        timed last, for as many rows as time allows.
         """
         # torch.compile has to run in order to compile, and holds memory from then on: it is timed and ended first.
         ready = sorted(
@@ -329,7 +329,7 @@ class Bench:
             self.write()
 
     def worker(self, engine: str, rows: Sequence[Row], cache: Path) -> Worker:
-        """Start a worker; one that does not start fails all it is asked, and so leaves ``rows`` empty."""
+        """Start a worker; one that does not start fails every order, and so leaves ``rows`` empty."""
         worker = Worker(engine, self.device, cache)
         for row in rows:
             if "reason" in worker.about:
@@ -339,7 +339,7 @@ class Bench:
     # What came of it ----------------------------------------------------------------------------------------------
 
     def result(self) -> dict[str, Any]:
-        """Everything that was measured, as JSON writes it."""
+        """Return everything that was measured, ready for JSON."""
         rows = []
         for row in self.rows:
             told: dict[str, Any] = {**dataclasses.asdict(row), "engines": self.cells[row]}
@@ -358,7 +358,7 @@ class Bench:
         }
 
     def write(self) -> None:
-        """Write the JSON file, if one was named, so that what was timed outlives what comes."""
+        """Write the JSON file, if one was named, so that results survive later failures."""
         if self.config.out:
             path = Path(self.config.out)
             part = path.with_name(path.name + ".part")

@@ -1,11 +1,11 @@
-"""What each change of the layers and kernels gives: our programs with one of them undone, beside the program as it is.
+"""What each change of the layers and kernels gains: our programs with one of them undone, against the current ones.
 
     python -m scripts.bench.changes --models sd15 --latents 16,32,64
     python -m scripts.bench.changes --models mini --tasks unet,decode --latents 16 --batch 8 --rounds 9
     python -m scripts.bench.memory --models sdxl --tasks sample --batch 1 --engines ours --without products   # of a TPU
 
-All variants of a row are compiled in one process and called in turn with the same weights, A B C A B C, so that what
-else happens on the machine meets all of them. For CPUs: elsewhere the changes are not in the program.
+All variants of a row are compiled in one process and called in turn with the same weights, A B C A B C, so that other
+work on the machine affects all of them alike. For CPUs only: elsewhere the changes are not in the program.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SAYS = {
     "all": "without all of these",
 }
 _ON_CPU = ("small-convolutions", "tiny-convolutions", "means", "attention")
-_LEAST_SECONDS = 0.3  # a shorter call is repeated for as long in each round
+_LEAST_SECONDS = 0.3  # a shorter call is repeated for that long in each round
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ def without(name: str) -> Iterator[None]:
     try:
         for module, attribute, before in undone:
             setattr(module, attribute, before)
-        jax.clear_caches()  # helpers traced once a shape would bring the other variant back
+        jax.clear_caches()  # helpers traced once per shape would bring the other variant back
         yield
     finally:
         for (module, attribute, _), now in zip(undone, kept, strict=True):
@@ -97,7 +97,7 @@ def without(name: str) -> Iterator[None]:
 
 
 def one_row(row: Row, variants: tuple[str, ...], rounds: int) -> dict[str, Any]:
-    """Compile and time the variants of a row; returns a cell for each that is another program."""
+    """Compile and time the variants of a row; return a cell for each that is a different program."""
     made = program("ours", row)
     params, inputs = materialize(made)
     calls: dict[str, Callable[[Any, Any], Any]] = {}
@@ -114,7 +114,7 @@ def one_row(row: Row, variants: tuple[str, ...], rounds: int) -> dict[str, Any]:
         calls[name] = lowered.compile()
         cells[name] = {"compile_s": time.perf_counter() - start, "rounds": []}
     repeat = {}
-    for name, call in calls.items():  # a warm-up, which also tells how often to call
+    for name, call in calls.items():  # a warm-up, which also determines how often to call
         start = time.perf_counter()
         jax.block_until_ready(call(params, inputs))
         repeat[name] = max(1, round(_LEAST_SECONDS / (time.perf_counter() - start)))
@@ -130,7 +130,7 @@ def one_row(row: Row, variants: tuple[str, ...], rounds: int) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the table: median seconds of each variant, and the factor that the undone change gives."""
+    """Return the table: median seconds of each variant, and the factor that the undone change gains."""
     about = result["machine"]
     body = []
     for row in result["rows"]:

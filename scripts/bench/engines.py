@@ -1,6 +1,6 @@
-"""The worker process of one engine: it is told over stdin what to make ready and when to run, and answers in JSON.
+"""The worker process of one engine: stdin tells it what to prepare and when to run, and it answers in JSON.
 
-One process an engine, so that thread pools, allocators and peak memory are apart. Each line of stdin is an order:
+One process per engine, so that thread pools, allocators and peak memory are separate. Each line of stdin is an order:
 
     {"op": "compile", "row": {...}}   compile only (torch.compile: compile and run once); fills the persistent cache
     {"op": "prepare", "row": {...}}   compile, make weights and inputs, run once
@@ -25,7 +25,7 @@ from typing import Any
 from jaxmix.types import InputError
 from scripts.bench.rows import ENGINES, Row, added_width, configs
 
-_ROUND = 0.3  # seconds: a round repeats shorter calls so long
+_ROUND = 0.3  # seconds: a round repeats shorter calls for this long
 
 
 class Absent(Exception):
@@ -33,7 +33,7 @@ class Absent(Exception):
 
 
 class JaxEngine:
-    """ours, with VMix or without, or diffusers' Flax models, compiled ahead of time and called as one program."""
+    """Ours, with VMix or without, or diffusers' Flax models, compiled ahead of time and called as one program."""
 
     def __init__(self, name: str, device: str) -> None:
         import jax
@@ -89,13 +89,13 @@ class JaxEngine:
         return {**told, "program_bytes": sum(sizes)}, lambda: jax.block_until_ready(compiled(params, inputs))
 
     def finite(self, out: Any) -> bool:
-        """Whether a result holds numbers only."""
+        """Return whether a result holds numbers only."""
         import jax.numpy as jnp
 
         return bool(jnp.isfinite(out).all())
 
     def peak(self) -> int | None:
-        """Bytes of device memory held at most since the process began; None on a CPU, where the process tells."""
+        """Return the most bytes of device memory held since the process began; None on a CPU (see the process)."""
         import jax
 
         stats = jax.devices()[0].memory_stats() or {}
@@ -156,7 +156,7 @@ class TorchEngine:
         if self.device == "cuda":
             module = module.to(memory_format=torch.channels_last)  # what diffusers' own guide to speed does
         if self.compiled:
-            # On a GPU with CUDA graphs: small batches are bound by launches otherwise.
+            # On a GPU with CUDA graphs: otherwise small batches are bound by launches.
             mode = os.environ.get("BENCH_TORCH_COMPILE_MODE") or ("reduce-overhead" if self.device == "cuda" else None)
             if part == "unet":
                 module = torch.compile(module, mode=mode, fullgraph=True, dynamic=False)
@@ -231,18 +231,18 @@ class TorchEngine:
         return call
 
     def finite(self, out: Any) -> bool:
-        """Whether a result holds numbers only."""
+        """Return whether a result holds numbers only."""
         return bool(out.isfinite().all())
 
     def peak(self) -> int | None:
-        """Bytes of device memory held at most since `prepare`; None on a CPU."""
+        """Return the most bytes of device memory held since `prepare`; None on a CPU."""
         import torch
 
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
 
 def serve(engine: JaxEngine | TorchEngine, reply: Callable[[dict[str, Any]], None]) -> None:
-    """Answer the orders on stdin until it closes; what goes wrong with a row is its answer."""
+    """Answer the orders on stdin until it closes; if a row fails, the reason is its answer."""
     call: Callable[[], Any] | None = None
     for line in sys.stdin:
         order = json.loads(line)
@@ -266,7 +266,7 @@ def serve(engine: JaxEngine | TorchEngine, reply: Callable[[dict[str, Any]], Non
                 reply({"flops": program("ours", row).flops()})
             else:
                 assert row is not None
-                call = None  # lets go of the last row's arrays
+                call = None  # releases the last row's arrays
                 told, call = engine.prepare(row)
                 wall, cpu = time.perf_counter(), time.process_time()
                 out = call()
@@ -274,7 +274,7 @@ def serve(engine: JaxEngine | TorchEngine, reply: Callable[[dict[str, Any]], Non
                 told |= {"finite": engine.finite(out), "peak_bytes": engine.peak() or _peak_rss()}
                 del out
                 reply(told)
-        except Exception as error:  # whatever it is, the other rows go on
+        except Exception as error:  # whatever it is, the other rows continue
             text = f"{type(error).__name__}: {error}".splitlines()
             reply({"reason": (text[0] if text else type(error).__name__)[:200]})
 
@@ -287,7 +287,7 @@ def main(name: str, device: str) -> None:
     """Be the worker of one engine on "cpu" or "gpu"."""
     if name not in ENGINES:
         raise InputError(f"engine {name!r} is not known")
-    # Libraries print to stdout; answers must stay alone there.
+    # Libraries print to stdout, which is reserved for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

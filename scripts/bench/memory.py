@@ -4,7 +4,7 @@
     python -m scripts.bench.memory --target cpu --models sd15 --batch 1 --dtype float32      # seconds of each stage
 
 Peak bytes are the compiler's own: arguments (weights and inputs) + outputs + temporaries of one program on one device.
-Compiling for a TPU needs no TPU, only libtpu: pip install "jax[tpu]". Each program is compiled in a process of its own.
+Compiling for a TPU needs no TPU, only libtpu: pip install "jax[tpu]". Each program is compiled in its own process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Config:
         effort: XLA's effort from -1 (fast compiling) to 1; -1 compiles SD 1.5 for a TPU in a tenth of the time.
         rounds: compilations of each program; the seconds are those of the fastest.
         timeout: seconds for one program.
-        out: JSON file, written anew after each program; none if empty.
+        out: JSON file, rewritten after each program; none if empty.
     """
 
     target: str = "v5p:2x2x1"
@@ -71,7 +71,7 @@ class Config:
 
 
 def compile_one(engine: str, row: Row, target: str, undone: str) -> dict[str, Any]:
-    """Compile one program in this process; returns seconds of each stage and bytes of each kind."""
+    """Compile one program in this process; return seconds of each stage and bytes of each kind."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -103,7 +103,7 @@ def compile_one(engine: str, row: Row, target: str, undone: str) -> dict[str, An
 
 
 def in_process(engine: str, row: Row, config: Config) -> dict[str, Any]:
-    """Run `compile_one` in a new process; what goes wrong is the "reason"."""
+    """Run `compile_one` in a new process; if it fails, return the "reason"."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -205,7 +205,7 @@ def main(config: Config) -> int:
                     steps = config.steps if task == "sample" else 0
                     row = Row(model, task, side, n, dtype, steps, config.tiny)
                     cells: dict[str, Any] = {e: [] for e in engines}
-                    for _ in range(config.rounds):  # in turn, so that other work on the machine meets both alike
+                    for _ in range(config.rounds):  # in turn, so that other work on the machine affects both alike
                         for engine in engines:
                             cells[engine].append(in_process(engine, row, config))
                             print(f"memory: {row.name}: {engine} done", file=sys.stderr, flush=True)

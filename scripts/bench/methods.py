@@ -65,7 +65,7 @@ def _halves(row: Row, unet: Any) -> tuple[int, np.ndarray, list[tuple[int, int]]
 
 
 def _dense(row: Row, plain: Program, unet: Any) -> Program:
-    """Two segments, left and right, in all steps: outside of its window the method is the plain program."""
+    """Place two segments, left and right, in all steps: outside its window the method is the plain program."""
     tokens, masks, grids = _halves(row, unet)
     owners = np.full((row.batch, tokens), -1)
     for segment, words in enumerate(WORDS):
@@ -75,7 +75,7 @@ def _dense(row: Row, plain: Program, unet: Any) -> Program:
 
 
 def _paint(row: Row, plain: Program, unet: Any) -> Program:
-    """The same segments, painted."""
+    """Paint the same segments."""
     tokens, masks, grids = _halves(row, unet)
     drawn = paint_with_words.paint(list(masks), [1.0, 1.0], WORDS, tokens, grids)
     painted = {grid: np.repeat(x[None], row.batch, axis=0) for grid, x in drawn.items()}
@@ -96,14 +96,14 @@ def _structured(row: Row, plain: Program, unet: Any) -> Program:
 
 
 def _aligned(row: Row, plain: Program, unet: Any) -> Program:
-    """All images of the batch in the style of the first."""
+    """Draw all images of the batch in the style of the first."""
     if row.batch < 2:
         raise InputError(f"{row.name}: a group has two images at least, expected --batch 2 or more")
     return _with(plain, style_aligned.bind([row.batch]))
 
 
 def _style_id(row: Row, plain: Program, unet: Any) -> Program:
-    """Stored features of one content and one style for all images, at the attn1 of the last two up blocks.
+    """Store features of one content and one style for all images, at the attn1 of the last two up blocks.
 
     Under guidance like the plain sampler it is compared with, though the method itself needs no second branch.
     """
@@ -130,18 +130,18 @@ def _style_id(row: Row, plain: Program, unet: Any) -> Program:
 
 
 def _fusion(row: Row, plain: Program, unet: Any) -> Program:
-    """One model with two prompts, blended in all steps: three branches, where the plain sampler has two."""
+    """Blend one model's two prompts in all steps: three branches, where the plain sampler has two."""
     ones = jnp.ones((row.batch,))
     return _with_other(row, plain, unet, SaliencyBlend(ones, ones, ones))
 
 
 def _composable(row: Row, plain: Program, unet: Any) -> Program:
-    """Two prompts an image, of unequal weights: three branches, too."""
+    """Compose two prompts per image, of unequal weights: three branches, too."""
     return _with_other(row, plain, unet, Composed(jnp.tile(jnp.asarray([1.0, 0.5]), (row.batch, 1)), branches=(1, 2)))
 
 
 def _with_other(row: Row, plain: Program, unet: Any, guidance: Guidance) -> Program:
-    """Return our sampler with a further prompt an image, and a guidance that knows of it."""
+    """Return our sampler with one more prompt per image and a guidance that uses it."""
     schedule = NoiseSchedule.from_config(configs(row.model, row.tiny)["scheduler"])
     third = jax.ShapeDtypeStruct((row.batch, *plain.inputs["context"].shape[1:]), plain.inputs["context"].dtype)
 

@@ -1,7 +1,7 @@
-"""Our programs that are timed and measured: the UNet, the sampler, with VMix, the decoder.
+"""Our programs that are timed and measured: the UNet, the sampler, alone or with VMix, and the decoder.
 
 A program is a function of (params, inputs) with abstract arguments, so it can be compiled without any weights, for this
-machine or for another; `materialize` makes arguments of it.
+machine or another; `materialize` makes real arguments.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def inputs_of(row: Row, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what is fed, NHWC and rows branch minor: a `unet` step sees two rows an image, as under guidance."""
+    """Return the inputs' shapes, NHWC, rows branch minor: a `unet` step sees two rows per image, for guidance."""
     unet, n, side = found["unet"], row.batch, row.latents
     rows = 1 if row.task == "decode" else 2
     dtype = jnp.dtype(row.dtype)
@@ -112,14 +112,14 @@ def ours(row: Row) -> Program:
 
 
 def sampling_job(unet: Any, params: Any, x: dict[str, Any], n: int, controls: Any = (), guidance: Any = ()) -> Any:
-    """Return the job of the sampler's inputs, as `_inputs` names them; "other" is a further prompt an image."""
+    """Return the job of the sampler's inputs, as `_inputs` names them; "other" is a further prompt per image."""
     from jaxmix.pipeline.job import Denoiser, Job
     from jaxmix.rows import Text, tile
     from jaxmix.samplers import ClassifierFree, stack
 
     fields = [x[k].reshape(n, 2, *x[k].shape[1:]) if k in x else None for k in ("context", "text_embeds", "time_ids")]
     if "other" in x:
-        # What SDXL is told besides is for the further prompt what it is for the first.
+        # SDXL's added conditioning is the same for the further prompt as for the first.
         more = [x["other"][:, None], *(None if y is None else y[:, 1:] for y in fields[1:])]
         fields = [None if y is None else jnp.concatenate([y, z], 1) for y, z in zip(fields, more, strict=True)]
     model = Denoiser(unet, params, Text(*fields), tile(tuple(controls), n))
@@ -141,7 +141,7 @@ def vmix_config(unet: Any, params: Any, tokens: int, labels: Any = None) -> Any:
 
 
 def ours_with_vmix(row: Row) -> Program:
-    """Our sampler under an adapter: binding it to the prompts' labels is part of the call, as nothing is left out."""
+    """Run our sampler under an adapter, including binding it to the prompts' labels in each call."""
     from jaxmix.controls import vmix
     from jaxmix.models import UNet2DConditionModel, UNetConfig
     from jaxmix.types import InputError

@@ -1,4 +1,4 @@
-"""The program of an engine: ours, ours under a method, or the same of diffusers' Flax models."""
+"""The program of an engine: ours, ours under a method, or that of diffusers' Flax models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.bench.rows import METHODS, Row, configs
 def program(engine: str, row: Row) -> Program:
     """Return the program of one of our engines or of "flax" for a row.
 
-    Raises ImportError if diffusers has no Flax models, and `InputError` for a row that a method has no part in.
+    Raises ImportError if diffusers has no Flax models, and `InputError` for a row that does not involve the method.
     """
     if engine in METHODS:
         return method_program(engine, row, ours(row), unet_of(row))
@@ -23,7 +23,7 @@ def program(engine: str, row: Row) -> Program:
 
 
 def _flax(row: Row) -> Program:
-    """diffusers' Flax modules, driven as its Flax pipelines drive them: branches concatenated, a fori_loop."""
+    """Drive diffusers' Flax modules as its Flax pipelines do: branches concatenated, a fori_loop."""
     from diffusers import FlaxAutoencoderKL, FlaxDDIMScheduler, FlaxUNet2DConditionModel
 
     found, dtype = configs(row.model, row.tiny), jnp.dtype(row.dtype)
@@ -45,7 +45,7 @@ def _flax(row: Row) -> Program:
 
         return Program(decode, cast(jax.eval_shape(vae.init_weights, key), dtype), inputs)
 
-    # Its norms have 32 groups, whatever the configuration says: mini's have 16 elsewhere.
+    # Its norms have 32 groups, whatever the configuration says, where mini's otherwise have 16.
     unet = FlaxUNet2DConditionModel(**known(FlaxUNet2DConditionModel, found["unet"]), dtype=dtype)
     params = cast(jax.eval_shape(unet.init_weights, key), dtype)
 

@@ -1,8 +1,8 @@
-"""Run one UNet forward at the released size, with random weights: Stable Diffusion 1.5 against torch, or SDXL alone.
+"""Run one UNet forward pass at the released size, with random weights: Stable Diffusion 1.5 against torch, or SDXL.
 
-sd15 builds the model in torch diffusers, saves it, loads the file here, and prints the largest relative error with the
-seconds of both. sdxl makes bfloat16 weights leaf by leaf and prints seconds and memory. Each engine runs in a process
-of its own, so that its peak memory is its own. Nothing is downloaded.
+sd15 builds the model in torch diffusers, saves it, loads the file here, and prints the largest relative error and the
+seconds of both. sdxl makes bfloat16 weights leaf by leaf and prints seconds and memory. Each engine runs in its own
+process, so that its peak memory can be told apart. Nothing is downloaded.
 
     python -m scripts.bench.real_size sd15
     python -m scripts.bench.real_size sdxl --dtype bfloat16
@@ -55,7 +55,7 @@ class Config:
 
 @dataclasses.dataclass
 class Measured:
-    """What one engine gave: output NHWC, seconds of the first call and of a later one, peak resident GiB."""
+    """The result of one engine: output NHWC, seconds of the first call and of a later one, peak resident GiB."""
 
     output: np.ndarray
     first: float
@@ -63,11 +63,11 @@ class Measured:
     peak: float
 
     def line(self, name: str) -> str:
-        return f"{name}: {self.median:.2f} s a forward, first call {self.first:.1f} s, peak memory {self.peak:.1f} GiB"
+        return f"{name}: {self.median:.2f} s per forward pass, first call {self.first:.1f} s, peak {self.peak:.1f} GiB"
 
 
 def inputs(cfg: UNetConfig, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, AddedCond | None]:
-    """Return latents (1, side, side, 4), timestep (1,), context (1, 77, d) and what SDXL is told besides."""
+    """Return latents (1, side, side, 4), timestep (1,), context (1, 77, d) and SDXL's added conditioning."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, side, side, cfg.in_channels), np.float32)
     context = rng.standard_normal((1, 77, cfg.cross_attention_dim), np.float32)
@@ -79,7 +79,7 @@ def inputs(cfg: UNetConfig, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def measure(run: Callable[[], np.ndarray]) -> Measured:
-    """Time a forward, the first call apart."""
+    """Time a forward pass, the first call separately."""
     seconds = []
     for _ in range(1 + RUNS):
         start = time.perf_counter()
@@ -120,12 +120,12 @@ def run_ours(model: str, side: int, dtype: str, folder: str | None) -> Measured:
 
 
 def main(cfg: Config) -> int:
-    """Run the engines one after the other and print what they took."""
+    """Run the engines one after another and print their seconds and memory."""
     side = cfg.latents or CONFIGS[cfg.model].sample_size
     dtype = cfg.dtype or {"sd15": "float32", "sdxl": "bfloat16"}[cfg.model]
     assert isinstance(side, int)
     if side < 1:
-        raise InputError(f"latents={side}: expected a positive number of cells")
+        raise InputError(f"latents: found {side}, expected a positive number of cells")
     print(f"{cfg.model}: latents {side}x{side}, batch 1, {os.cpu_count()} CPU cores", flush=True)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -30,7 +30,7 @@ ENGINES = (*PEERS, "ours-vmix", *METHODS)  # those after the peers: for their ra
 DTYPES = ("float32", "bfloat16")
 PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent
 
-# Shrunk, for `--tiny`: 32 channels is the least that the fixed 32 groups of diffusers' Flax norms take.
+# Shrunk, for `--tiny`: the fixed 32 groups of diffusers' Flax norms need at least 32 channels.
 _TINY_UNET = {
     "sample_size": 8,
     "block_out_channels": [32, 64],
@@ -67,7 +67,7 @@ _TINY = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the table. ``batch`` counts images; under guidance the UNet sees two rows an image."""
+    """One row of the table. ``batch`` counts images; under guidance the UNet sees two rows per image."""
 
     model: str
     task: str
@@ -87,7 +87,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """The defaults of a kind of run; every flag wins over them."""
+    """The defaults of a kind of run; every flag overrides them."""
 
     models: str
     latents: dict[str, tuple[int, ...]]
@@ -135,14 +135,14 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
     """Split a comma list of positive integers; raises InputError."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise InputError(f"--{flag}: found {text!r}, expected positive integers with commas between")
+        raise InputError(f"--{flag}: found {text!r}, expected positive integers separated by commas")
     return tuple(int(part) for part in parts)
 
 
 def check(steps: int, rounds: int, out: str) -> None:
-    """Raise InputError for a number below one, or an output file in no folder."""
+    """Raise InputError for a number below one, or an output file in a missing folder."""
     if steps < 1 or rounds < 1:
-        raise InputError(f"--steps {steps} --rounds {rounds}: expected at least 1")
+        raise InputError(f"--steps, --rounds: found {steps} and {rounds}, expected at least 1")
     if out and not Path(out).absolute().parent.is_dir():
         raise InputError(f"--out {out}: no such folder")
 
@@ -159,8 +159,7 @@ def plan(
 ) -> list[Row]:
     """List the rows, the most important first; empty ``latents`` and ``batch`` take the preset's of each model.
 
-    Small before large and the UNet before what is made of it, decoding last: a run that is cut short has lost the
-    least.
+    Small before large and the UNet before programs that contain it, decoding last: an interrupted run loses the least.
     """
     rows = []
     for model in models:
@@ -199,7 +198,7 @@ def configs(model: str, tiny: bool = False) -> dict[str, Any]:
 
 
 def added_width(unet: dict[str, Any]) -> int:
-    """Return the width of the pooled text that a UNet configuration asks for (0: it takes none)."""
+    """Return the width of the pooled text that a UNet configuration needs (0: none)."""
     if unet.get("addition_embed_type") is None:
         return 0
     return unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]

@@ -1,4 +1,4 @@
-"""What the rounds say: medians, spread, disturbed rounds, and the tables in Markdown."""
+"""The results of the rounds: medians, spread, disturbed rounds, and the tables in Markdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STEADY = 0.9  # a round with less than this share of the best round's cores was
 def peak_tflops(device: str, dtype: str) -> float | None:
     """Return the dense matrix peak of a device in TFLOP/s for bfloat16, None for another dtype or an unknown device.
 
-    In float32 the engines run at precisions of their own (TF32 or not), of which no one peak is.
+    In float32 the engines use different precisions (TF32 or not), so there is no single peak.
     """
     rate = data_sheet_rate(device, dtype) if dtype == "bfloat16" else None
     return None if rate is None else rate / 1e12
@@ -23,9 +23,9 @@ def peak_tflops(device: str, dtype: str) -> float | None:
 def summary(rounds: Sequence[Mapping[str, float]], cores: bool = True) -> dict[str, Any]:
     """Return median, minimum and maximum of the rounds' wall seconds, and how many were disturbed.
 
-    A round is disturbed where the process got clearly fewer cores (CPU seconds a wall second) than in its best round:
-    something else had them. Those rounds are left out as long as half of the rounds remain. ``cores`` False: the work
-    is not the CPU's, and no round is marked.
+    A round is disturbed if the process got clearly fewer cores (CPU seconds per wall second) than in its best round,
+    because something else had them. Those rounds are left out as long as half of the rounds remain. ``cores`` False:
+    the CPU does not do the work, and no round is marked.
     """
     used = [r["cpu_s"] / r["wall_s"] if r["wall_s"] > 0 else 0.0 for r in rounds]
     disturbed = [cores and u < _STEADY * max(used) for u in used]
@@ -92,7 +92,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     out = [
         f"{result['date']}, {where}; {result['dtype']}; {versions}",
         "",
-        "Median seconds a call (minimum-maximum), and how many times faster ours is:",
+        "Median seconds per call (minimum-maximum), and how many times faster ours is:",
         "",
         *table([*lead, *engines, *heads], [
             [*_row_names(row), *(timing(row["engines"].get(e, {})) for e in engines), *ratios(row["engines"])]

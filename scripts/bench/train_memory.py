@@ -5,8 +5,8 @@
     python -m scripts.bench.train_memory --model sd15 --platform cpu --steps 3      # runs it here, with random weights
 
 The step is the trainer's own (`train.vmix`) with the keys of configs/vmix_MODEL.yaml, compiled from shapes alone.
-Compiling for a TPU needs no TPU, only libtpu: pip install "jax[tpu]". The status is 1 where the compiled step holds
-something twice, or the optimiser more than the adapter.
+Compiling for a TPU needs no TPU, only libtpu: pip install "jax[tpu]". The status is 1 if the compiled step holds
+something twice, or the optimiser holds more than the adapter.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Config:
         fsdp: devices over which the weights are split.
         cached: latents and text states come from a cache, so that no encoder is in the step.
         latents: side of the square latents, in cells of 8 px; the model's own if null.
-        rank: of the LoRA; 0 for none.
+        rank: rank of the LoRA; 0 for none.
         lora_targets: regular expression over the UNet's modules.
         mixed_precision: "no" or bf16.
         gradient_checkpointing: recompute activations in the backward pass.
         effort: XLA's effort from -1 (fast compiling) to 1, for a TPU.
-        steps: on the CPU: run so many steps with random weights.
+        steps: on the CPU: run this many steps with random weights.
         tiny: shrink the model, to see that the script works.
         out: JSON file for the numbers; none if empty.
     """
@@ -89,7 +89,7 @@ class Config:
     out: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no run has."""
+        """Refuse numbers that no run can have."""
         for name in ("per_device_batch", "accumulate", "fsdp"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
@@ -101,7 +101,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The trainer's update and the shapes of all that it takes; ``spare`` is held beside it, for validation."""
+    """The trainer's update and the shapes of its arguments; ``spare`` is held beside it, for validation."""
 
     update: Any
     state: TrainState
@@ -111,7 +111,7 @@ class Step:
 
 
 def trainer_config(config: Config) -> vmix.Config:
-    """Return the trainer's configuration from the recipe, with what the command line says otherwise.
+    """Return the trainer's configuration from the recipe, with the overrides of the command line.
 
     Only the keys of the step are read: the trainer itself checks the others.
     """
@@ -121,7 +121,7 @@ def trainer_config(config: Config) -> vmix.Config:
         raise InputError(f"recipe {path}: no such file")
     told = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(told, dict):
-        raise InputError(f"recipe {path}: expected keys and values, found {type(told).__name__}")
+        raise InputError(f"recipe {path}: found {type(told).__name__}, expected keys and values")
     fields = {field.name for field in dataclasses.fields(vmix.Config)}
     keys = {key: value for key, value in told.items() if key in fields}
     for key in ("rank", "lora_targets", "mixed_precision", "gradient_checkpointing"):
@@ -185,7 +185,7 @@ def parameters(params: Any) -> dict[str, int]:
 
 
 def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
-    """Return a tree of shapes with the placement by a tree (or the one for all) of specs."""
+    """Return a tree of shapes placed by specs: a tree, or one for all leaves."""
     if mesh is None:
         return tree
     if isinstance(specs, NamedSharding):
@@ -210,7 +210,7 @@ def compile_step(step: Step, devices: Sequence[Any] | None, fsdp: int) -> tuple[
         batch = placed(step.batch, mesh, rows_over(mesh))
         step = dataclasses.replace(step, state=weights[0], frozen=weights[1], spare=weights[2], batch=batch)
         key = placed(key, mesh, replicated(mesh))
-        # Outputs where the inputs are, so that the next step takes them as they are.
+        # Outputs placed like the inputs, so that the next step takes them as they are.
         outputs = (jax.tree.map(lambda leaf: leaf.sharding, step.state), replicated(mesh))
         update, platforms = jax.jit(update, donate_argnums=0, out_shardings=outputs), ("tpu",)
     began = time.perf_counter()
@@ -230,7 +230,7 @@ def compile_step(step: Step, devices: Sequence[Any] | None, fsdp: int) -> tuple[
     found["state_values"] = count(step.state)
     found["averaged"] = step.state.ema is not None
     found["rows"] = int(step.batch["present"].shape[0])
-    found["flops"] = model_flops(traced.jaxpr)  # what is computed again is no work
+    found["flops"] = model_flops(traced.jaxpr)  # recomputation does not count as work
     found["compile_s"] = seconds
     return step, compiled, found
 
@@ -240,7 +240,7 @@ def checks(found: dict[str, Any]) -> dict[str, bool]:
     parts = sum(found[f"{name}_bytes"] for name in ("frozen", "state", "batch"))
     adapter = sum(found["parameters"].values())
     copies = 4 if found["averaged"] else 3  # weights, two moments, and their average if there is one
-    # A TPU pads the last two axes to whole tiles, which the narrow pieces of split weights feel.
+    # A TPU pads the last two axes to whole tiles, which matters for the narrow pieces of split weights.
     slack = 0.1 if found["fsdp"] > 1 else 0.01
     return {
         f"arguments are frozen + state + batch, to {slack:.0%}": abs(found["argument_bytes"] - parts) <= slack * parts,
@@ -254,7 +254,7 @@ def checks(found: dict[str, Any]) -> dict[str, bool]:
 
 
 def run(step: Step, compiled: Any, steps: int) -> dict[str, Any]:
-    """Run a compiled step on this machine with random weights; seconds of each step, and the process's peak memory."""
+    """Run a compiled step on this machine with random weights; return seconds of each step, and peak process memory."""
     rng = np.random.default_rng(0)
     frozen = quick_params(step.frozen, rng)
     params = quick_params(step.state.params, rng)
@@ -316,7 +316,7 @@ def report(config: Config, cfg: vmix.Config, found: dict[str, Any]) -> str:
     remat = "on" if cfg.gradient_checkpointing else "off"
     average = "its average, " if found["averaged"] else ""
     lines = [
-        f"{config.model}{' (tiny)' if config.tiny else ''} on {where}: {found['rows']} rows a step, {source}, "
+        f"{config.model}{' (tiny)' if config.tiny else ''} on {where}: {found['rows']} rows per step, {source}, "
         f"{dtype}, rank {cfg.rank}, gradient checkpointing {remat}, compiled in {found['compile_s']:.0f} s",
         f"trains {sum(learns.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in learns.items()),
         f"frozen {found['frozen_parameters']:,}: {gib['frozen']:.3f} GiB (held beside it: {gib['spare']:.3f})",
@@ -324,13 +324,13 @@ def report(config: Config, cfg: vmix.Config, found: dict[str, Any]) -> str:
         f"batch {gib['batch']:.3f} GiB",
         f"compiled: arguments {gib['argument']:.3f} GiB, outputs {gib['output']:.3f} of which in place "
         f"{gib['alias']:.3f}, temporaries {gib['temp']:.3f}, peak {gib['peak']:.3f}",
-        f"{found['flops'] / 1e12:.3f} TFLOP a step, {found['flops'] / 1e12 / found['rows']:.3f} a row",
+        f"{found['flops'] / 1e12:.3f} TFLOP per step, {found['flops'] / 1e12 / found['rows']:.3f} per row",
     ]
     lines += [f"{'ok' if holds else 'NOT SO'}: {name}" for name, holds in found["checks"].items()]
     if "step_s" in found:
-        # The first step touches its memory for the first time.
+        # The first step is the first to touch its memory.
         rest = found["step_s"][1:] or found["step_s"]
-        lines.append(f"{statistics.median(rest):.1f} s a step, peak memory of the process {gib['peak_rss']:.2f} GiB")
+        lines.append(f"{statistics.median(rest):.1f} s per step, peak memory of the process {gib['peak_rss']:.2f} GiB")
     return "\n".join(lines)
 
 
@@ -338,7 +338,7 @@ def main(config: Config) -> int:
     """Compile the step, print what it needs, run it if asked."""
     if config.out and not Path(config.out).absolute().parent.is_dir():
         raise InputError(f"--out {config.out}: no such folder")
-    jax.config.update("jax_platforms", "cpu")  # where there is a device, it is not for this
+    jax.config.update("jax_platforms", "cpu")  # this needs no device, even if there is one
     cfg = trainer_config(config)
     devices = tpu_devices(config) if config.platform == "tpu" else None
     made = make_step(config, cfg, len(devices or [0]))

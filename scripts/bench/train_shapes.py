@@ -1,4 +1,4 @@
-"""The shapes of what a VMix training step takes, for the real architectures: nothing is computed, no weights exist."""
+"""The shapes of a VMix training step's arguments, for the real architectures: nothing is computed, no weights exist."""
 
 from __future__ import annotations
 

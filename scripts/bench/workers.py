@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class WorkerError(Exception):
-    """A worker could not do what it was asked; the message says why."""
+    """A worker could not carry out an order; the message says why."""
 
 
 class Worker:
     """One engine in one process, with the persistent compile caches in ``cache``.
 
     ``about`` is its first answer: "versions" and "device", or a "reason" why there is no such engine here, with which
-    every later question fails too.
+    every later order fails, too.
     """
 
     def __init__(self, engine: str, device: str, cache: Path, start_seconds: float = 300.0) -> None:
@@ -73,7 +73,7 @@ class Worker:
             self.close()
             raise WorkerError(f"stopped after {seconds:.0f} s") from None
         if line is None:
-            self._answers.put(None)  # for the next question
+            self._answers.put(None)  # for the next order
             status = self._process.wait()
             killed = " (killed: out of memory?)" if status == -9 else ""
             tail = Path(self._log.name).read_text(errors="replace").strip().splitlines()[-1:]
@@ -92,7 +92,7 @@ class Worker:
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
         except (BrokenPipeError, ValueError):
-            seconds = 10.0  # it has ended: the answer says how
+            seconds = 10.0  # it has ended, and the answer says how
         found = self._answer(seconds)
         if "reason" in found:
             raise WorkerError(found["reason"])
@@ -113,7 +113,7 @@ class Worker:
 
 
 def available_bytes() -> int:
-    """Return the main memory that programs can still take."""
+    """Return the main memory that is still available to programs."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

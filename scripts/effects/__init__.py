@@ -1,1 +1,1 @@
-"""What each method does to the embedded model's pictures, measured with intervals."""
+"""The effect of each method on the embedded model's pictures, measured with intervals."""

@@ -1,4 +1,4 @@
-"""Pictures of each condition of an experiment, drawn once and kept: an interrupted run goes on where it stopped."""
+"""Pictures of each condition of an experiment, drawn once and kept: an interrupted run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Condition:
     """What differs between the pictures of two conditions; their prompts, seeds and settings are the same.
 
     `model` and `adapter` are names in the studio's mappings, `adapter` "" for none; `scale` 0 leaves its value mixing
-    out; `lora` is the strength of its LoRA; `words` are the dimensions whose label words the prompts say.
+    out; `lora` is the strength of its LoRA; `words` are the dimensions whose label words are in the prompts.
     """
 
     model: str = "base"
@@ -48,7 +48,7 @@ def digest(tree: Any) -> str:
 
 
 class Studio:
-    """Draws the pictures of conditions, batch by batch, and keeps them under `folder`."""
+    """Draw the pictures of conditions, batch by batch, and keep them under `folder`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Studio:
         self._merged: dict[tuple[str, str, float], jaxmix.Pipeline] = {}
 
     def pipeline(self, condition: Condition) -> jaxmix.Pipeline:
-        """The pipeline of a condition, with its LoRA merged."""
+        """Return the pipeline of a condition, with its LoRA merged."""
         pipe = self.models[condition.model]
         if not condition.lora:
             return pipe
@@ -78,14 +78,14 @@ class Studio:
         return self._merged[key]
 
     def _lora(self, condition: Condition) -> jaxmix.LoRA:
-        """The LoRA of a condition's adapter. Raises `InputError` where its file has none."""
+        """Return the LoRA of a condition's adapter. Raises `InputError` if its file has none."""
         lora = self.adapters[condition.adapter].lora
         if lora is None:
             raise InputError(f"{condition.adapter}: found no LoRA in this VMix file, expected one trained along")
         return lora
 
     def control(self, condition: Condition, pipe: jaxmix.Pipeline) -> tuple[Any, ...]:
-        """The controls of a condition, for any number of pictures."""
+        """Return the controls of a condition, for any number of pictures."""
         if not condition.scale:
             return ()
         return (self.adapters[condition.adapter].bind(pipe, condition.labels, condition.scale),)
@@ -116,7 +116,7 @@ class Studio:
         return self.folder / f"{key}.npz"
 
     def draw(self, name: str, condition: Condition, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Return one picture a prompt, uint8 (n, H, W, 3); picture i has the noise of seed `seed + i` everywhere."""
+        """Return one picture per prompt, uint8 (n, H, W, 3); picture i always has the noise of seed `seed + i`."""
         captions = [with_words(row["caption"], condition.words) for row in rows]
         path = self._path(condition, captions)
         if path.is_file():

@@ -69,7 +69,7 @@ SWITCHES: dict[str, dict[str, Any] | None] = {
 
 
 def measure_fused(images: np.ndarray, some: Sequence[Fused], scorer: Scorer) -> dict[str, np.ndarray]:
-    """Measure uint8 pictures, one value a picture.
+    """Measure uint8 pictures, one value per picture.
 
     Whether each object, and both, are the scorer's first two; the scorer's probability of the expert's style.
     """
@@ -85,7 +85,7 @@ def measure_fused(images: np.ndarray, some: Sequence[Fused], scorer: Scorer) -> 
 
 
 def average(pipe: jaxmix.Pipeline, expert: jaxmix.Pipeline, some: Sequence[Fused], seeds: Sequence[int]) -> np.ndarray:
-    """Draw with the mean of both models' guided predictions, uint8: what blending has to beat."""
+    """Draw with the mean of both models' guided predictions, uint8, which blending has to beat."""
     models, contexts, solver = _both(pipe, expert, some)
     x = _average(pipe.unet, models, contexts, solver, pipe.initial_latents(seeds), pipe.default_guidance_scale)
     return pipe.decode(x)
@@ -150,5 +150,5 @@ def _blended(
 
 
 def arguments(fusion: Mapping[str, Any], some: Sequence[Fused], expert: jaxmix.Pipeline) -> dict[str, Any]:
-    """Return what a condition hands to `Pipeline.generate`."""
+    """Return the arguments of a condition for `Pipeline.generate`."""
     return {"methods": (jaxmix.MagicFusion([one.expert for one in some], expert, **fusion),)}

@@ -1,4 +1,4 @@
-"""What is measured on pictures with known prompts, and the same on the real labelled scenes of those prompts."""
+"""Measures of pictures with known prompts, and the same of the real labelled scenes of those prompts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from train.scorer import Scorer
 from train.segmenter import Segmenter, distance_from_middle
 
 Measures = dict[str, np.ndarray]
-"""One value a picture: the four dimensions, and whether the scorer finds the right `object` and `style` (1 or 0)."""
+"""One value per picture: the four dimensions, and whether the scorer finds the right `object` and `style` (1 or 0)."""
 
 SIZE_WORDS = ("small", "big")
 TIMESTEPS = (900, 700, 500, 300, 100)
 
 
 def make_prompts(split: str, n: int, seed: int, objects: int = 24) -> list[dict[str, Any]]:
-    """Draws n neutral prompts of one object from a split that training never shows, with their answers and `plan`.
+    """Draw n neutral prompts of one object from a split that training never shows, with their answers and `plan`.
 
     Those of `eval_prompts`; once all their pairs have met all backgrounds, the same with a size word. The number of
     different captions is three times that of pairs x backgrounds.
@@ -42,7 +42,7 @@ def make_prompts(split: str, n: int, seed: int, objects: int = 24) -> list[dict[
 
 
 def with_words(caption: str, dimensions: Sequence[str]) -> str:
-    """Say the labels in the prompt, as training captions do: "..., vivid colors, bright"."""
+    """Name the labels in the prompt, as training captions do: "..., vivid colors, bright"."""
     return ", ".join([caption, *(LABEL_WORDS[d][0] for d in LABEL_WORDS if d in dimensions)])
 
 
@@ -52,7 +52,7 @@ def measure_pictures(
     """Measure uint8 pictures (n, 64, 64, 3) of n prompts.
 
     color: saturation; light: luminance; focus: mean absolute Laplacian; composition: minus the distance of the
-    objects' bounding box from the middle, a share of the width, by the segmenter, NaN where it finds none.
+    objects' bounding box from the centre, a share of the width, by the segmenter, NaN if it finds none.
     """
     values, together = [measure(image) for image in images], min(128, len(images))
     said = scorer(images, together)
@@ -79,7 +79,7 @@ def real_scenes(
 ) -> dict[str, np.ndarray]:
     """Paint n scenes of the prompts without labels (""), with each label alone, and with all: uint8 (n, 64, 64, 3).
 
-    Picture i differs between the sets in its labels alone. A share `negative` of the pictures has the opposite of a
+    Picture i differs between the sets only in its labels. A share `negative` of the pictures has the opposite of a
     label (blurred, off-centre) in the sets without it, as pictures without that label do in training.
     """
     scenes = Scenes(seed=seed, split=rows[0]["split"], two_objects=0.0, three_objects=0.0)

@@ -13,7 +13,7 @@ GAP, HEADER, CAPTION = 6, 24, 20  # pixels
 def labelled_grid(
     path: str | Path, columns: Sequence[tuple[str, np.ndarray]], captions: Sequence[str], enlarge: int = 3
 ) -> Path:
-    """Write a PNG of columns (name, uint8 (rows, H, W, 3)), one row a caption, and return its path."""
+    """Write a PNG of columns (name, uint8 (rows, H, W, 3)), one row per caption, and return its path."""
     from PIL import Image, ImageDraw, ImageFont
 
     _, height, width, _ = columns[0][1].shape

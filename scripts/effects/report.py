@@ -1,4 +1,4 @@
-"""What was found about an adapter, as tables to read, a table for the README, and numbers for a JSON file."""
+"""The findings about an adapter, as tables to read, a table for the README, and numbers for a JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.scenes import DIMENSIONS
 
 LIMIT = 0.01  # p-value below which an effect counts
 FALL = 0.02  # of the object and style accuracy, at most
-KEPT = 0.7  # share of the effect that must be left on a fine-tuned model
+KEPT = 0.7  # share of the effect that must remain on a fine-tuned model
 SCORES = ("object", "style")
 
 
@@ -39,18 +39,18 @@ class Findings:
     finetuned: dict[str, Measures]
 
     def effect(self, name: str, measure: str, than: str = "base") -> Effect:
-        """The paired difference of a condition from the base (or another condition), in sd of the base."""
+        """Return the paired difference of a condition from the base (or another condition), in sd of the base."""
         base = self.measures["base"][measure]
         unit = paired(base, base).sd
         return paired(self.measures[name][measure], self.measures[than][measure], unit)
 
     def kept(self) -> list[tuple[Effect, Effect]]:
-        """For each dimension the effect on the fine-tuned model and that on the base model."""
+        """Return for each dimension the effect on the fine-tuned model and that on the base model."""
         after, before = self.finetuned["all 1"], self.finetuned["base"]
         return [(paired(after[d], before[d]), self.effect("all 1", d)) for d in DIMENSIONS]
 
     def share_kept(self) -> tuple[float, float]:
-        """The share of the effect that is left on the fine-tuned model, and half of its interval.
+        """Return the share of the effect that remains on the fine-tuned model, and half of its interval.
 
         The ratio of the sums over the dimensions, in sd of the base's pictures: a dimension that hardly moves weighs
         little.
@@ -67,7 +67,7 @@ class Findings:
 
 
 def cell(effect: Effect, p: bool = False) -> str:
-    """An effect in sd with its interval, such as "+0.81 ±0.07", and its p-value if asked."""
+    """Return an effect in sd with its interval, such as "+0.81 ±0.07", and its p-value if asked."""
     text = f"{effect.in_sd:+.2f} ±{effect.half_in_sd:.2f}"
     return f"{text} p={effect.p:.0e}" if p else text
 
@@ -79,7 +79,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def verdicts(found: Findings) -> list[Verdict]:
-    """Return what is asked of a trained adapter, one by one."""
+    """Return the requirements of a trained adapter, one by one."""
     result = []
     for d in DIMENSIONS:
         moved = found.effect("all 1", d)
@@ -115,7 +115,7 @@ def verdicts(found: Findings) -> list[Verdict]:
 
 
 def accuracy(found: Findings, name: str, score: str) -> str:
-    """The share judged right in per cent, and the paired difference from the base in points."""
+    """Return the share judged right in per cent, and the paired difference from the base in points."""
     share = 100 * float(found.measures[name][score].mean())
     if name == "base":
         return f"{share:.1f}"
@@ -175,7 +175,7 @@ def report(found: Findings) -> str:
 
 
 def mean_distance(sites: Mapping[str, float]) -> float:
-    """The mean over sites."""
+    """Return the mean over sites."""
     return float(np.mean(list(sites.values())))
 
 
@@ -229,7 +229,7 @@ def as_json(found: Findings) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Put null where a number is not finite, which JSON cannot say."""
+    """Replace numbers that are not finite by null, since JSON has none."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Paired differences with intervals and p-values, ratios of effects, and what is asked of a matrix of effects."""
+"""Paired differences with intervals and p-values, ratios of effects, and requirements of a matrix of effects."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Effect:
         return self.mean == 0 and self.half == 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers for a JSON file."""
+        """Return the numbers for a JSON file."""
         return {**dataclasses.asdict(self), "in_sd": self.in_sd, "half_in_sd": self.half_in_sd}
 
 
@@ -66,7 +66,7 @@ def paired(changed: np.ndarray, before: np.ndarray, sd: float | None = None) -> 
 
 
 def spread(values: np.ndarray) -> float:
-    """Standard deviation (n - 1) of the values that are not NaN."""
+    """Return the standard deviation (n - 1) of the values that are not NaN."""
     values = np.asarray(values, np.float64)
     values = values[np.isfinite(values)]
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0
@@ -81,7 +81,7 @@ def ratio(a: Effect, b: Effect) -> tuple[float, float]:
 
 
 def pooled(effects: Sequence[Effect], units: Sequence[float]) -> Effect:
-    """Return the sum of effects, each in its unit, as one; its interval takes them for independent, `p` is NaN."""
+    """Return the sum of effects, each in its unit, as one; its interval assumes independence, `p` is NaN."""
     pairs = [(e, unit) for e, unit in zip(effects, units, strict=True) if unit > 0]
     half = math.sqrt(sum((e.half / unit) ** 2 for e, unit in pairs))
     return Effect(sum(e.mean / unit for e, unit in pairs), half, math.nan, min(e.n for e in effects), 1.0)
@@ -93,7 +93,7 @@ Matrix = Mapping[str, Mapping[str, Effect]]
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One thing that is asked, what was found, and whether that is enough."""
+    """One requirement, what was found, and whether that is enough."""
 
     text: str
     passed: bool
@@ -105,7 +105,7 @@ class Verdict:
 def matrix_verdicts(
     found: Matrix, own: Matrix, share: float = 0.6, leak: float = 0.2, whose: str = "the scenes' own"
 ) -> list[Verdict]:
-    """Judge a matrix by that of the real scenes, both in standard deviations of their own neutral pictures.
+    """Judge a matrix by that of the real scenes, each in standard deviations of its own neutral pictures.
 
     On the diagonal an effect must reach `share` of the scenes' own, in their direction; off the diagonal its size must
     not exceed the size of the scenes' own by more than `leak`.

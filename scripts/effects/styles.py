@@ -47,7 +47,7 @@ class StyledSet:
 
 
 def sets(n: int, seed: int) -> list[StyledSet]:
-    """Return n sets of four objects on one background, each with its style named in the first prompt alone."""
+    """Return n sets of four objects on one background, each with its style named in the first prompt only."""
     scenes = Scenes(split="all", seed=seed, two_objects=0.0, three_objects=0.0)
     backgrounds, styles = sorted(BACKGROUND_WORDS), list(scenes.styles)
     found = []
@@ -96,7 +96,7 @@ def strips(images: np.ndarray) -> np.ndarray:
 
 
 def measure_sets(images: np.ndarray, some: Sequence[StyledSet], scorer: Scorer) -> dict[str, np.ndarray]:
-    """Measure uint8 pictures (4 n, 64, 64, 3), one value a set, of its three others against its reference.
+    """Measure uint8 pictures (4 n, 64, 64, 3), one value per set, of the other three against the reference.
 
     agree: the dot product of the scorer's style probabilities; gram: distance of patch covariances; object: share drawn
     right.
@@ -128,7 +128,7 @@ class Pairs:
 
 
 def pairs(n: int, seed: int) -> Pairs:
-    """Paint n contents and n styles; the two of a pair differ in object and style and share nothing else by intent."""
+    """Paint n contents and n styles; the two of a pair differ in object and style, and agree only by chance."""
     scenes = Scenes(split="all", seed=seed, two_objects=0.0, three_objects=0.0)
     kinds, backgrounds = list(scenes.styles), sorted(BACKGROUND_WORDS)
     contents, styles, objects, named, masks = [], [], [], [], []
@@ -203,7 +203,7 @@ def psnr(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def measure_transfer(images: np.ndarray, some: Pairs, scorer: Scorer, segmenter: Segmenter) -> dict[str, np.ndarray]:
-    """Measure uint8 pictures of pairs, one value a picture.
+    """Measure uint8 pictures of pairs, one value per picture.
 
     style: the scorer's probability of the style picture's style; gram: distance of patch covariances from it; edges:
     correlation of edges with the content; iou: of the segmenter's objects with the content's; object: drawn right.

@@ -1,7 +1,7 @@
 """Measure what DenseDiffusion, StyleAligned, StyleID and MagicFusion do to the embedded model's pictures.
 
 Paired differences with intervals, on cases that training never shows, against plain prompting, the papers' ablations
-and other baselines. Pictures are kept under `out`, so an interrupted run goes on.
+and other baselines. Pictures are kept under `out`, so an interrupted run can be resumed.
 
     python -m scripts.effects.training_free --out runs/effects_training_free
     python -m scripts.effects.training_free --methods dense,aligned --cases 40
@@ -43,7 +43,7 @@ class Config:
         methods: some of dense, aligned, styleid, fusion, separated by commas.
         model: "mini" or a diffusers folder of 64 px images.
         expert: diffusers folder of the expert for fusion (configs/mini_pixel.yaml trains one); left out if empty.
-        cases: layouts of each number of objects, sets, pairs of pictures or of prompts; each drawn once a condition.
+        cases: layouts of each number of objects, sets, pairs of pictures or of prompts; each drawn once per condition.
         steps: steps of StyleID and its inversions; the other methods take the model's own.
         grid_rows: cases on the pictures.
         batch_size: pictures drawn at a time.
@@ -62,18 +62,18 @@ class Config:
     out: str = "runs/effects_training_free"
 
     def __post_init__(self) -> None:
-        """Refuse values that could only fail later."""
+        """Refuse values that would fail later."""
         for name, least in (("cases", 2), ("steps", 2), ("grid_rows", 1), ("batch_size", styles.SET)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected {least} or more")
         if unknown := [m for m in self.methods.split(",") if m not in METHODS]:
             raise InputError(f"methods: found {unknown[0]!r}, expected some of {', '.join(METHODS)}")
         if "fusion" in self.methods.split(",") and not self.expert and self.methods != Config.methods:
-            raise InputError("methods: fusion needs --expert, the folder of a fine-tuned model")
+            raise InputError("methods: found fusion, expected also --expert, the folder of a fine-tuned model")
 
 
 class Studio:
-    """Draws pictures batch by batch, keeps them, and says how far it is."""
+    """Draw pictures batch by batch, keep them, and report progress."""
 
     def __init__(self, cfg: Config, pipe: jaxmix.Pipeline) -> None:
         self.cfg, self.pipe = cfg, pipe
@@ -135,9 +135,9 @@ def table(title: str, found: Measured, base: str, units: Mapping[str, str]) -> s
 
 
 def dense(studio: Studio, judges: Any) -> dict[str, Any]:
-    """Layouts of two and of three objects, under captions that say their places and under such that do not.
+    """Measure layouts of two and of three objects, under captions that name their places and captions that do not.
 
-    The ablations are for two objects under captions that do not: the words do nearly all where they can.
+    The ablations are for two objects under captions that do not: otherwise the words do nearly everything.
     """
     cfg, pipe = studio.cfg, studio.pipe
     segmenter, scorer = judges
@@ -175,7 +175,7 @@ def _layout(case: layouts.Case) -> np.ndarray:
 
 
 def aligned(studio: Studio, judges: Any) -> dict[str, Any]:
-    """Sets in the style of their first image."""
+    """Measure sets drawn in the style of their first image."""
     cfg, pipe = studio.cfg, studio.pipe
     some = styles.sets(cfg.cases, cfg.seed)
     drawn = {}
@@ -200,7 +200,7 @@ def aligned(studio: Studio, judges: Any) -> dict[str, Any]:
 
 
 def styleid(studio: Studio, judges: Any) -> dict[str, Any]:
-    """Real pictures in the style of others."""
+    """Measure real pictures redrawn in the style of others."""
     cfg, pipe = studio.cfg, studio.pipe
     segmenter, scorer = judges
     some = styles.pairs(cfg.cases, cfg.seed)
@@ -226,7 +226,7 @@ def styleid(studio: Studio, judges: Any) -> dict[str, Any]:
 
 
 def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
-    """Two models in one picture."""
+    """Measure two models in one picture."""
     cfg, pipe = studio.cfg, studio.pipe
     expert = load_model(cfg.expert)
     some = fusion.fused(cfg.cases, cfg.seed)

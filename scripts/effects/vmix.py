@@ -2,7 +2,7 @@
 
 Each dimension's own measure against the base and against the same words in the prompt; one label at a time beside real
 labelled scenes; object and style accuracy; the attention maps; ablations; a fine-tuned model. Pictures are kept under
-`out`, so an interrupted run goes on, and the tables of a finished one are printed again at once.
+`out`, so an interrupted run can be resumed, and the tables of a finished one are reprinted at once.
 
     python -m scripts.effects.vmix --adapter mini-vmix --out runs/effects
     python -m scripts.effects.vmix --adapter runs/vmix/adapter.safetensors --finetuned runs/pixel/pipeline
@@ -49,12 +49,12 @@ class Config:
         adapter: "mini-vmix" or the safetensors file of a VMix adapter for color, light, focus and composition.
         model: "mini" or a diffusers folder of 64 px images that the adapter was trained for.
         lora: strength of the LoRA that was trained along with the adapter; 0, or a file without one, leaves it out.
-        scales: strengths (lambda) at which all labels are drawn; 1 always is.
+        scales: strengths (lambda) at which all labels are drawn; 1 is always included.
         lora_only: ablation, a VMix file of which only the LoRA is applied, at strength 1; left out if empty.
         value_only: ablation, a VMix file without LoRA, all labels at scale 1; left out if empty.
         full: ablation, diffusers folder of the model after full fine-tuning; left out if empty.
         finetuned: diffusers folder of the model after a fine-tune on the held-out style; left out if empty.
-        prompts: held-out prompts, each drawn once a condition.
+        prompts: held-out prompts, each drawn once per condition.
         scenes: real scenes of the same prompts for the reference.
         negative: share of the real scenes without a label that have its opposite, by dimension, as in training.
         map_prompts: prompts for the distance of the attention maps.
@@ -63,7 +63,7 @@ class Config:
         guidance_scale: guidance; the model's own default if null.
         batch_size: pictures drawn at a time.
         seed: of the prompts, the scenes and the first picture.
-        markdown: print the small table for a README, too.
+        markdown: also print the small table for a README.
         out: folder for effects.json, effects.md, the pictures and what is kept between runs.
     """
 
@@ -88,7 +88,7 @@ class Config:
     out: str = "runs/effects"
 
     def __post_init__(self) -> None:
-        """Refuse values that could only fail later."""
+        """Refuse values that would fail later."""
         for name, least in (("prompts", 2), ("scenes", 2), ("map_prompts", 1), ("grid_rows", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected {least} or more")
@@ -103,7 +103,7 @@ def load_model(path: str) -> jaxmix.Pipeline:
     pipe = jaxmix.load(path)
     side = pipe.latent_shape[0] * pipe.vae.config.factor
     if side != SIZE:
-        raise InputError(f"{path}: draws {side} px images, the judges expect {SIZE} px")
+        raise InputError(f"{path}: found images of {side} px, expected {SIZE} px for the judges")
     return pipe
 
 
@@ -112,7 +112,7 @@ def load_adapter(path: str) -> jaxmix.VMix:
     vmix = jaxmix.VMix.load(path)
     if set(vmix.config.dimensions) != set(DIMENSIONS):
         raise InputError(
-            f"{path}: an adapter for {', '.join(vmix.config.dimensions)}, expected {', '.join(DIMENSIONS)}"
+            f"{path}: found an adapter for {', '.join(vmix.config.dimensions)}, expected {', '.join(DIMENSIONS)}"
         )
     return vmix
 
@@ -146,7 +146,7 @@ def reference(
     """Return the effects of labels on real scenes of the prompts, as they are and after the autoencoder.
 
     Both are in standard deviations of the scenes without labels as they are, whose measures come next. Last are the
-    measures of all sets after the autoencoder: what the judge can no longer read there, no adapter can draw.
+    measures of all sets after the autoencoder: no adapter can draw what the judge can no longer recognise there.
     """
     scenes = real_scenes(rows, cfg.scenes, cfg.seed, DIMENSIONS, cfg.negative)
     answers = [rows[i % len(rows)] for i in range(cfg.scenes)]

@@ -1,13 +1,13 @@
-"""Builds the sprite atlas of the training scenes from four emoji packages.
+"""Build the sprite atlas of the training scenes from four emoji packages.
 
     npm install @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/fluent-emoji-flat@1.2.6 \
         @iconify-json/fluent-emoji-high-contrast@1.2.6 @iconify-json/noto@1.2.9
     pip install resvg-py pillow numpy
     python -m scripts.mini.atlas --npm node_modules
 
-Writes `train/scenes/atlas.webp`, `atlas.json` and `LICENSES.md`. The result is committed, so nobody who trains or
-tests needs the packages. The order of OBJECTS matters: a model trained on n objects knows the first n, so the most
-distinct shapes come first, and the last four are left to few-shot personalisation.
+Writes `train/scenes/atlas.webp`, `atlas.json` and `LICENSES.md`. The result is committed, so training and tests do not
+need the packages. The order of OBJECTS matters: a model trained on n objects knows the first n, so the most distinct
+shapes come first, and the last four are reserved for few-shot personalisation.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 
 
 def codepoints(emoji: str) -> tuple[str, ...]:
-    """The spellings under which packages file an emoji: with and without the variation selector."""
+    """Return the spellings under which packages file an emoji: with and without the variation selector."""
     full = "-".join(f"{ord(c):04x}" for c in emoji)
     bare = "-".join(f"{ord(c):04x}" for c in emoji if ord(c) != 0xFE0F)
     return full, bare, f"{bare}-fe0f"
@@ -113,7 +113,7 @@ def read_svg(folder: Path, emoji: str) -> Image.Image:
 
 
 def paper(drawing: Image.Image) -> Image.Image:
-    """Puts white paper inside and a thin way around a black drawing, so that it shows on dark backgrounds too."""
+    """Put white paper inside and a little around a black drawing, so that it also shows on dark backgrounds."""
     size = drawing.width
     margin = size // 12
     canvas = Image.new("RGBA", (size + 2 * margin, drawing.height + 2 * margin))
@@ -131,7 +131,7 @@ def paper(drawing: Image.Image) -> Image.Image:
 
 
 def fit(picture: Image.Image) -> Image.Image:
-    """Trims a picture to its visible part and centres it in a tile, its longer side filling the tile."""
+    """Trim a picture to its visible part and centre it in a tile, its longer side filling the tile."""
     box = picture.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox()
     if box is None:
         raise SystemExit("error: an emoji has no visible part")

@@ -26,12 +26,12 @@ class Config:
     """What to package.
 
     Attributes:
-        pipeline: diffusers folder that train.text_to_image wrote.
-        vae: folder of the autoencoder to take instead of the pipeline's own; the pipeline's own if empty.
-        vmix: adapter.safetensors that train.vmix wrote for the embedded model, instead of a pipeline.
-        out: folder that a pipeline is written to.
-        default_steps: sampling steps where a user names none.
-        default_guidance_scale: guidance where a user names none.
+        pipeline: diffusers folder written by train.text_to_image.
+        vae: folder of the autoencoder to use instead of the pipeline's; the pipeline's if empty.
+        vmix: adapter.safetensors written by train.vmix for the embedded model, instead of a pipeline.
+        out: folder to which a pipeline is written.
+        default_steps: default number of sampling steps.
+        default_guidance_scale: default guidance.
     """
 
     pipeline: str = ""
@@ -42,7 +42,7 @@ class Config:
     default_guidance_scale: float = 3.0
 
     def __post_init__(self) -> None:
-        """Refuse values that could only fail later."""
+        """Refuse values that would fail later."""
         if bool(self.pipeline) == bool(self.vmix):
             raise InputError(f"pipeline, vmix: found {'both' if self.vmix else 'neither'}, expected one of them")
 
@@ -59,7 +59,7 @@ def package_vmix(path: str) -> None:
 
 
 def main(cfg: Config) -> int:
-    """Load, cast to float16, write; what was written is loaded again to see that it opens."""
+    """Load, cast to float16 and write; then load the result to check that it opens."""
     if cfg.vmix:
         package_vmix(cfg.vmix)
         return 0

@@ -2,7 +2,7 @@
 
 First the judges' own accuracy on fresh real scenes, as they are and after a round trip through the model's
 autoencoder, then that of the pictures, each share with a 95 % Wilson interval: objects, style and background; and for
-models that learnt where objects stand (`--arrangement anywhere`), whether they stand where the prompt says.
+models that have learnt places (`--arrangement anywhere`), whether objects are where the prompt says.
 
     python -m scripts.mini.score --model mini --prompts 288 --out scores.json
 """
@@ -33,7 +33,7 @@ Name = Literal["seen", "held_out", "two", "three", "places", "held_out_relations
 
 
 class Kind(NamedTuple):
-    """Prompts of a kind: their split, how many objects they have, and the share that says where these stand."""
+    """Prompts of a kind: their split, how many objects they have, and the share that says where these are."""
 
     title: str
     split: str
@@ -65,7 +65,7 @@ class Config:
             three and places under "centred".
         arrangement: the scenes that the model was trained on, see train.scenes.Scenes: centred or anywhere.
         scorer: weights of the judge of objects, styles and backgrounds.
-        segmenter: weights of the judge of places, trained with by_name; read under "anywhere" alone.
+        segmenter: weights of the judge of places, trained with by_name; read only under "anywhere".
         objects: number of objects that the model was trained on.
         steps: sampling steps; the model's own default if null.
         guidance_scale: guidance; the model's own default if null.
@@ -73,7 +73,7 @@ class Config:
         seed: of the prompts, and of the first picture; picture i of a kind is drawn from seed + i.
         real_scenes: fresh real scenes of each number of objects that the judges are tried on.
         round_trip: how many of these pass through the autoencoder too.
-        out: file for the scores, ending in .json; beside it one grid of pictures a kind. Nothing is written if empty.
+        out: file for the scores, ending in .json; beside it one grid of pictures per kind. Nothing is written if empty.
     """
 
     model: str = "mini"
@@ -92,7 +92,7 @@ class Config:
     out: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse values that could only fail later."""
+        """Refuse values that would fail later."""
         for name in ("prompts", "batch_size", "real_scenes", "round_trip"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
@@ -131,8 +131,8 @@ def score(
 ) -> dict[str, Any]:
     """Return the shares of pictures that are right about each thing that their rows say.
 
-    `relation` is of all whose prompt says how objects stand, `relation_of_right` of those among them with the right
-    objects, and so for `place`.
+    `relation` is of all whose prompt names a relation, `relation_of_right` of those among them with the right objects,
+    and likewise for `place`.
     """
     right, by_name = judge(scorer, images, rows)
     found: dict[str, Any] = {head: share(values) for head, values in right.items()}
@@ -174,7 +174,7 @@ def line(title: str, result: Mapping[str, Any]) -> str:
 
 
 def real_rows(cfg: Config, scorer: Scorer, count: int) -> list[dict[str, Any]]:
-    """Return fresh real scenes of `count` objects with what their captions say of places."""
+    """Return fresh real scenes of `count` objects with what their captions say about places."""
     shares = {"two_objects": float(count == 2), "three_objects": float(count == 3), "labelled": 0.0, "counts": 0.0}
     scenes = Scenes(
         scorer.size,
@@ -196,7 +196,7 @@ def round_trip(pipe: jaxmix.Pipeline, images: np.ndarray, batch_size: int) -> np
 
 
 def draw(pipe: jaxmix.Pipeline, cfg: Config, title: str, captions: Sequence[str]) -> np.ndarray:
-    """Draw a picture of every caption."""
+    """Draw a picture for every caption."""
     parts = []
     with command.progress(len(captions), title, "images") as bar:
         for start in range(0, len(captions), cfg.batch_size):
@@ -215,7 +215,7 @@ def open_judges(cfg: Config, pipe: jaxmix.Pipeline) -> tuple[Scorer, Segmenter |
         raise InputError(f"{cfg.model}: found pictures of {side} px, expected {scorer.size} px as {cfg.scorer} sees")
     if len(scorer.objects) < cfg.objects:
         raise InputError(
-            f"objects: found {cfg.objects}, expected {len(scorer.objects)} at the most, as {cfg.scorer} knows"
+            f"objects: found {cfg.objects}, expected at most {len(scorer.objects)}, which {cfg.scorer} knows"
         )
     if cfg.arrangement == "anywhere":
         segmenter = load_segmenter(cfg.segmenter)
@@ -228,7 +228,7 @@ def open_judges(cfg: Config, pipe: jaxmix.Pipeline) -> tuple[Scorer, Segmenter |
 
 
 def command_line(cfg: Config) -> str:
-    """Return the command that makes these scores."""
+    """Return the command that reproduces these scores."""
     words = ["python", "-m", "scripts.mini.score"]
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)

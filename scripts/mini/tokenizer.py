@@ -1,13 +1,13 @@
-"""Prunes the CLIP byte-pair vocabulary to what the embedded model's captions and plain English need.
+"""Prune the CLIP byte-pair vocabulary to what the embedded model's captions and plain English need.
 
     pip download --no-deps open_clip_torch==3.3.0
     python -m scripts.mini.tokenizer --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --npm node_modules
     python -m scripts.mini.tokenizer --open-clip-wheel open_clip_torch-3.3.0-py3-none-any.whl --full
 
-Writes a folder that `transformers.CLIPTokenizer` opens. In the pruned one every byte stays, so any text can still be
-written; a word that is covered is split exactly as the full vocabulary splits it, because all merges that build it are
-kept in their order. The common words are the names and keywords of `unicode-emoji-json` and `emojilib` (both MIT).
-With --full it is the whole vocabulary, for checkpoints in one file, which hold no tokenizer; npm is not needed then.
+Writes a folder that `transformers.CLIPTokenizer` can open. The pruned one keeps every byte, so any text can still be
+encoded; a word that is covered is split exactly as in the full vocabulary, because all merges that build it are kept in
+order. The common words are the names and keywords of `unicode-emoji-json` and `emojilib` (both MIT). With --full it is
+the whole vocabulary, for single-file checkpoints, which hold no tokenizer; npm is not needed then.
 The vocabulary is from `open_clip_torch` (MIT), originally OpenAI CLIP (MIT).
 """
 
@@ -31,7 +31,7 @@ BPE_FILE = "open_clip/bpe_simple_vocab_16e6.txt.gz"
 
 
 def byte_letters() -> dict[int, str]:
-    """The printable letter that stands for each byte, in the order of CLIP's vocabulary (the GPT-2 convention)."""
+    """Return the printable letter for each byte, in the order of CLIP's vocabulary (the GPT-2 convention)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = {b: chr(b) for b in plain}
     others = [b for b in range(256) if b not in letters]
@@ -40,7 +40,7 @@ def byte_letters() -> dict[int, str]:
 
 
 def read_merges(source: Path) -> list[tuple[str, str]]:
-    """The merges of the full vocabulary, first to last, from the wheel or from the gz file."""
+    """Return the merges of the full vocabulary, first to last, from the wheel or from the gz file."""
     if source.suffix == ".whl":
         with zipfile.ZipFile(source) as wheel:
             packed = wheel.read(BPE_FILE)
@@ -54,7 +54,7 @@ def read_merges(source: Path) -> list[tuple[str, str]]:
 
 
 def split_word(word: str, ranks: dict[tuple[str, str], int], letters: dict[int, str]) -> tuple[list[str], set]:
-    """Splits a word by byte-pair encoding; returns its pieces and the merges that were used."""
+    """Split a word by byte-pair encoding; return its pieces and the merges that were used."""
     pieces = [letters[b] for b in word.encode("utf-8")]
     pieces[-1] += "</w>"
     used = set()
@@ -86,7 +86,7 @@ def english_words(npm: Path) -> set[str]:
 def prune(
     merges: Sequence[tuple[str, str]], words: Iterable[str], letters: dict[int, str]
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary (piece -> id; the end token has the largest id) and the merges that the words need."""
+    """Return the vocabulary (piece -> id; the end token has the largest id) and the merges that the words need."""
     ranks = {pair: i for i, pair in enumerate(merges)}
     needed: set[tuple[str, str]] = set()
     for word in words:
@@ -96,7 +96,7 @@ def prune(
 
 
 def vocabulary(merges: Sequence[tuple[str, str]], letters: dict[int, str]) -> dict[str, int]:
-    """The id of every piece: bytes, bytes that end a word, what the merges build, the start and the end token."""
+    """Return the id of every piece: bytes, bytes that end a word, what the merges build, the start and end tokens."""
     pieces = [*letters.values(), *(v + "</w>" for v in letters.values()), *(a + b for a, b in merges), START, END]
     return {piece: i for i, piece in enumerate(pieces)}
 

@@ -12,7 +12,7 @@ DIMENSIONS = ("color", "light", "focus")
 
 
 def picture(number: int, size: tuple[int, int] = (12, 16)) -> np.ndarray:
-    """A smooth picture, uint8 (H, W, 3), another for each number."""
+    """Return a smooth picture, uint8 (H, W, 3), another for each number."""
     down, right = np.mgrid[: size[0], : size[1]] / max(size)
     return (np.stack([down, right, 0 * down + number / 32], -1) * 200 + 20).astype(np.uint8)
 
@@ -29,7 +29,7 @@ def row(number: int) -> dict:
 
 
 def make_folder(folder: Path, sizes: list[tuple[int, int]], columns: bool = False) -> Path:
-    """A folder with metadata.jsonl; `columns` gives one column a dimension instead of a list."""
+    """Return a folder with metadata.jsonl; `columns` gives one column a dimension instead of a list."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, size in enumerate(sizes):
@@ -55,7 +55,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def make_tars(folder: Path, sizes: list[tuple[int, int]], count: int) -> Path:
-    """The rows of `make_folder` in `count` tars."""
+    """Return the rows of `make_folder` in `count` tars."""
     for part, numbers in enumerate(np.array_split(np.arange(len(sizes)), count)):
         members = {}
         for number in numbers.tolist():

@@ -3,7 +3,7 @@ import pytest
 
 from jaxmix.types import InputError
 from tests.data.made import picture
-from train.data.buckets import PictureConfig, bucket_sizes, choose_bucket, fit
+from train.data.buckets import PictureConfig, bucket_sizes, choose_bucket, crop_to_bucket
 
 SDXL = PictureConfig(resolution=1024, enable_bucket=True, min_bucket_reso=512)
 
@@ -52,24 +52,24 @@ def test_without_upscaling_a_small_picture_keeps_its_size(size, bucket):
 
 
 def test_fitting_keeps_the_shape_and_tells_sizes_and_crop():
-    image, time_ids = fit(picture(0, (30, 60)), (20, 20), (0.5, 0.5), False)
+    image, time_ids = crop_to_bucket(picture(0, (30, 60)), (20, 20), (0.5, 0.5), False)
     assert image.shape == (20, 20, 3)
     assert image.dtype == np.uint8
     assert time_ids.tolist() == [30, 60, 0, 10, 20, 20]  # scaled to 20 x 40
     assert time_ids.dtype == np.float32
     for at, left in [(0.0, 0), (1.0, 20), (0.999, 20)]:
-        assert fit(picture(0, (30, 60)), (20, 20), (at, at), False)[1].tolist() == [30, 60, 0, left, 20, 20]
+        assert crop_to_bucket(picture(0, (30, 60)), (20, 20), (at, at), False)[1].tolist() == [30, 60, 0, left, 20, 20]
 
 
 def test_a_picture_of_the_buckets_size_is_not_touched():
-    image, time_ids = fit(picture(3, (16, 24)), (16, 24), (0.3, 0.9), False)
+    image, time_ids = crop_to_bucket(picture(3, (16, 24)), (16, 24), (0.3, 0.9), False)
     np.testing.assert_array_equal(image, picture(3, (16, 24)))
     assert time_ids.tolist() == [16, 24, 0, 0, 16, 24]
 
 
 def test_a_mirrored_picture_is_cut_where_the_crop_says():
     source = picture(0, (10, 30))
-    image, time_ids = fit(source, (10, 10), (0.0, 0.0), True)
+    image, time_ids = crop_to_bucket(source, (10, 10), (0.0, 0.0), True)
     np.testing.assert_array_equal(image, source[:, :-11:-1])
     assert time_ids.tolist() == [10, 30, 0, 0, 10, 10]
 
@@ -78,7 +78,7 @@ def test_a_mirrored_picture_is_cut_where_the_crop_says():
 def test_any_picture_fits_any_bucket(size):
     for bucket in [(16, 16), (24, 8)]:
         for at in [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)]:
-            assert fit(picture(0, size), bucket, at, False)[0].shape == (*bucket, 3)
+            assert crop_to_bucket(picture(0, size), bucket, at, False)[0].shape == (*bucket, 3)
 
 
 @pytest.mark.parametrize(

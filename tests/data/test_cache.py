@@ -33,7 +33,7 @@ def model(tiny_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Seven pictures, of which one is broken."""
+    """Return seven pictures, of which one is broken."""
     folder = make_folder(tmp_path_factory.mktemp("pictures"), SIZES)
     spoil(folder, 5)
     return folder
@@ -63,7 +63,7 @@ def make_encode(vae):
 
 
 def expected(pipe, picture_row):
-    """Moments and text states of a row, without a cache."""
+    """Return moments and text states of a row, without a cache."""
     images = picture_row["image"][None] / np.float32(127.5) - 1
     mean, logvar = jax.device_get(make_encode(pipe.vae)(pipe.params["vae"], images))
     return mean[0], np.exp(0.5 * logvar)[0], pipe.encode_prompt([picture_row["text"]]).context[0]
@@ -205,8 +205,8 @@ def test_two_devices_encode_what_one_does(model, pictures, cached, tmp_path):
 
 def test_a_folder_that_was_begun_otherwise_is_refused(model, pictures, cached):
     for changes, words in [
-        ({"random_flip": False}, "begun with another random_flip: found True, expected False"),
-        ({"random_flip": True, "labels": [*DIMENSIONS, "mood"]}, "begun with another labels"),
+        ({"random_flip": False}, "started with another random_flip: found True, expected False"),
+        ({"random_flip": True, "labels": [*DIMENSIONS, "mood"]}, "started with another labels"),
     ]:
         with pytest.raises(InputError, match=words):
             cache_latents.main(config(model, pictures, cached, **changes))
@@ -241,7 +241,7 @@ def test_a_cache_of_another_model_is_refused_with_what_differs(cached, tiny_pipe
     [
         ({"resolution": 24}, None, "made with another resolution: found 20, expected 24"),
         ({"enable_bucket": False}, None, "made with another enable_bucket: found True, expected False"),
-        ({}, ["mood"], "made without the label 'mood'; it has color, light, focus"),
+        ({}, ["mood"], "found a cache without the label 'mood', expected one with it; it has color, light, focus"),
     ],
 )
 def test_a_cache_for_something_else_is_refused(cached, tiny_pipeline, changes, labels, words):
@@ -259,7 +259,7 @@ def test_labels_that_a_run_does_not_use_are_left_out(cached):
 def test_mirroring_without_mirrored_pictures_is_refused(cached, tmp_path):
     index = json.loads((cached / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "flipped": False}))
-    with pytest.raises(InputError, match="random_flip: made without mirrored pictures"):
+    with pytest.raises(InputError, match="found no mirrored pictures, expected a cache made with --random_flip"):
         LatentCache(tmp_path, random_flip=True)
 
 
@@ -269,7 +269,7 @@ def test_an_index_that_is_something_else_or_lacks_a_shard_is_refused(cached, tmp
         ("{", "not readable as JSON"),
         ("{}", "not the index of a cache"),
         (json.dumps({"format": "jaxmix latents", "version": 9}), "version: found 9, expected 1"),
-        ((cached / "index.json").read_text(), r"data-00000-of-00003\.array_record: no such file"),
+        ((cached / "index.json").read_text(), r"data-00000-of-00003\.array_record: found no such file"),
     ]:
         index.write_text(text)
         with pytest.raises(InputError, match=words):

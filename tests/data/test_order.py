@@ -34,7 +34,7 @@ def drawn(row, rng):
 
 
 def together(source, hosts, step, batch_size=4):
-    """Batch `step` as all hosts make it."""
+    """Return batch `step` as all hosts make it."""
     parts = [make_dataset(source, batch_size, 3, drawn, shard=(i, hosts))[step] for i in range(hosts)]
     assert all(len(part["row"]) == batch_size // hosts for part in parts)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

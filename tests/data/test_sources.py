@@ -16,7 +16,7 @@ SIZES = [(12, 16), (16, 12), (9, 9), (8, 20), (12, 16)]
 
 
 def metadata(folder, *rows):
-    """A folder with these lines, and one good picture 000.png."""
+    """Return a folder with these lines, and one good picture 000.png."""
     make_folder(folder, SIZES[:1])
     (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(r)}\n" if isinstance(r, dict) else r for r in rows))
     return folder
@@ -88,7 +88,7 @@ def test_captions_beside_pictures_are_read_where_there_is_no_metadata(tmp_path):
 def test_braces_expand_as_in_a_shell():
     assert expand_braces("d/{08..10}.tar") == ["d/08.tar", "d/09.tar", "d/10.tar"]
     assert expand_braces("{a,b}{0..1}") == ["a0", "a1", "b0", "b1"]
-    with pytest.raises(InputError, match=r"expected it to rise"):
+    with pytest.raises(InputError, match=r"expected an ascending one"):
         expand_braces("{3..1}.tar")
 
 
@@ -184,7 +184,7 @@ def test_tars_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(InputError, match=r"packed\.tar: not readable as a tar: it is compressed.*unpack it"):
         WebDataset(packed)
     twice = write_tar(tmp_path / "twice.tar", {"k.png": b"", "k.jpg": b""})
-    with pytest.raises(InputError, match=r"twice\.tar: k has two pictures"):
+    with pytest.raises(InputError, match=r"twice\.tar: found two pictures for k"):
         WebDataset(twice)
 
 
@@ -208,10 +208,10 @@ def test_what_a_path_holds_is_told_apart(tmp_path):
     (tmp_path / "half" / "data-00000-of-00002.array_record").touch()
     for path, words in [
         ("", "train_data_dir: not given"),
-        (tmp_path / "none", "none: no such folder, expected a folder of pictures"),
+        (tmp_path / "none", "none: found no such folder, expected a folder of pictures"),
         (tmp_path / "empty", "found an empty folder, expected pictures with a metadata.jsonl, tars, or a cache"),
         (tmp_path / "other", r"found a\.parquet, expected"),
-        (tmp_path / "other" / "a.parquet", "this is a file"),
+        (tmp_path / "other" / "a.parquet", "found a file"),
         (tmp_path / "half", "it is not finished: run train.cache_latents again"),
     ]:
         with pytest.raises(InputError, match=words):

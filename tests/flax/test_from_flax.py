@@ -81,7 +81,7 @@ def fast_jit(fn):
 
 
 def params_of(module):
-    """Random parameters in the module's own tree; its shapes are found without running it."""
+    """Return random parameters in the module's own tree; its shapes are found without running it."""
     return random_params(flax.core.unfreeze(jax.eval_shape(module.init_weights, jax.random.key(0))))
 
 
@@ -186,7 +186,7 @@ def test_what_cannot_be_adopted_is_named():
     crossed = FlaxUNet2DConditionModel(**UNETS["sd1"], only_cross_attention=True)
     with pytest.raises(InputError, match=r"FlaxUNet2DConditionModel: .*only_cross_attention=True is not supported"):
         from_flax(crossed, params)
-    with pytest.raises(InputError, match="params are a list, expected a nested mapping"):
+    with pytest.raises(InputError, match="found list params, expected a nested mapping"):
         from_flax(theirs, [])
 
 

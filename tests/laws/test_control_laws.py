@@ -26,7 +26,7 @@ HW = (8, 8)
 
 @pytest.fixture(scope="module")
 def unet(tiny_pipeline):
-    """(module, params, inputs of four rows)."""
+    """Return (module, params, inputs of four rows)."""
     keys = jax.random.split(jax.random.key(3), 3)
     x = jax.random.normal(keys[0], (4, *HW, 4))
     t = jnp.asarray([1, 400, 700, 981])

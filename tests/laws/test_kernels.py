@@ -20,7 +20,7 @@ def qkv(n, s, h, d, b=2, dtype=jnp.float32):
 
 
 def reference(q, k, v):
-    """The definition, float64."""
+    """Return attention by its definition, float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     x = np.einsum("bnhd,bshd->bhns", q, k) / np.sqrt(q.shape[-1])
     p = np.exp(x - x.max(-1, keepdims=True))
@@ -147,10 +147,10 @@ def test_attend_gives_what_the_kernel_gives_and_editing_scores_avoids_it(monkeyp
 @pytest.mark.parametrize(
     ("capability", "d", "dtype", "reason"),
     [
-        (8.0, 160, jnp.bfloat16, "cuDNN, because heads must be multiples of 8 and at most 128"),
-        (9.0, 260, jnp.bfloat16, "cuDNN, because heads must be multiples of 8 and at most 256"),
-        (9.0, 40, jnp.float32, "cuDNN, because it has no float32"),
-        (7.5, 40, jnp.float16, "cuDNN, because it needs a CUDA GPU of compute capability 8.0"),
+        (8.0, 160, jnp.bfloat16, "cuDNN: heads must be multiples of 8 and at most 128"),
+        (9.0, 260, jnp.bfloat16, "cuDNN: heads must be multiples of 8 and at most 256"),
+        (9.0, 40, jnp.float32, "cuDNN: it does not support float32"),
+        (7.5, 40, jnp.float16, "cuDNN: it needs a CUDA GPU of compute capability 8.0 or higher"),
     ],
 )
 def test_a_fallback_on_the_gpu_says_why(monkeypatch, caplog, capability, d, dtype, reason):
@@ -162,7 +162,7 @@ def test_a_fallback_on_the_gpu_says_why(monkeypatch, caplog, capability, d, dtyp
         kernels.choose(n, s, d, jnp.dtype(dtype))
         kernels.choose(n, s, d, jnp.dtype(dtype))
     assert [r.message for r in caplog.records if "cuDNN" in r.message] == [
-        f"attention of {n} queries, {s} keys, heads of {d}: XLA and not {reason}"
+        f"attention of {n} queries, {s} keys, heads of {d}: XLA instead of {reason}"
     ]
 
 
@@ -181,7 +181,7 @@ def test_a_fallback_on_the_tpu_says_why(monkeypatch, caplog):
         kernels.choose(4096, 77, 64, jnp.dtype(jnp.bfloat16))
         kernels.choose(1100, 1100, 64, jnp.dtype(jnp.bfloat16))
         kernels.choose(4096, 4096, 64, jnp.dtype(jnp.bfloat16))
-    assert [r.message.split("because ")[1] for r in caplog.records] == [
-        "sequences under 1024 are faster without it",
+    assert [r.message.split("splash: ")[1] for r in caplog.records] == [
+        "sequences below 1024 are faster without it",
         "sequences must be multiples of 128",
     ]

@@ -20,7 +20,7 @@ LAYERS = {
 
 
 def random_lora(params, pattern, rank=3, alpha=2.0, seed=0):
-    """A LoRA of which nothing is zero."""
+    """Return a LoRA of which nothing is zero."""
     made = lora.init(jax.random.key(seed), params, pattern, rank, alpha)
     rng = np.random.default_rng(seed)
     return {
@@ -106,7 +106,7 @@ def test_without_factors_a_layer_is_its_product_and_its_bias_and_nothing_else(dt
 
 
 def count_products(fn, *args):
-    """The number of operations of each kind in a function's whole jaxpr."""
+    """Return the number of operations of each kind in a function's whole jaxpr."""
     counts = {"dot_general": 0, "conv_general_dilated": 0}
 
     def walk(jaxpr):
@@ -128,7 +128,7 @@ def test_every_module_that_can_be_a_target_is_heard_beside_its_kernel(tiny_pipel
     x, context = jax.random.normal(jax.random.key(0), (1, 8, 8, 4)), tiny_pipeline.encode_prompt(["a car"]).context
 
     def heard(factors):
-        """The gradient reaches every factor, and the value is that of the merged kernels."""
+        """Return a value that depends on every factor."""
         return jnp.sum(unet.apply({"params": lora.attach(params, factors, 0.2)}, x, 500, context) ** 2)
 
     @jax.jit

@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 @dataclass
 class Beside(Control):
-    """Adds what a network makes of the UNet's inputs and of a hint (rows, h, w, 4) to every skip and to the middle."""
+    """Add what a network makes of the UNet's inputs and of a hint (rows, h, w, 4) to every skip and to the middle."""
 
     net: Net = static()
     params: dict

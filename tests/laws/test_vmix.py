@@ -28,14 +28,14 @@ def fresh(tiny_pipeline):
 
 @pytest.fixture(scope="module")
 def trained(fresh):
-    """An adapter with every learnt array moved away from its start."""
+    """Return an adapter with every learnt array moved away from its start."""
     params = moved(fresh.params, jax.random.key(1), 0.3)
     return VMix(fresh.config, {**params, "aes_emb": fresh.params["aes_emb"]})
 
 
 @pytest.fixture(scope="module")
 def with_lora(tiny_pipeline, trained):
-    """The trained adapter with a LoRA: two patterns, each with its own rank and alpha."""
+    """Return the trained adapter with a LoRA: two patterns, each with its own rank and alpha."""
     params, factors = tiny_pipeline.params["unet"], {}
     for i, (pattern, rank, alpha) in enumerate([(r"attn2\.to_(q|k|v)$", 3, 2.0), (r"resnets\.0\.conv1$", 2, 5.0)]):
         made = lora.init(jax.random.key(i), params, pattern, rank, alpha)
@@ -192,12 +192,12 @@ def test_a_file_that_is_no_adapter_is_one_clear_line(tmp_path, tiny_pipeline):
 
 def test_an_adapter_for_another_unet_is_one_clear_line(tiny_pipeline, fresh):
     config = maths.VMixConfig(fresh.config.labels, 32, 24, fresh.config.sites)
-    with pytest.raises(InputError, match="made for a UNet with 4 attn2 of 24 text channels, found one with 4 of 16"):
+    with pytest.raises(InputError, match="UNet with 4 attn2 of 16 text channels, expected the adapter's 4 of 24"):
         VMix(config, fresh.params).bind(tiny_pipeline)
 
 
 def test_an_unknown_label_lists_the_known_ones(tiny_pipeline, fresh):
-    with pytest.raises(InputError, match=r"'colour' is not known, expected all, none or some of color, light, focus"):
+    with pytest.raises(InputError, match=r"found 'colour', expected all, none or some of color, light, focus"):
         fresh.bind(tiny_pipeline, "colour")
 
 
@@ -226,7 +226,7 @@ def test_labels_of_sdxl_are_both_encoders_states_before_the_last_layer_at_the_en
 
 
 def test_an_adapter_of_one_family_on_another_is_one_clear_line(tiny_sdxl, fresh):
-    message = "made for a UNet with 4 attn2 of 16 text channels, found one with 8 of 40"
+    message = "found a UNet with 8 attn2 of 40 text channels, expected the adapter's 4 of 16"
     for use in (fresh.bind, fresh.apply_lora):
         with pytest.raises(InputError, match=message):
             use(tiny_sdxl)

@@ -21,7 +21,7 @@ MOVES = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast"}  # na
 
 @pytest.fixture(scope="module")
 def loops(tiny_pipeline):
-    """What the loop of the compiled sampler does, bare and with VMix."""
+    """Return what the loop of the compiled sampler does, bare and with VMix."""
     pipe, n = tiny_pipeline, 2
     adapter = VMix.init(jax.random.key(0), pipe, LABELS)
     params = jax.tree.map(lambda x: x + 0.1, adapter.params)  # nothing of it is zero
@@ -100,7 +100,7 @@ def test_one_more_operation_in_a_loop_would_show():
 
 
 def scans(jaxpr):
-    """All scans of a jaxpr, those inside of scans left out."""
+    """Return all scans of a jaxpr, those inside of scans left out."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
             yield eqn.params["jaxpr"].jaxpr
@@ -110,7 +110,7 @@ def scans(jaxpr):
 
 
 def operations(jaxpr):
-    """The operations of a jaxpr in order, each with the shapes of its results."""
+    """Return the operations of a jaxpr in order, each with the shapes of its results."""
     found = []
     for eqn in jaxpr.eqns:
         found.append((eqn.primitive.name, *(str(v.aval) for v in eqn.outvars)))

@@ -31,7 +31,7 @@ def predictions(branches=4, n=3):
 
 
 def guided(rows, *more, scale=SCALE, rescale=None, solver=None):
-    """The prediction of the last of some guidances on fixed ones."""
+    """Return the prediction of the last of some guidances on fixed ones."""
     guidance = stack([ClassifierFree(scale, None if rescale is None else jnp.asarray(rescale)), *more])
     zero = jnp.zeros((), jnp.int32)
     return np.asarray(guidance[-1](Fixed(rows), solver, (6, 5))(jnp.zeros((len(rows), 6, 5, 4)), zero, zero))

@@ -23,7 +23,7 @@ PHRASES = [["a red car", "a white dog", "dog"], ["dog"]]
 
 
 def first_attn2(pipe):
-    """The first attn2 of a UNet and its projections, float64."""
+    """Return the first attn2 of a UNet and its projections, float64."""
     site = next(s for s in sites(pipe.unet.config, (8, 8)) if s.name.endswith("attn2"))
     params = subtree(pipe.params["unet"], site.name)
     kernels = [np.asarray(params[name]["kernel"], np.float64) for name in ("to_k", "to_v")]

@@ -15,19 +15,19 @@ FACTOR = 2
 
 
 def local_decode(z):
-    """A decoder that sees one cell at a time."""
+    """Decode one cell at a time."""
     return upsample_nearest(jnp.sin(3 * z[..., :3]), (FACTOR * z.shape[1], FACTOR * z.shape[2]))
 
 
 def convolving_decode(z):
-    """A decoder that sees one pixel beyond each side, and zeros beyond the border, as convolutions do."""
+    """Decode with one pixel of context on each side, and zeros beyond the border, as convolutions do."""
     x = local_decode(z)
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3, 3, 3)), jnp.float32)
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def mean_decode(z):
-    """A decoder whose whole output is a statistic of what it sees."""
+    """Decode into one statistic of the whole input."""
     return jnp.broadcast_to(
         z.mean((1, 2), keepdims=True)[..., :3], (z.shape[0], FACTOR * z.shape[1], FACTOR * z.shape[2], 3)
     )
@@ -76,7 +76,7 @@ def test_a_difference_between_tiles_fades_over_the_overlap():
 
 
 def peak(fn, *args):
-    """Bytes of temporaries of the compiled function."""
+    """Return bytes of temporaries of the compiled function."""
     return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 

@@ -305,13 +305,13 @@ def test_added_conditioning_that_does_not_fit_is_named():
         (
             xl,
             good._replace(time_ids=jnp.zeros((1, 5))),
-            "found 20 text features and 5 numbers of 8, expected 68 in all",
+            "found 20 text features and 5 numbers of 8, expected 68 in total",
         ),
     ):
         with pytest.raises(InputError) as e:
             jax.eval_shape(unet.init, jax.random.key(0), x, 0, context, (), added)
         assert message in str(e.value) and "\n" not in str(e.value)
-    with pytest.raises(InputError, match="this model has none"):
+    with pytest.raises(InputError, match="expected none for this model"):
         plain.embed_added({}, good)
 
 

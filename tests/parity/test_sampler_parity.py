@@ -42,7 +42,7 @@ def weights():
 
 
 def small_model(xp, x, t, context):
-    """A perceptron on pixels that mixes x, t and context, in numpy-like library `xp`."""
+    """Apply a perceptron on pixels that mixes x, t and context, in numpy-like library `xp`."""
     first, second, last = (xp.asarray(weight) for weight in weights())
     return xp.tanh(x @ first + (context @ second)[:, None, None, :] + t / 1000) @ last
 
@@ -65,7 +65,7 @@ def torch_trajectory(scheduler, predict, x, scale=SCALE, eta=0.0, noises=None):
 
 @functools.partial(jax.jit, static_argnames="start")
 def jax_trajectory(solver, x, context, noises, scale, known=None, start=0):
-    """The states after every step; `known` (image, noise, mask) is for inpainting."""
+    """Return the states after every step; `known` (image, noise, mask) is for inpainting."""
     rows = context.reshape(-1, context.shape[-1])
     guided = classifier_free_guidance(by_branch(lambda x, t, step: small_model(jnp, x, t, rows), 2), scale)
     last, starts = sample(
@@ -81,7 +81,7 @@ def jax_trajectory(solver, x, context, noises, scale, known=None, start=0):
 
 
 def run_both(config, scale=SCALE, eta=0.0, **changes):
-    """Returns the states after every step, (steps, n, h, w, c), of ours and of torch."""
+    """Return the states after every step, (steps, n, h, w, c), of ours and of torch."""
     draw = np.random.default_rng(1).normal
     x, context = draw(size=(3, 4, 4, 4)).astype("f4"), draw(size=(3, 2, 3)).astype("f4")  # context: (n, branch, d)
     noises = draw(size=(STEPS, *x.shape)).astype("f4")
@@ -205,7 +205,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "pre
 
 
 def pair(name, config, steps=STEPS):
-    """Our solver and torch's scheduler. Ours sees what a file would hold, no defaults: they have to be the same."""
+    """Return our solver and torch's scheduler. Ours sees only what a file would hold: defaults must be the same."""
     kind, own = OTHERS[name]
     config = BETAS | own | config
     scheduler = getattr(diffusers, kind)(**config)
@@ -220,13 +220,13 @@ def data(steps=STEPS):
 
 
 def as_seen(x, name, scheduler, i):
-    """Torch's state before step i as the model sees it: Euler's holds x0 + sigma eps."""
+    """Return torch's state before step i as the model sees it: Euler's holds x0 + sigma eps."""
     sigma = 0 if name.startswith("dpmpp") or i == len(scheduler.timesteps) else scheduler.sigmas[i]
     return (x / (sigma**2 + 1) ** 0.5).numpy()
 
 
 def scheduler_trajectory(name, scheduler, x, monkeypatch, start=0, after=lambda x, i: x):
-    """Torch's states after every step from `start` on, as the model sees them; `after(x, i)` edits torch's own."""
+    """Return torch's states after every step from `start` on, as the model sees them; `after(x, i)` edits its own."""
     _, context, noises = data(len(scheduler.timesteps))
     draws = iter(torch.from_numpy(noises[start:]))
     for module in ("dpmsolver_multistep", "euler_ancestral_discrete"):
@@ -244,7 +244,7 @@ def scheduler_trajectory(name, scheduler, x, monkeypatch, start=0, after=lambda 
 
 
 def both(name, config, monkeypatch, steps=STEPS):
-    """The states after every step from pure noise, ours and torch's."""
+    """Return the states after every step from pure noise, ours and torch's."""
     solver, scheduler = pair(name, config, steps)
     x, context, noises = data(steps)
     theirs = scheduler_trajectory(name, scheduler, torch.from_numpy(x) * scheduler.init_noise_sigma, monkeypatch)
@@ -305,7 +305,7 @@ def test_trajectories_from_no_signal_agree(name, monkeypatch):
 
 
 def float64_trajectory(name, scheduler):
-    """EulerDiscreteScheduler's and EulerAncestralDiscreteScheduler's formulas for v prediction, in float64."""
+    """Return EulerDiscreteScheduler's and EulerAncestralDiscreteScheduler's formulas for v prediction, in float64."""
     start, context, noises = data()
     sigmas = scheduler.sigmas.numpy().astype("f8")
     x = start * float(scheduler.init_noise_sigma)

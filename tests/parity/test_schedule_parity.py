@@ -18,7 +18,7 @@ BETAS = {
 
 @pytest.fixture
 def correctly_rounded_roots(monkeypatch):
-    """Torch's float32 square roots are 1 ulp off here and there, depending on the machine; with these they are not."""
+    """Round torch's float32 square roots correctly; on some machines some of them are 1 ulp off."""
     power = torch.Tensor.__pow__
 
     def root(x):

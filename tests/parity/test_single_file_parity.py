@@ -127,13 +127,13 @@ def our_model(part, config):
 
 
 def state(part, model):
-    """torch's tensors under the names that have `text_model.`; buffers that no checkpoint needs are left out."""
+    """Return torch's tensors under the names that have `text_model.`; buffers that no checkpoint needs are left out."""
     return {canonical(part, k): v for k, v in model.state_dict().items() if not k.endswith("position_ids")}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def written(request, tmp_path_factory):
-    """A diffusers folder of a small random pipeline, its torch models, and the single file that ours made of it."""
+    """Return a diffusers folder of a small random pipeline, its torch models, and the single file we made of it."""
     family = request.param
     torch.manual_seed(0)
     models = torch_models(SMALL[family])
@@ -222,7 +222,7 @@ def test_a_torch_pipeline_opens_the_file(written):
 
 @pytest.fixture(scope="module")
 def full_shapes():
-    """Names and shapes of the real models' tensors by family and part, under torch's names."""
+    """Return names and shapes of the real models' tensors by family and part, under torch's names."""
     with torch.device("meta"):
         return {
             family: {
@@ -234,7 +234,7 @@ def full_shapes():
 
 
 def file_shapes(family, shapes):
-    """The single file of a model: every tensor of ours must have one place in it."""
+    """Return the single file of a model: every tensor of ours must have one place in it."""
     found = {}
     for part, table in tables(family, FULL[family]).items():
         for key, shape in shapes[part].items():

@@ -81,7 +81,7 @@ CASES = {
 
 
 def keep_gradients():
-    """An optimiser's first link that keeps the gradients it sees as its state."""
+    """Return an optimiser's first link that keeps the gradients it sees as its state."""
     return optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (grads, grads)
     )
@@ -120,7 +120,7 @@ class Problem:
         return records
 
     def draws(self):
-        """The timesteps and the noise of each step: a list of (rows, numbers), one a micro-batch."""
+        """Return the timesteps and the noise of each step: a list of (rows, numbers), one a micro-batch."""
         count = self.cfg.gradient_accumulation_steps
         out = []
         for step in range(STEPS):

@@ -90,7 +90,7 @@ class Adapter(torch.nn.Module):
 
 
 def to_torch(array):
-    """(.., in, out) as torch has it, (out, in, ..)."""
+    """Return (.., in, out) as torch has it, (out, in, ..)."""
     array = np.asarray(array, np.float64)
     return torch.tensor(np.moveaxis(array, (-1, -2), (0, 1)) if array.ndim > 1 else array)
 
@@ -118,7 +118,7 @@ class Oracle:
         self.schedule = diffusers.DDPMScheduler(**BETAS, prediction_type=prediction_type)
 
     def loss(self, batch, drawn):
-        """The mean squared error of some rows."""
+        """Return the mean squared error of some rows."""
         cfg, schedule = self.cfg, self.schedule
         x, noise, t = (torch.tensor(a) for a in (batch["latents_mean"], drawn["noise"], drawn["t"]))
         x = x.double() * cfg.scaling

@@ -102,13 +102,13 @@ def test_tiles_reach_every_pixel(tiny_pipeline):
         ({"images": pictures(2)}, r"images: found shape \(2, 16, 16, 3\), expected \(3, H, W, 3\)"),
         ({"images": pictures(3, 15, 16)}, "height: found 15 pixels, expected a multiple of 2"),
         ({"images": pictures(3)[..., 0]}, r"images: found shape \(3, 16, 16\), expected \(3, H, W, 3\)"),
-        ({"masks": np.ones((3, 16, 16))}, "masks: found masks without images"),
+        ({"masks": np.ones((3, 16, 16))}, "masks: found masks alone"),
         ({"images": pictures(3), "masks": np.ones((3, 8, 8))}, r"masks: found shape \(3, 8, 8\)"),
         (
             {"guidance_rescale": [0.1, 0.2]},
             "guidance_rescale: found 2 values, expected 1 or one for each",
         ),
-        ({"tile": 0}, "tile=0, overlap=0"),
+        ({"tile": 0}, "tile: found 0 with overlap 0"),
     ],
 )
 def test_a_mistake_is_one_line(tiny_pipeline, settings, message):

@@ -45,5 +45,5 @@ def test_each_label_moves_its_own_measure_up(pipe, adapter):
 
 
 def test_another_model_is_one_clear_line(tiny_pipeline, adapter):
-    with pytest.raises(InputError, match="VMix: the adapter was made for a UNet with"):
+    with pytest.raises(InputError, match="VMix: found a UNet with"):
         adapter.bind(tiny_pipeline)

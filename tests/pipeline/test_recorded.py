@@ -23,7 +23,7 @@ LAYOUTS = [[Segment("a red car", LEFT), Segment("the snow", ~LEFT)], [Segment("a
 
 @pytest.fixture(scope="module")
 def parts(tiny_pipeline):
-    """The pipeline, an adapter, a second pipeline, two pictures."""
+    """Return the pipeline, an adapter, a second pipeline, two pictures."""
     fresh = jaxmix.VMix.init(jax.random.key(0), tiny_pipeline, {"color": ("vivid colors", "[V]")})
     params = {**moved(fresh.params, jax.random.key(1), 0.5), "aes_emb": fresh.params["aes_emb"]}
     other = {**tiny_pipeline.params, "unet": moved(tiny_pipeline.params["unet"], jax.random.key(5), 0.05)}

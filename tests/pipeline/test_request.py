@@ -84,7 +84,7 @@ def test_a_lora_is_read_for_the_pipeline_it_meets_and_merged_once(tmp_path, tiny
     [
         ((object(),), r"methods: found object, expected one such as MagicFusion\(\.\.\.\)"),
         (LoRA(), r"methods: found LoRA, expected LoRA\.on\(\.\.\.\)"),
-        ((StyleAligned([3]),), r"groups: found sizes \[3\], expected that they sum to the 2 images"),
+        ((StyleAligned([3]),), r"groups: found sizes \[3\], expected sizes that add up to the 2 images"),
         ((StyleAligned([2], strength=[1.0]),), "StyleAligned.strength: found 1 values"),
         (
             (StyleAligned(pictures={0: np.zeros((8, 16, 3))}),),
@@ -108,8 +108,8 @@ def test_a_lora_is_read_for_the_pipeline_it_meets_and_merged_once(tmp_path, tiny
             "StyleID and MagicFusion exclude each other: the former adds rows",
         ),
         ((MagicFusion(["a", "b"]), MagicFusion(["a", "b"])), "SaliencyBlend and SaliencyBlend exclude each other"),
-        ((LoRA({"text_encoder_2": {}}).on(1.0),), "which this pipeline has not"),
-        ((LoRA().on(float("nan")),), "strength is nan, expected a number"),
+        ((LoRA({"text_encoder_2": {}}).on(1.0),), "which this pipeline lacks"),
+        ((LoRA().on(float("nan")),), "found strength nan, expected a number"),
     ],
 )
 def test_methods_that_cannot_be_are_one_line_before_anything_compiles(tiny_pipeline, methods, message):

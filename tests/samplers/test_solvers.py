@@ -29,7 +29,7 @@ NOISES = jax.random.normal(jax.random.key(1), (STEPS, *X0.shape))
 
 
 def knows(x0, solver):
-    """The model that is right about x0 in every state: v prediction."""
+    """Return a model that is right about x0 in every state: v prediction."""
 
     def model(x, t, step):
         signal, sigma = solver.signals[step], solver.sigmas[step]

@@ -21,7 +21,7 @@ def anywhere(**settings):
 
 
 def middles(scene):
-    """The middles (down, right) of the bounding boxes of a scene's masks, shares of the width from its middle."""
+    """Return the centres (down, right) of the bounding boxes of a scene's masks, in widths from its middle."""
     found = []
     for mask in scene["masks"][: scene["count"]]:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -31,7 +31,7 @@ def middles(scene):
 
 
 def shown(scene):
-    """How every two objects of a scene stand to each other, by names and from the masks alone."""
+    """Return how every two objects of a scene stand to each other, by names and from the masks alone."""
     where = middles(scene)
     for a, b in combinations(range(scene["count"]), 2):
         relation, first = relation_of(*(where[b] - where[a]))

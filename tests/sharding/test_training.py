@@ -35,7 +35,7 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of whole runs on one device, 8 x 1 and 4 x 2; each keeps its states of steps 10 and 20."""
+    """Return the folders of whole runs on one device, 8 x 1 and 4 x 2; each keeps its states of steps 10 and 20."""
     root = tmp_path_factory.mktemp("runs")
     for name, where in PLACES.items():
         training_run.train(training_run.config(root / name, checkpointing_steps=10, **where))
@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processes(runs, tmp_path_factory):
-    """Folders of runs by 2 processes x 4 devices: `whole`, `resumed` from step 10 of the run on 8 x 1, `stopped`."""
+    """Return the folders of runs by 2 processes x 4 devices: `whole`, `resumed` at step 10 from 8 x 1, `stopped`."""
     root = tmp_path_factory.mktemp("processes")
     half_way(runs / "data", root / "resumed")
     with socket.socket() as free:
@@ -131,7 +131,7 @@ def test_devices_exchange_sums_and_whole_weights_alone(fsdp, allowed, accumulate
     stepper = Stepper(update, jax.devices(), fsdp)
     state, frozen = stepper.place(state), stepper.place(frozen)
     rows = stepper.rows({"latents": next(training_run.batches(0))["latents"]})
-    text = stepper.program(state, frozen, rows, stepper.key(0)).run.as_text()
+    text = stepper.compiled(state, frozen, rows, stepper.key(0)).run.as_text()
     assert set(COLLECTIVE.findall(text)) == allowed
     gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
     assert set(gathered) <= {"64,64"}  # weights; activations have 8, 8 among their axes
@@ -184,10 +184,10 @@ def test_devices_are_as_many_as_divide_the_rows():
     ("arguments", "words"),
     [
         ((16, 1, 9), "devices: found 9, expected 0"),
-        ((12, 1, 8), "train_batch_size: found 12 rows a micro-batch"),
+        ((12, 1, 8), "train_batch_size: found 12 rows per micro-batch"),
         ((16, 3, 8), "fsdp: found 3, expected a divisor of the 8 devices"),
         ((16, 0), "fsdp: found 0"),
-        ((3, 2), "expected a multiple of fsdp 2"),
+        ((3, 2), "expected a multiple of fsdp = 2"),
     ],
 )
 def test_devices_that_do_not_fit_are_named(arguments, words):

@@ -61,7 +61,7 @@ def weights():
 
 
 def batches(start):
-    """This process's rows of the batches from `start` on."""
+    """Yield this process's rows of the batches from `start` on."""
     share = ROWS // jax.process_count()
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     for step in range(start, STEPS):
@@ -75,7 +75,7 @@ def config(folder, **changes):
 
 
 def parts(cfg):
-    """(state, update, frozen) of a run."""
+    """Return (state, update, frozen) of a run."""
     params, frozen = weights()
     optimizer = make_optimizer(cfg)
     update = make_update(make_loss(), optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)

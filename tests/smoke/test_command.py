@@ -71,8 +71,8 @@ def test_dashes_and_underscores_are_the_same(flags):
             "optimizer: {learning_rat: 1}",
             "unknown key 'optimizer.learning_rat'; did you mean 'optimizer.learning_rate'",
         ),
-        ("batch_size: many", "batch_size: expected int, found many"),
-        ("- 1", "expected keys and values, found list"),
+        ("batch_size: many", "batch_size: found many, expected int"),
+        ("- 1", "found list, expected keys and values"),
         ("a: [", "not readable as YAML"),
     ],
 )
@@ -89,7 +89,7 @@ def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, found):
     [
         (["--batchsize", "4"], "unknown flag --batchsize; did you mean 'batch_size'"),
         (["--batch_size"], "--batch_size needs a value"),
-        (["--batch_size", "4.5"], "batch_size: expected int, found 4.5"),
+        (["--batch_size", "4.5"], "batch_size: found 4.5, expected int"),
         (["4"], "'4' is not a flag"),
         (["--config", "gone.yaml"], "gone.yaml: no such file"),
     ],

@@ -124,14 +124,14 @@ def test_a_share_of_the_real_scenes_has_the_opposite_of_a_label_that_they_lack()
 
 @pytest.fixture(scope="module")
 def tiny(tiny_pipeline):
-    """The tiny pipeline with pictures of 64 px."""
+    """Return the tiny pipeline with pictures of 64 px."""
     config = dataclasses.replace(tiny_pipeline.unet.config, sample_size=32)
     return dataclasses.replace(tiny_pipeline, unet=UNet2DConditionModel(config), default_steps=2)
 
 
 @pytest.fixture(scope="module")
 def files(tiny, tmp_path_factory):
-    """The tiny pipeline as a folder, an untrained adapter for it, and one that changes pictures."""
+    """Return the tiny pipeline as a folder, an untrained adapter for it, and one that changes pictures."""
     root = tmp_path_factory.mktemp("effects")
     tiny.save(root / "model")
     fresh = jaxmix.VMix.init(jax.random.key(0), tiny, LABELS)

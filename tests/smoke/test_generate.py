@@ -22,7 +22,7 @@ from jaxmix.types import InputError
 
 
 class StandIn:
-    """Draws a flat colour that is a function of the row's settings; counts what it was asked for."""
+    """Draw a flat colour that is a function of the row's settings; counts what it was asked for."""
 
     default_steps = 4
     default_guidance_scale = 3.0
@@ -101,7 +101,7 @@ def test_bad_rows_are_listed_and_the_others_drawn(tmp_path, capsys):
     assert [(line["row"], line["where"]) for line in errors] == [(1, "p.jsonl:2"), (2, "p.jsonl:3")]
     listed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bad row: ")]
     assert listed[0].startswith("bad row: p.jsonl:2: not JSON")
-    assert listed[1] == "bad row: p.jsonl:3: steps: expected a whole number from 1 to 1000, found 1001"
+    assert listed[1] == "bad row: p.jsonl:3: steps: found 1001, expected a whole number from 1 to 1000"
     assert "p.jsonl:2: not JSON" in (out / "gallery.html").read_text()
 
 
@@ -174,13 +174,13 @@ def test_captions_cannot_break_the_gallery(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        (["--steps", "0"], "--steps: expected a whole number of at least 1, found 0"),
+        (["--steps", "0"], "--steps: found 0, expected a whole number of at least 1"),
         (["--step", "3"], "unknown flag --step; did you mean 'steps'"),
-        (["--seed=-1"], "--seed: expected"),
-        (["--batch-size", "0"], "--batch-size: expected at least 1"),
-        (["--devices", "0"], "--devices: expected at least 1"),
-        (["--guidance-scale", "nan"], "--guidance_scale: expected float or null, found nan"),
-        (["--prompt", "a", "--prompts", "b"], "not both"),
+        (["--seed=-1"], "--seed: found -1, expected"),
+        (["--batch-size", "0"], "--batch-size: found 0, expected at least 1"),
+        (["--devices", "0"], "--devices: found 0, expected at least 1"),
+        (["--guidance-scale", "nan"], "--guidance_scale: found nan, expected float or null"),
+        (["--prompt", "a", "--prompts", "b"], "found both, expected one of them"),
         (["--dtype", "int8"], "--dtype"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_wrong_flag_is_one_line(flags, found):
 
 
 def test_more_devices_than_there_are_is_an_error():
-    with pytest.raises(InputError, match=r"--devices 1000: only \d+ here \(cpu\)"):
+    with pytest.raises(InputError, match=r"--devices: found 1000, expected at most the \d+ here \(cpu\)"):
         choose_mesh(1000, images=1)
 
 
@@ -241,9 +241,9 @@ def test_sizes_and_pictures_reach_the_pipeline(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"height": 10}, "height: expected a multiple of 4 pixels, found 10"),
+        ({"height": 10}, "height: found 10, expected a multiple of 4 pixels"),
         ({"strength": 0.1, "steps": 4, "image": True}, "strength is 0.1 with 4 steps: no step is left"),
-        ({"image": "text"}, "not a picture that can be opened"),
+        ({"image": "text"}, "not a readable picture"),
     ],
 )
 def test_a_row_that_the_model_cannot_draw_is_named(tmp_path, capsys, row, reason):

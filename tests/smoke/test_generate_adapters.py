@@ -26,7 +26,7 @@ NAME = "0000_seed0.png"
 
 @pytest.fixture(scope="module")
 def files(tiny_pipeline, tmp_path_factory):
-    """A folder with the pipeline ("model"), an adapter as if trained ("vmix.safetensors") and a LoRA of its own."""
+    """Return a folder with the pipeline ("model"), an adapter as if trained ("vmix.safetensors") and a LoRA."""
     path = tmp_path_factory.mktemp("adapters")
     dataclasses.replace(tiny_pipeline, tokenizer=ASSETS / "mini" / "tokenizer").save(path / "model")
     fresh = jaxmix.VMix.init(jax.random.key(0), tiny_pipeline, LABELS)
@@ -97,7 +97,7 @@ def test_a_scale_is_filled_in_for_rows_that_resume(files, tmp_path, capsys):
     ("flags", "words"),
     [
         (["--labels", "color"], "--labels: found 'color' without 'vmix' in any row, expected it there or --vmix"),
-        (["--vmix", "VMIX", "--labels", "colour"], "'colour' is not known, expected all, none or some of color, light"),
+        (["--vmix", "VMIX", "--labels", "colour"], "found 'colour', expected all, none or some of color, light"),
         (["--vmix", "no.safetensors"], "no such file"),
         (["--vmix", "STYLE"], "expected a VMix adapter written by jaxmix"),
         (["--lora", "VMIX"], "LoRA"),

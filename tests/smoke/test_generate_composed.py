@@ -26,7 +26,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def read(tmp_path, rows, **flags):
-    """The config, the methods, and the good and bad rows of a job."""
+    """Return the config, the methods, and the good and bad rows of a job."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = Config(prompts=str(path), out=str(tmp_path / "out"), **{"steps": 2, "devices": 1, **flags})

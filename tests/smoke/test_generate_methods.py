@@ -18,7 +18,7 @@ from jaxmix.types import InputError
 
 @pytest.fixture(scope="module")
 def files(tiny_pipeline, tmp_path_factory):
-    """A folder with the pipeline ("model"), another one ("expert"), a mask and two pictures."""
+    """Return a folder with the pipeline ("model"), another one ("expert"), a mask and two pictures."""
     path = tmp_path_factory.mktemp("methods")
     whole = dataclasses.replace(tiny_pipeline, tokenizer=ASSETS / "mini" / "tokenizer")
     whole.save(path / "model")
@@ -114,13 +114,13 @@ def test_painted_words_and_phrases_are_drawn_written_and_shown(files, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("a dog @ 0,0,1,1:x", 'weight: expected a number, found text "x"'),
-        ("a dog @ 0,0,1,1:nan", "weight: expected a number, found nan"),
+        ("a dog @ 0,0,1,1:x", 'weight: found text "x", expected a number'),
+        ("a dog @ 0,0,1,1:nan", "weight: found nan, expected a number"),
         ("a dog @ nowhere.png:0.5", "no such file: nowhere.png"),
-        ([{"phrase": "a dog", "box": [0, 0, 1, 1], "weight": True}], "weight: expected a number, found a truth value"),
+        ([{"phrase": "a dog", "box": [0, 0, 1, 1], "weight": True}], "weight: found a truth value, expected a number"),
         ([{"phrase": "a dog", "box": [0, 0, 1, 1], "height": 1}], "and maybe 'weight'"),
-        ("a dog", "expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png', found 'a dog'"),
-        ("a dog @ 0,0,1", r"expected 4 numbers, found \[0.0, 0.0, 1.0\]"),
+        ("a dog", "found 'a dog', expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png'"),
+        ("a dog @ 0,0,1", r"found \[0.0, 0.0, 1.0\], expected 4 numbers"),
         ("a dog @ 0,0,2,1", "expected shares of the image from 0 to 1"),
         ("a dog @ 0.5,0,0.5,1", "expected left < right and top < bottom"),
         ("a dog @ nowhere.png", "no such file: nowhere.png"),
@@ -173,8 +173,8 @@ def test_a_picture_as_reference_is_reconstructed_and_shown(files, tmp_path, caps
     with pytest.raises(InputError, match="no row can be drawn"):
         go(style_aligned, files, tmp_path / "bad", rows, sampler="euler", dry_run=True, **flags | {"offset": 0})
     said = capsys.readouterr().err
-    assert "expected ddim, found euler" in said
-    assert ":1: group 0: its first row cannot be drawn, in whose style this one was to be" in said
+    assert "found euler, expected ddim" in said
+    assert ":1: group 0: its first row, in whose style this one was to be, cannot be drawn" in said
 
 
 def test_bad_groups_are_listed(files, tmp_path, capsys):
@@ -211,7 +211,7 @@ def test_every_content_meets_every_style_in_both_modes(files, tmp_path, capsys):
 def test_style_transfer_says_what_is_missing(files, tmp_path, capsys):
     with pytest.raises(InputError, match="found one of them, expected both"):
         style_transfer.Config(content=str(files / "contents"))
-    with pytest.raises(InputError, match="found no picture here"):
+    with pytest.raises(InputError, match="found no pictures, expected files"):
         go(style_transfer, files, tmp_path / "a", content=str(tmp_path), style=str(files / "styles"))
     with pytest.raises(InputError, match="expected --content and --style"):
         go(style_transfer, files, tmp_path / "b")

@@ -41,7 +41,7 @@ TOGETHER = [pair for pair in itertools.combinations(BUILT, 2) if pair not in (*A
 
 @pytest.fixture(scope="module")
 def files(tiny_pipeline, tmp_path_factory):
-    """A folder with an adapter ("vmix.safetensors", without a LoRA), a LoRA and a picture."""
+    """Return a folder with an adapter ("vmix.safetensors", without a LoRA), a LoRA and a picture."""
     path = tmp_path_factory.mktemp("mixed")
     cross = [
         (site.name, subtree(tiny_pipeline.params["unet"], site.name)["to_v"]["kernel"].shape[-1])
@@ -62,7 +62,7 @@ def files(tiny_pipeline, tmp_path_factory):
 
 
 def fields(files):
-    """What each method is switched on by, of a row of PROMPT."""
+    """Return the fields that switch on each method in a row of PROMPT."""
     picture = str(files / "a.png")
     return {
         "vmix": {"vmix": str(files / "vmix.safetensors"), "labels": "color", "vmix_scale": 0.5},
@@ -78,7 +78,7 @@ def fields(files):
 
 
 def read(tmp_path, rows, wanted="", **flags):
-    """The config, the methods, and the good and bad rows of a job."""
+    """Return the config, the methods, and the good and bad rows of a job."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": PROMPT, **row}) + "\n" for row in rows))
     config = Config(prompts=str(path), out=str(tmp_path / "out"), **{"steps": 2, "devices": 1, **flags})
@@ -87,14 +87,14 @@ def read(tmp_path, rows, wanted="", **flags):
 
 
 def planned(tmp_path, pipe, rows, **flags):
-    """The buckets of a job, and the reasons of its bad rows."""
+    """Return the buckets of a job, and the reasons of its bad rows."""
     _, methods, good, bad = read(tmp_path, rows, **flags)
     good, unfit = complete(good, pipe, methods)
     return list(methods.buckets(good)), [str(row) for row in (*bad, *unfit)]
 
 
 def kinds(pipe, bucket):
-    """The names of the classes that are built for a bucket, as a check of them builds them."""
+    """Return the names of the classes that are built for a bucket, as a check of them builds them."""
     names = frozenset(method.name for method in bucket.methods)
     batch = Batch(bucket.rows, bucket.groups or (), names, bucket.weights, draft=True)
     made = [one for method in bucket.methods for one in method.build(pipe, batch)]
@@ -137,15 +137,15 @@ def test_a_row_of_two_methods_that_exclude_each_other_is_bad_and_says_which(file
             "cross: found 1.0 with layout 'paint', expected 'dense'",
         ),
         ({"paint": 1}, "paint: found 1.0 without 'segments', expected it in the row, too"),
-        ({"paint": float("nan"), "segments": SEGMENTS, "layout": "paint"}, "paint: expected a number, found nan"),
+        ({"paint": float("nan"), "segments": SEGMENTS, "layout": "paint"}, "paint: found nan, expected a number"),
         (
             {"paint": True, "segments": SEGMENTS, "layout": "paint"},
-            "paint: expected a number, found a truth value true",
+            "paint: found a truth value true, expected a number",
         ),
-        ({"segments": SEGMENTS + ":inf", "layout": "paint"}, "segments[0]: weight: expected a number, found inf"),
+        ({"segments": SEGMENTS + ":inf", "layout": "paint"}, "segments[0]: weight: found inf, expected a number"),
         (
             {"segments": [{"phrase": "a red car", "box": [0, 0, 1, 1], "weight": "x"}], "layout": "paint"},
-            'segments[0]: weight: expected a number, found text "x"',
+            'segments[0]: weight: found text "x", expected a number',
         ),
         ({"segments": SEGMENTS + ":2"}, "('a red car'): weight: found 2, expected 1: DenseDiffusion weighs none"),
         ({"segments": "a cat @ 0,0,1,1", "layout": "paint"}, "segment 0 ('a cat'): the phrase is not in the prompt"),
@@ -156,7 +156,7 @@ def test_a_row_of_two_methods_that_exclude_each_other_is_bad_and_says_which(file
         ({"phrases": []}, "phrases: found none, expected phrases of the prompt such as"),
         ({"phrases": " ; "}, "phrases: found none, expected phrases of the prompt such as"),
         ({"phrases": 5}, "phrases: found 5, expected phrases of the prompt"),
-        ({"phrases": ["a red car", True]}, "phrases[1]: expected text, found a truth value true"),
+        ({"phrases": ["a red car", True]}, "phrases[1]: found a truth value true, expected text"),
         ({"phrases": ["a red car", ""]}, "phrases[1]: found no words"),
         (
             {"phrases": "a red car; a cat"},
@@ -184,10 +184,10 @@ def test_a_row_of_two_methods_that_exclude_each_other_is_bad_and_says_which(file
         ({"lora": "VMIX"}, "vmix.safetensors"),
         ({"expert_prompt": "b", "guidance_rescale": 0.5}, "guidance_rescale: found 0.5 with expert_prompt (fuse)"),
         ({"expert_prompt": "b", "k_expert": -1}, "fusion: k_expert: found [-1.0], expected numbers >= 0"),
-        ({"content": "PICTURE", "style": "PICTURE", "sampler": "euler"}, "expected ddim, found euler"),
+        ({"content": "PICTURE", "style": "PICTURE", "sampler": "euler"}, "found euler, expected ddim"),
         (
             {"content": "PICTURE", "style": "PICTURE", "image": "PICTURE"},
-            "image: found it beside 'content' and 'style'",
+            "image: found it with 'content' and 'style'",
         ),
     ],
 )
@@ -240,8 +240,8 @@ def test_a_flag_is_the_field_of_every_row_that_does_not_name_it(files, tiny_pipe
         ({"reference": "PICTURE"}, "without 'group' in any row"),
         ({"layout": "ink", "segments": SEGMENTS}, '--layout: found text "ink", expected one of dense, paint'),
         ({"paint": 0.5, "segments": SEGMENTS}, "--paint: found 0.5 with layout 'dense', expected 'paint'"),
-        ({"paint": float("nan")}, "--paint: expected a number, found nan"),
-        ({"segments": SEGMENTS + ":nan"}, "--segments[0]: weight: expected a number, found nan"),
+        ({"paint": float("nan")}, "--paint: found nan, expected a number"),
+        ({"segments": SEGMENTS + ":nan"}, "--segments[0]: weight: found nan, expected a number"),
         ({"phrases": ";"}, "--phrases: found none, expected phrases of the prompt"),
     ],
 )

@@ -19,7 +19,7 @@ QUICK = ["--steps", "1", "--devices", "1"]
 
 @pytest.fixture(scope="module")
 def folder(tiny_pipeline, tmp_path_factory):
-    """The tiny pipeline as a diffusers folder."""
+    """Return the tiny pipeline as a diffusers folder."""
     path = tmp_path_factory.mktemp("tiny")
     dataclasses.replace(tiny_pipeline, tokenizer=ASSETS / "mini" / "tokenizer").save(path)
     return path

@@ -45,16 +45,16 @@ def test_a_row_of_jsonl_overrides_every_flag(tmp_path):
         ("{", "not JSON"),
         ("[1]", "found a list"),
         ('{"seed": 1}', "no field 'prompt'"),
-        ('{"prompt": null}', "prompt: expected text, found null"),
+        ('{"prompt": null}', "prompt: found null, expected text"),
         ('{"prompt": "x", "step": 3}', "unknown field 'step'; did you mean 'steps'?"),
-        ('{"prompt": "x", "steps": 0}', "steps: expected a whole number of at least 1, found 0"),
-        ('{"prompt": "x", "steps": 2.5}', "steps: expected a whole number of at least 1, found 2.5"),
+        ('{"prompt": "x", "steps": 0}', "steps: found 0, expected a whole number of at least 1"),
+        ('{"prompt": "x", "steps": 2.5}', "steps: found 2.5, expected a whole number of at least 1"),
         ('{"prompt": "x", "steps": true}', "found a truth value true"),
-        ('{"prompt": "x", "seed": -1}', "seed: expected a whole number from 0"),
+        ('{"prompt": "x", "seed": -1}', "expected a whole number from 0 to"),
         ('{"prompt": "x", "seed": "7"}', 'found text "7"'),
-        ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale: expected a number, found nan"),
+        ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale: found nan, expected a number"),
         ('{"prompt": "\\ud800"}', "not text"),
-        ('{"prompt": "x", "id": "first"}', "id: 'first' is already the id of p.jsonl:1"),
+        ('{"prompt": "x", "id": "first"}', "id: found 'first', which is already the id of p.jsonl:1"),
     ],
 )
 def test_a_bad_row_says_why_and_the_others_stay(tmp_path, line, reason):
@@ -70,8 +70,8 @@ def test_a_bad_row_says_why_and_the_others_stay(tmp_path, line, reason):
     [
         ("p.txt", "", "is empty"),
         ("p.txt", b"caf\xe9\n", "not UTF-8 text (byte 3"),
-        ("p.csv", "prompt,prompt\na cat,a dog\n", "expected a field's name a column"),
-        ("p.csv", "", "expected a field's name a column"),
+        ("p.csv", "prompt,prompt\na cat,a dog\n", "expected one field name per column"),
+        ("p.csv", "", "expected one field name per column"),
         ("p.xlsx", "a cat", "expected a .txt, .jsonl or .csv"),
         ("p", "a cat", "no suffix"),
     ],
@@ -91,7 +91,7 @@ METHODS = Methods(Config())
 
 
 def buckets(rows):
-    """The rows of each bucket, where no row has a group."""
+    """Return the rows of each bucket, where no row has a group."""
     held = [dataclasses.replace(row, extra=tuple((key, None) for key in METHODS.fields)) for row in rows]
     return [bucket.rows for bucket in METHODS.buckets(held)]
 
@@ -123,10 +123,10 @@ def test_a_row_that_needs_another_program_gets_a_bucket_of_its_own(change):
     ("field", "reason"),
     [
         ('"sampler": "eular"', 'sampler: found text "eular", expected one of ddim, '),
-        ('"height": 0', "height: expected a whole number of pixels, found 0"),
-        ('"guidance_rescale": 1.5', "guidance_rescale: expected a number from 0 to 1, found 1.5"),
+        ('"height": 0', "height: found 0, expected a whole number of pixels"),
+        ('"guidance_rescale": 1.5', "guidance_rescale: found 1.5, expected a number from 0 to 1"),
         ('"image": "gone.png"', "image: no such file: gone.png"),
-        ('"mask": "%s"', "mask: found a mask without an image, expected the image to repaint"),
+        ('"mask": "%s"', "mask: found a mask alone, expected also the image to repaint"),
     ],
 )
 def test_the_new_fields_say_what_they_expect(tmp_path, field, reason):
@@ -160,5 +160,5 @@ def test_a_table_holds_text_and_what_json_writes_and_an_empty_cell_names_nothing
     assert [str(row) for row in bad] == [
         "p.csv:4: found 0 cells, expected one for each of the 6 columns",
         "p.csv:5: found 7 cells, expected one for each of the 6 columns",
-        'p.csv:6: seed: expected a whole number from 0 to 4294967295, found text "seven"',
+        'p.csv:6: seed: found text "seven", expected a whole number from 0 to 4294967295',
     ]

@@ -21,7 +21,7 @@ SMALL = {"prompts": 2, "batch_size": 2, "steps": 1, "real_scenes": 2, "round_tri
 
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory):
-    """Weights of a segmenter that has learnt nothing but names the objects."""
+    """Return weights of a segmenter that has learnt nothing but names the objects."""
     file = tmp_path_factory.mktemp("judge") / "segmenter.safetensors"
     shapes = jax.eval_shape(SegmentNet(24, (8, 8, 8)).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     rng = np.random.default_rng(0)
@@ -54,7 +54,7 @@ def test_every_kind_is_scored_and_written_with_its_intervals(segmenter, tmp_path
         (["--out", "folder"], "out: found folder, expected a file that ends in .json"),
         (["--kinds", "[places]"], "kinds: found places under arrangement 'centred'"),
         (["--arrangement", "anywhere"], "found a segmenter of 64 px that names 0 objects, expected one of 64 px"),
-        (["--objects", "30"], "objects: found 30, expected 24 at the most"),
+        (["--objects", "30"], "objects: found 30, expected at most 24"),
     ],
 )
 def test_what_cannot_be_scored_is_one_clear_line(flags, words, capsys):

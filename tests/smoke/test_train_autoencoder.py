@@ -39,7 +39,7 @@ def shrunk(folder, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with two runs of two steps: `whole`, and `parts`, which was killed after the first and resumed."""
+    """Return a folder with two runs of two steps: `whole`, and `parts`, killed after the first and resumed."""
     root = tmp_path_factory.mktemp("runs")
     assert autoencoder.main(shrunk(root / "whole")) == 0
     killed_after(1, root / "whole", root / "parts", exported="vae")

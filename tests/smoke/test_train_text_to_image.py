@@ -62,7 +62,7 @@ def shrunk(folder, vae_folder, config="mini_text_to_image.yaml", **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, vae_folder):
-    """A folder with two runs of two steps: `whole`, and `parts`, which was killed after the first and resumed."""
+    """Return a folder with two runs of two steps: `whole`, and `parts`, killed after the first and resumed."""
     root = tmp_path_factory.mktemp("runs")
     options = {"mixed_precision": "bf16", "snr_gamma": 5.0}
     assert text_to_image.main(shrunk(root / "whole", vae_folder, validation_steps=2, **options)) == 0

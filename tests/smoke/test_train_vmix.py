@@ -29,7 +29,7 @@ def base(tiny_pipeline, tmp_path_factory):
 
 
 def shrunk(base, folder, **changes):
-    """The committed config at the size of the tiny pipeline."""
+    """Return the committed config at the size of the tiny pipeline."""
     cfg = parse(vmix.main, ["--config", str(CONFIGS / "vmix_mini.yaml"), "--output_dir", str(folder)])
     small = {
         "pretrained_model_name_or_path": str(base),
@@ -52,7 +52,7 @@ def shrunk(base, folder, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base):
-    """A folder with two runs of two steps: `whole`, and `parts`, which was killed after the first and resumed."""
+    """Return a folder with two runs of two steps: `whole`, and `parts`, killed after the first and resumed."""
     root = tmp_path_factory.mktemp("runs")
     options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
     assert vmix.main(shrunk(base, root / "whole", validation_steps=2, **options)) == 0
@@ -103,7 +103,7 @@ def test_stopping_and_resuming_gives_the_same_file_bit_for_bit(runs):
 
 
 def pieces(pipe, cfg):
-    """Everything of a step but its numbers: update, state, frozen, batch, key."""
+    """Return everything of a step but its numbers: update, state, frozen, batch, key."""
     fresh = vmix.make_adapter(pipe, cfg)
     learns, constants = vmix.split_adapter(fresh, cfg)
     optimizer = make_optimizer(cfg)
@@ -165,15 +165,18 @@ def test_dropped_captions_and_labels_have_their_shares(tmp_path, base):
     [
         ({"pretrained_model_name_or_path": ""}, "pretrained_model_name_or_path: not given, expected the base model"),
         ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
-        ({"value_mixing": False, "rank": 0}, "value_mixing is off and rank is 0: nothing would learn"),
+        ({"value_mixing": False, "rank": 0}, "value_mixing: found false with rank 0, expected one of them to learn"),
         ({"lora_targets": "to_(q"}, "lora pattern: 'to_(q' is not a regular expression"),
-        ({"lora_targets": "attn3"}, "'attn3' is found in none of the"),
+        ({"lora_targets": "attn3"}, "'attn3' matches none of the"),
         ({"label_dropout_rate": 1.5}, "label_dropout_rate: found 1.5, expected 0 to 1"),
-        ({"labels": {"colour": ("vivid", "[V]")}}, "labels: scenes have no 'colour', expected some of color, light,"),
+        ({"labels": {"colour": ("vivid", "[V]")}}, "labels: found 'colour', expected some of color, light,"),
         ({"scenes": {}}, "train_data_dir, scenes: found neither, expected one of them"),
         ({"train_data_dir": "no/such"}, "train_data_dir, scenes: found both, expected one of them"),
         ({"train_data_dir": "no/such", "scenes": {}}, "no/such"),
-        ({"labels": {"color": ("vivid",)}}, "labels: 'color' is ('vivid',), expected a pair (label, rare token)"),
+        (
+            {"labels": {"color": ("vivid",)}},
+            "labels: found ('vivid',) for 'color', expected a pair (label, rare token)",
+        ),
         ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps: found 3, expected a divisor"),
     ],
 )

@@ -162,7 +162,9 @@ def test_the_update_is_traced_and_compiled_once_and_its_cost_is_told(tmp_path, c
 
     train(config(tmp_path), counted)
     assert len(traces) == 1
-    assert re.search(r"compiled in [\d.]+ s; .* TFLOP a step; peak .*measured .*GiB a device", capsys.readouterr().out)
+    assert re.search(
+        r"compiled in [\d.]+ s; .* TFLOP per step; peak .*measured .*GiB per device", capsys.readouterr().out
+    )
 
 
 def test_steps_between_two_rows_of_the_logs_are_not_lost_by_stopping(tmp_path):

@@ -162,7 +162,7 @@ def test_one_trace_of_the_merge_for_any_strengths_and_loras(tiny_pipeline, pair)
 @pytest.mark.parametrize(
     ("pattern", "rank", "message"),
     [
-        ("attn9", 2, "'attn9' is found in none of the"),
+        ("attn9", 2, "'attn9' matches none of the"),
         ("attn[", 2, "is not a regular expression"),
         ("attn1", 0, "lora rank: found 0, expected 1 or more"),
     ],
@@ -179,7 +179,7 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_pipeline, pair):
     with pytest.raises(InputError, match=r"to_q: found down \(3, 3, 32, 3\) .* a LoRA for another base"):
         name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         apply_loras(pipe, [(LoRA({"unet": {name: factors}}), 1.0)])
-    with pytest.raises(InputError, match="changes the part text_encoder_2, which this pipeline has not"):
+    with pytest.raises(InputError, match="found factors for text_encoder_2, which this pipeline lacks"):
         apply_loras(pipe, [(LoRA({"text_encoder_2": {"text_projection": factors}}), 1.0)])
     with pytest.raises(InputError, match="found the part 'vae', expected one of unet"):
         LoRA({"vae": {}})

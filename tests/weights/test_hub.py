@@ -18,7 +18,7 @@ PARTS = ("unet", "text_encoder")
 
 
 class Hub:
-    """Serves one repository of empty files; `downloaded` holds what was asked for."""
+    """Serve one repository of empty files; `downloaded` holds what was asked for."""
 
     def __init__(self, folder, files, weight_map=None):
         self.remote, self.cache = folder / "remote", folder / "cache"
@@ -109,7 +109,7 @@ def test_without_connection_and_cache_one_line_says_what_to_do(make_hub):
     make_hub(CONFIGS).error = OSError("[Errno -2]\nName or service not known")
     assert one_line() == (
         "owner/name: no such folder or file here, the hub cannot be reached (OSError: [Errno -2] Name or service not "
-        "known), and nothing of it is in the cache; expected a connection, or the path of a model"
+        "known), and it is not cached; expected a connection, or the path of a model"
     )
 
 
@@ -123,7 +123,7 @@ def test_without_connection_the_cache_is_used(make_hub):
 def test_an_unknown_repository_is_one_line(make_hub):
     # Its constructor wants a response of the HTTP client, which is another one in each release.
     make_hub(CONFIGS).error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-    assert "neither a folder or file here nor a public model on the hub" in one_line()
+    assert "neither a local folder or file nor a public model on the hub" in one_line()
 
 
 def test_repositories_that_are_no_pipeline_are_named(make_hub):
@@ -136,4 +136,4 @@ def test_a_local_folder_of_that_name_wins(make_hub, tmp_path, monkeypatch):
     make_hub(CONFIGS).error = AssertionError("the hub was asked")
     monkeypatch.chdir(tmp_path)
     Path("owner/name").mkdir(parents=True)
-    assert one_line().startswith("owner/name: no model_index.json in this folder")
+    assert one_line().startswith("owner/name: found no model_index.json")

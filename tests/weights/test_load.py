@@ -26,7 +26,7 @@ def one_line(error):
 
 @pytest.fixture
 def model(tmp_path):
-    """A file of three tensors and the tree it fits."""
+    """Return a file of three tensors and the tree it fits."""
     path = tmp_path / "model.safetensors"
     save_file({"a.weight": np.ones((2, 3), "f4"), "a.bias": np.ones(2, "f4"), "n.weight": np.ones(2, "f4")}, path)
     return path, {"a": {"kernel": leaf(3, 2), "bias": leaf(2)}, "n": {"scale": leaf(2)}}

@@ -28,7 +28,7 @@ def saved(tiny_pipeline, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy that a test may change."""
+    """Return a copy that a test may change."""
     return shutil.copytree(saved, tmp_path / "pipeline")
 
 
@@ -117,7 +117,7 @@ def test_mixed_precisions_are_refused_by_auto_alone(folder):
 
 
 def flax_tree(params):
-    """Our parameters as Flax names them: list indices behind an underscore, the VAE's attention by its old names."""
+    """Return our parameters under Flax names: list indices after an underscore, the VAE's attention by old names."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     leaves = {}
     for path, leaf in names.flatten(params):
@@ -128,7 +128,7 @@ def flax_tree(params):
 
 
 def clip_tree(params):
-    """The same for transformers' Flax text encoder, which nests by every dot."""
+    """Return the same for transformers' Flax text encoder, which nests by every dot."""
     return names.unflatten({(*".".join(p[:-1]).split("."), p[-1]): np.asarray(x) for p, x in names.flatten(params)})
 
 
@@ -157,13 +157,13 @@ def test_a_folder_of_flax_weights_loads(tiny_pipeline, folder):
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "unet", "tokenizer", "scheduler"])
 def test_a_missing_part_is_named(folder, part):
     shutil.rmtree(folder / part)
-    assert one_line(folder).startswith(f"{folder}: no {part} folder in this StableDiffusionPipeline, expected unet, ")
+    assert one_line(folder).startswith(f"{folder}: found no {part} folder in this StableDiffusionPipeline, expected ")
 
 
 @pytest.mark.parametrize("cls", ["StableDiffusion3Pipeline", "FluxPipeline", None])
 def test_other_pipelines_are_named(folder, cls):
     change(folder / "model_index.json", _class_name=cls)
-    expected = f"{folder}/model_index.json: this is a {cls}, expected a StableDiffusionPipeline or a StableDiffusionXL"
+    expected = f"{folder}/model_index.json: found a {cls}, expected a StableDiffusionPipeline or a StableDiffusionXL"
     assert one_line(folder).startswith(expected)
 
 
@@ -174,15 +174,15 @@ def test_an_inpainting_unet_is_named_before_its_weights_are_read(folder):
 
 
 def test_folders_that_hold_one_model_are_named(saved, tmp_path):
-    expected = "expected a diffusers pipeline with a model_index.json"
-    assert one_line(saved / "vae") == f"{saved / 'vae'}: this is one model alone, AutoencoderKL, {expected}"
-    assert "this is one model alone, CLIPTextModel" in one_line(saved / "text_encoder")
+    expected = "expected a diffusers pipeline (model_index.json)"
+    assert one_line(saved / "vae") == f"{saved / 'vae'}: found a single model, AutoencoderKL, {expected}"
+    assert "found a single model, CLIPTextModel" in one_line(saved / "text_encoder")
     (tmp_path / "pytorch_lora_weights.safetensors").touch()
-    assert "this is a LoRA" in one_line(tmp_path)
+    assert "found a LoRA" in one_line(tmp_path)
     (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "model.safetensors")
     assert f"to load a single file give its path, such as {tmp_path}/model.safetensors" in one_line(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    assert one_line(tmp_path) == f"{tmp_path}: no model_index.json in this folder, {expected}"
+    assert one_line(tmp_path) == f"{tmp_path}: found no model_index.json, {expected}"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_folders_that_hold_one_model_are_named(saved, tmp_path):
 )
 def test_other_files_are_named(tmp_path, name, what):
     (tmp_path / name).write_bytes(b"x")
-    assert one_line(tmp_path / name).startswith(f"{tmp_path / name}: {what}")
+    assert one_line(tmp_path / name).startswith(f"{tmp_path / name}: found {what}")
 
 
 def test_a_config_that_is_not_supported_is_named_with_its_file(folder):
@@ -200,7 +200,7 @@ def test_a_config_that_is_not_supported_is_named_with_its_file(folder):
 
 
 def test_names_and_options_that_mean_nothing_are_one_line(tmp_path):
-    assert "no such folder or file, expected 'mini', a diffusers folder" in one_line(tmp_path / "nothing")
-    assert "sampler='eulr': expected one of ddim, " in one_line("mini", sampler="eulr")
-    assert "dtype='int8': expected float32, bfloat16, float16 or 'auto'" in one_line("mini", "int8")
+    assert "found no such folder or file, expected 'mini', a diffusers folder" in one_line(tmp_path / "nothing")
+    assert "sampler: found 'eulr', expected one of ddim, " in one_line("mini", sampler="eulr")
+    assert "dtype: found 'int8', expected float32, bfloat16, float16 or 'auto'" in one_line("mini", "int8")
     assert "prediction_type" in one_line("mini", prediction_type="flow")

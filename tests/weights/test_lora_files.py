@@ -34,7 +34,7 @@ def factors(shape, rank, seed=0):
 
 
 def as_torch(f):
-    """The two factors in torch's layout."""
+    """Return the two factors in torch's layout."""
     axes = {2: (1, 0), 4: (3, 2, 0, 1)}
     return tuple(np.ascontiguousarray(f[role].transpose(axes[f[role].ndim])) for role in ("down", "up"))
 
@@ -47,7 +47,7 @@ def file_of(tmp_path, tensors, metadata=None):
 
 @pytest.fixture(scope="module")
 def lora(tiny_pipeline):
-    """Dense layers, 1x1 and 3x3 convolutions and a text encoder, with ranks and alphas that differ."""
+    """Return dense layers, 1x1 and 3x3 convolutions and a text encoder, with ranks and alphas that differ."""
     parts = {"unet": {}, "text_encoder": {}}
     for i, (part, module, rank, alpha) in enumerate(
         [
@@ -300,7 +300,7 @@ def test_bad_metadata_and_paths_are_refused(tiny_pipeline, lora, tmp_path):
     with pytest.raises(InputError, match="no such file"):
         LoRA.load(tmp_path / "none.safetensors", tiny_pipeline)
     (tmp_path / "pickle.pt").touch()
-    with pytest.raises(InputError, match="is a Python pickle"):
+    with pytest.raises(InputError, match="found a Python pickle"):
         LoRA.load(tmp_path / "pickle.pt", tiny_pipeline)
     with pytest.raises(InputError, match=r"expected a file that ends in \.safetensors"):
         lora.save(tmp_path / "lora.bin")

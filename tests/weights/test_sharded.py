@@ -80,7 +80,7 @@ def test_a_key_outside_of_its_shard_is_named(tmp_path):
 
 def test_a_key_that_the_index_forgets_is_named(tmp_path):
     write(tmp_path, weight_map={"a.weight": "one.safetensors", "a.bias": "two.safetensors"})
-    assert "1 tensors of the shards are not in the index: n.weight" in one_line(tmp_path)
+    assert "1 tensors in the shards are not in the index: n.weight" in one_line(tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../one.safetensors", "/one.safetensors", "one.bin", 7])

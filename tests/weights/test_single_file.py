@@ -118,7 +118,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def targets():
-    """The abstract parameters of every part of every family."""
+    """Return the abstract parameters of every part of every family."""
     models = {
         "unet": lambda c: UNet2DConditionModel(UNetConfig.from_dict(c)),
         "vae": lambda c: AutoencoderKL(VAEConfig.from_dict(c)),
@@ -132,12 +132,12 @@ def targets():
 
 @pytest.fixture(scope="module")
 def params(targets):
-    """Random float16 parameters of the same shapes."""
+    """Return random float16 parameters of the same shapes."""
     return jax.tree.map(np.asarray, random_params(targets, dtype=np.float16))
 
 
 def extra_tensors(family):
-    """What files of this family hold besides, in several dtypes."""
+    """Return what else files of this family hold, in several dtypes."""
     found = {
         "alphas_cumprod": np.linspace(1, 0, 10, dtype="f4"),
         "model_ema.decay": np.array(0.9999, np.float32),
@@ -168,7 +168,7 @@ def extra_tensors(family):
 
 @pytest.fixture(scope="module")
 def files(params, tmp_path_factory):
-    """One community file of each family, under a name that lies and with metadata that does not fit."""
+    """Return one community file of each family, under a name that lies and with metadata that does not fit."""
     folder = tmp_path_factory.mktemp("single")
     paths = {}
     for family in FAMILIES:
@@ -188,7 +188,7 @@ def same_tensors(a, b):
 
 
 def changed(path, to, add=(), drop=(), rename=lambda key: key):
-    """A copy of a file with tensors added, dropped (by the beginning of their names) or renamed."""
+    """Return a copy of a file with tensors added, dropped (by the beginning of their names) or renamed."""
     tensors = {rename(k): v for k, v in load_file(path).items() if not k.startswith(tuple(drop))}
     save_file(tensors | dict(add), to)
     return to
@@ -421,7 +421,7 @@ OTHERS = {
     "a text encoder alone": tensors("text_model.encoder.layers.0.mlp.fc1.weight"),
     "a textual inversion": tensors("emb_params"),
     "an IP-Adapter": tensors("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
-    "no model that is known": tensors("some.thing"),
+    "an unknown kind of model": tensors("some.thing"),
     "a file without tensors": {},
 }
 

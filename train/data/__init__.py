@@ -48,8 +48,8 @@ def open_source(
         return WebDataset(path, text_column, labels)
     folder = epath.Path(path).expanduser()
     if not folder.is_dir():
-        what = "this is a file" if folder.exists() else "no such folder"
-        raise InputError(f"{name}: {what}, expected a folder of {kinds}")
+        what = "a file" if folder.exists() else "no such folder"
+        raise InputError(f"{name}: found {what}, expected a folder of {kinds}")
     if (folder / METADATA).exists():
         return ImageFolder(path, text_column, image_column, labels)
     names = {entry.name for entry in folder.iterdir()}
@@ -70,7 +70,7 @@ def open_batches(
     text_column: str = "text",
     image_column: str = "file_name",
 ) -> Pictures | LatentCache:
-    """Open captioned pictures for `make_dataset`: rows with "image", or with latents where `path` is a cache.
+    """Open captioned pictures for `make_dataset`: rows with "image", or with latents if `path` is a cache.
 
     Raises InputError for a cache of another model or other sizes, and for sizes that the model cannot encode.
     """
@@ -83,7 +83,7 @@ def open_batches(
 
 
 def check_sizes(cfg: PictureConfig, pipe: Pipeline) -> None:
-    """Raise InputError for picture sizes that the autoencoder does not turn into whole latent cells."""
+    """Raise InputError for picture sizes that do not give whole latent cells."""
     factor = pipe.vae.config.factor
     key = "bucket_reso_steps" if cfg.enable_bucket else "resolution"
     if getattr(cfg, key) % factor:

@@ -15,18 +15,18 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass
 class PictureConfig:
-    """How pictures become rows of one size a batch; the names are those of diffusers' and kohya's trainers.
+    """How pictures become rows with one size per batch; the names are those of diffusers' and kohya's trainers.
 
     Attributes:
-        resolution: side of the squares trained on, in pixels; with buckets the root of their largest area.
-        center_crop: cut from the middle; false cuts at random.
-        random_flip: mirror half of the pictures, left to right.
+        resolution: side of the training squares, in pixels; with buckets the square root of their largest area.
+        center_crop: crop from the centre; false crops at random.
+        random_flip: mirror half of the pictures horizontally.
         enable_bucket: keep each picture's aspect ratio: batches of several sizes, each compiled once.
         min_bucket_reso: shortest side of a bucket, in pixels.
         max_bucket_reso: longest side of a bucket, in pixels.
         bucket_reso_steps: sides of buckets are multiples of this.
-        bucket_no_upscale: a picture smaller than its bucket is cut to its own size instead of enlarged.
-        max_bad_rows: rows that may turn out unusable before the run stops; null for 1 % of the rows, 10 at least.
+        bucket_no_upscale: a picture smaller than its bucket is cropped to its own size instead of being enlarged.
+        max_bad_rows: rows that may prove unusable before the run stops; null for 1 % of the rows, but at least 10.
     """
 
     resolution: int = 512
@@ -62,7 +62,7 @@ class PictureConfig:
 
 
 def bucket_sizes(cfg: PictureConfig) -> list[Size]:
-    """Return the sizes of all buckets: for each short side the longest other side of at most resolution^2 pixels."""
+    """Return the sizes of all buckets: for each short side the longest other side within resolution^2 pixels."""
     if not cfg.enable_bucket:
         return [(cfg.resolution, cfg.resolution)]
     step, area = cfg.bucket_reso_steps, cfg.resolution**2
@@ -83,7 +83,7 @@ def choose_bucket(size: Size, sizes: list[Size], cfg: PictureConfig) -> Size:
     """Return the bucket for a picture of `size`: the nearest aspect ratio, on a logarithmic scale.
 
     With bucket_no_upscale a picture that does not fill it gets its own size instead, scaled down to the largest area
-    and rounded down to whole steps; one that is smaller than a step is enlarged to it nevertheless.
+    and rounded down to whole steps; one that is smaller than a step is still enlarged to it.
     """
     height, width = size
     aspect = math.log(height / width)
@@ -96,12 +96,14 @@ def choose_bucket(size: Size, sizes: list[Size], cfg: PictureConfig) -> Size:
     return rounded[0], rounded[1]
 
 
-def fit(image: np.ndarray, bucket: Size, at: tuple[float, float], flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Scale a picture until it covers the bucket, mirror it if asked, and cut the bucket out of it.
+def crop_to_bucket(
+    image: np.ndarray, bucket: Size, at: tuple[float, float], flip: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale a picture to cover the bucket, mirror it if asked, and crop it to the bucket.
 
-    `at` says where, down and right, from 0 (all the way up and left) over 0.5 (the middle) to 1. Returns the picture
-    uint8 (H, W, 3) and SDXL's time_ids float32 (6,): original height and width, top and left of the cut in the scaled
-    (and mirrored) picture, target height and width.
+    `at` says where, down and right, from 0 (top and left) through 0.5 (the centre) to 1. Returns the picture uint8
+    (H, W, 3) and SDXL's time_ids float32 (6,): original height and width, top and left of the crop in the scaled (and
+    mirrored) picture, target height and width.
     """
     from PIL import Image, ImageOps
 

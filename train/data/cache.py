@@ -25,14 +25,14 @@ FORMAT = "jaxmix latents"
 VERSION = 1
 _META = "meta"  # the entry of a record that holds its id and labels, as JSON in bytes
 _WITHOUT_EFFECT = ("_class_name", "_diffusers_version", "architectures", "model_type", "sample_size", "force_upcast")
-_LEADING = 4096  # values of each tensor that the digest of the weights looks at
+_LEADING = 4096  # values of each tensor that enter the digest of the weights
 
 
 def identify(pipe: Pipeline) -> dict[str, str]:
     """Return digests of what latents and text states depend on: configs and weights of autoencoder and text encoders.
 
-    The decoder is left out: latents do not depend on it. Digests of the weights are over the first values of every
-    tensor in bfloat16, and so the same for a model that was loaded in float32 or in bfloat16.
+    The decoder is left out: latents do not depend on it. Digests of weights cover the first values of every tensor in
+    bfloat16, so they are the same for a model loaded in float32 or in bfloat16.
     """
     found = {}
     for part in ("vae", "text_encoder", "text_encoder_2"):
@@ -75,9 +75,9 @@ def decode_record(record: bytes) -> dict[str, Any]:
 class CacheIndex:
     """The `index.json` of a cache.
 
-    `model` is what it was made with, `identity` as `identify` gives it, `known` the dimensions that labels were read
-    for (None: not read), `flipped` whether the mirrored pictures are there too, `shards` the files with the number of
-    their records, `buckets` the sizes that occur, and `bucket` for every record which of them it has.
+    `model` is what it was made with, `identity` the result of `identify`, `known` the dimensions that labels were read
+    for (None: not read), `flipped` whether it also holds the mirrored pictures, `shards` the files with their numbers
+    of records, `buckets` the sizes that occur, and `bucket` the index of every record's size among them.
     """
 
     model: str
@@ -97,7 +97,7 @@ class CacheIndex:
 
     @classmethod
     def read(cls, path: Path) -> CacheIndex:
-        """Read the file. Raises InputError for one that is something else."""
+        """Read the file. Raises InputError for any other file."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -105,7 +105,7 @@ class CacheIndex:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise InputError(f"{path}: not the index of a cache of latents, expected one by train.cache_latents")
         if found.get("version") != VERSION:
-            raise InputError(f"{path}: version: found {found.get('version')}, expected {VERSION}; make the cache anew")
+            raise InputError(f"{path}: version: found {found.get('version')}, expected {VERSION}; make the cache again")
         fields = {field.name: found[field.name] for field in dataclasses.fields(cls)}
         fields["shards"] = [(name, count) for name, count in fields["shards"]]
         fields["buckets"] = [(height, width) for height, width in fields["buckets"]]
@@ -113,14 +113,14 @@ class CacheIndex:
 
 
 class LatentCache:
-    """The rows of a folder that `train.cache_latents` wrote, a `BatchSource` with one picture size a batch.
+    """The rows of a folder written by `train.cache_latents`, a `BatchSource` with one picture size per batch.
 
     A row has "latents_mean" and "latents_std" (h, w, c) float16, the moments of the autoencoder's posterior, not
-    scaled; "context" (s, d) and, for SDXL, "pooled" (p,) float16; "labels", "id", and "time_ids" float32 (6,) as
-    `train.data.buckets.fit` gives them. `empty` has "context" and "pooled" of the empty caption, for caption dropout.
-    The folder is local (or mounted): ArrayRecord reads no gs://.
+    scaled; "context" (s, d) and, for SDXL, "pooled" (p,) float16; "labels", "id", and "time_ids" float32 (6,) as by
+    `train.data.buckets.crop_to_bucket`. `empty` has "context" and "pooled" of the empty caption, for caption dropout.
+    The folder is local (or mounted): ArrayRecord cannot read gs://.
 
-    `labels`, if given, must be among the dimensions that the cache was made with, and other labels are left out.
+    `labels`, if given, must be among the dimensions with which the cache was made; other labels are left out.
     """
 
     def __init__(self, folder: str | Path, labels: Sequence[str] | None = None, random_flip: bool = False) -> None:
@@ -128,20 +128,21 @@ class LatentCache:
         if not (self.folder / INDEX).is_file():
             unfinished = any(self.folder.glob("*.array_record"))
             hint = "; it is not finished: run train.cache_latents again" if unfinished else ""
-            raise InputError(f"{folder}: no {INDEX} here, expected a cache by train.cache_latents{hint}")
+            raise InputError(f"{folder}: found no {INDEX}, expected a cache by train.cache_latents{hint}")
         self.index = CacheIndex.read(self.folder / INDEX)
         self._labels = None if labels is None else frozenset(labels)
         for label in labels or ():
             if label not in (self.index.known or ()):
                 raise InputError(
-                    f"{folder}: made without the label {label!r}; it has {', '.join(self.index.known or ()) or 'none'}"
+                    f"{folder}: found a cache without the label {label!r}, expected one with it; it has "
+                    f"{', '.join(self.index.known or ()) or 'none'}"
                 )
         if random_flip and not self.index.flipped:
-            raise InputError(f"{folder}: random_flip: made without mirrored pictures; make it with --random_flip true")
+            raise InputError(f"{folder}: found no mirrored pictures, expected a cache made with --random_flip true")
         self.random_flip = random_flip
         for name, _ in self.index.shards:
             if not (self.folder / name).is_file():
-                raise InputError(f"{self.folder / name}: no such file, but {INDEX} lists it")
+                raise InputError(f"{self.folder / name}: found no such file, expected it as {INDEX} lists it")
         bucket = np.asarray(self.index.bucket)
         self.buckets = self.index.buckets
         self.groups = [np.flatnonzero(bucket == i) for i in range(len(self.buckets))]
@@ -184,7 +185,7 @@ class LatentCache:
         }
 
     def in_batches(self, batch_size: int, seed: int) -> Stream:
-        """Return the endless rows of which each `batch_size` are a batch; see `jaxmix.tuning.data.BatchSource`."""
+        """Return the endless rows, every `batch_size` of them a batch; see `jaxmix.tuning.data.BatchSource`."""
 
         def draw(index: int, group: int, rng: np.random.Generator) -> dict[str, Any]:
             return self.read(index, self.random_flip and bool(rng.random() < 0.5))
@@ -192,12 +193,12 @@ class LatentCache:
         return Stream(self.groups, batch_size, seed, draw)
 
     def describe(self) -> str:
-        """Return one line for people: how many rows there are, and of which sizes."""
+        """Return one line that says how many rows there are, and of which sizes."""
         sizes = [f"{height}x{width}: {len(g)}" for (height, width), g in zip(self.buckets, self.groups, strict=True)]
         return f"{self.folder}: {len(self)} cached rows, height x width {', '.join(sizes)}"
 
     def check(self, pipe: Pipeline, cfg: PictureConfig | None = None) -> None:
-        """Raise InputError that names what differs if the cache was made with another model, or for other sizes."""
+        """Raise InputError naming the difference if the cache was made with another model, or for other sizes."""
         expected = identify(pipe)
         for key in sorted(set(expected) | set(self.index.identity)):
             found, wanted = self.index.identity.get(key, "none"), expected.get(key, "none")

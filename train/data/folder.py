@@ -1,4 +1,4 @@
-"""A folder of captioned pictures, as Hugging Face's imagefolder and kohya's trainers have it."""
+"""A folder of captioned pictures, in the formats of Hugging Face's imagefolder and kohya's trainers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ METADATA = "metadata.jsonl"
 class ImageFolder(PictureSource):
     """Pictures with a `metadata.jsonl`, or with their captions beside them in files `NAME.txt`.
 
-    A line of the metadata is {"file_name": ..., "text": ...}, with labels as "labels": ["color", "light"] or one column
-    a dimension ("color": true, false, 1 or 0); other columns are left alone. `labels` names the dimensions that there
-    are; None does not read them. The folder is local or gs://. Ids are the file names, with ":LINE" behind them for
-    the second and later captions of one picture.
+    A line of the metadata is {"file_name": ..., "text": ...}, with labels as "labels": ["color", "light"] or as one
+    column per dimension ("color": true, false, 1 or 0); other columns are ignored. `labels` names the dimensions; None
+    does not read labels. The folder is local or gs://. Ids are the file names, followed by ":LINE" for the second and
+    later captions of a picture.
 
-    Raises InputError for a folder without either, and for an unknown label; a line that is not usable otherwise becomes
-    a row that raises BadRow when it is read.
+    Raises InputError for a folder without either, and for an unknown label; any other unusable line becomes a row that
+    raises BadRow when it is read.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ImageFolder(PictureSource):
     ) -> None:
         self.folder = epath.Path(folder).expanduser()
         if not self.folder.is_dir():
-            raise InputError(f"{folder}: no such folder, expected pictures with a {METADATA}")
+            raise InputError(f"{folder}: found no such folder, expected pictures with a {METADATA}")
         self._text_column, self._image_column = text_column, image_column
         metadata = self.folder / METADATA
         self._files: list[str] = []
@@ -52,7 +52,7 @@ class ImageFolder(PictureSource):
         entries: list[Entry] = []
         seen: set[str] = set()
         columns = (self._text_column, labels)
-        # Not splitlines: captions may hold what Unicode takes for the end of a line.
+        # Not splitlines: captions may contain Unicode line separators.
         for number, line in enumerate(metadata.read_text(encoding="utf-8-sig").split("\n"), 1):
             if not line.strip():
                 continue
@@ -65,7 +65,7 @@ class ImageFolder(PictureSource):
                 entries.append(Entry(f"{METADATA}:{number}", fault=fault))
                 continue
             self._files.append(name)
-            # A picture may have several captions, a line each.
+            # A picture may have several captions, one line each.
             entries.append(make_entry(f"{name}:{number}" if name in seen else name, row, *columns, where))
             seen.add(name)
         return entries
@@ -85,7 +85,7 @@ class ImageFolder(PictureSource):
 
 
 def _read_line(line: str) -> Any:
-    """Return what a line holds if it is a JSON object, otherwise what is wrong with it."""
+    """Return the contents of a line if it is a JSON object, otherwise what is wrong with it."""
     try:
         row = json.loads(line)
     except ValueError as error:

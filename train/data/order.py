@@ -1,4 +1,4 @@
-"""In which order rows are shown whose batches must come from one group each: a pure function of (seed, place)."""
+"""The order of rows if every batch must come from one group: a pure function of (seed, place)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _BATCHES, _ROWS, _DRAWS = range(3)  # what a seed is used for, so that no two us
 
 
 class GroupedOrder:
-    """Endless batches, each from one group of rows, each group as often as it has rows.
+    """Endless batches, each from one group of rows, with groups as frequent as they have rows.
 
     A group's rows are shuffled in each pass over it, and its passes follow each other without a gap: what is left over
-    at the end of one fills the next batch together with the beginning of the next pass. So every row is shown once a
+    at the end of one pass fills the next batch together with the start of the next. So every row is shown once per
     pass, and a group with fewer rows than a batch comes up after more than one epoch, with some rows twice. By the end
     of epoch e a group of n rows has given floor(e n / batch_size) batches; those of one epoch come in random order.
     """
@@ -25,13 +25,13 @@ class GroupedOrder:
         self._groups = [np.asarray(group) for group in groups]
         self._counts = np.asarray([len(group) for group in groups], np.int64)
         self._batch_size, self._seed = batch_size, seed
-        # Caches of pure functions, for threads that all work near the same step.
+        # Caches of pure functions, for threads that work near the same step.
         self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
         self._pass = functools.lru_cache(maxsize=2 * len(self._groups) + 2)(self._make_pass)
 
     def batch(self, k: int) -> tuple[int, int]:
         """Return (group, m): batch k is the group's m-th."""
-        epoch = k * self._batch_size // int(self._counts.sum())  # no epoch is longer, so it is this one or a later
+        epoch = k * self._batch_size // int(self._counts.sum())  # no epoch is longer, so it is this one or a later one
         while int(self._done(epoch + 1).sum()) <= k:
             epoch += 1
         groups, turns = self._epoch(epoch)
@@ -46,7 +46,7 @@ class GroupedOrder:
         return group, int(self._pass(group, turn)[at])
 
     def _done(self, epochs: int) -> np.ndarray:
-        """Return how many batches each group has given after so many epochs."""
+        """Return how many batches each group has given after this many epochs."""
         return epochs * self._counts // self._batch_size
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Pictures of any source as rows for training: one size a batch, bad rows replaced, SDXL's sizes alongside."""
+"""Pictures of any source as rows for training: one size per batch, bad rows replaced, SDXL's sizes included."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmix import command
 from jaxmix.types import InputError
-from train.data.buckets import PictureConfig, Size, bucket_sizes, choose_bucket, fit
+from train.data.buckets import PictureConfig, Size, bucket_sizes, choose_bucket, crop_to_bucket
 from train.data.order import Stream
 from train.data.rows import BadRow, PictureSource
 
@@ -20,7 +20,7 @@ _THREADS = 16  # picture headers read at a time
 
 
 class BadRows:
-    """Which rows turned out unusable: each is reported once on stderr, and more than `limit` of them are an error."""
+    """The rows that proved unusable: each is reported once on stderr, and more than `limit` of them are an error."""
 
     def __init__(self, where: str, limit: int) -> None:
         self.where, self.limit = where, limit
@@ -28,7 +28,7 @@ class BadRows:
         self._lock = threading.Lock()
 
     def add(self, name: str, reason: str) -> None:
-        """Note a row. Raises InputError that names it if there are too many now."""
+        """Note a row. Raises InputError naming it if there are now too many."""
         with self._lock:
             if name not in self.reasons:
                 self.reasons[name] = reason
@@ -44,9 +44,9 @@ class BadRows:
 class Pictures:
     """Rows {"image" uint8 (H, W, 3), "text", "labels", "id", "time_ids" float32 (6,)}, a `BatchSource`.
 
-    Every batch comes from one bucket, of which there is one, square, without `enable_bucket`. With buckets the headers
-    of all pictures are read when this is made. A row that cannot be used is reported once and its place taken by
-    another row of its bucket, which depends on the seed and the place alone; too many of them raise InputError.
+    Every batch comes from one bucket; without `enable_bucket` there is only one, a square. With buckets the headers of
+    all pictures are read on creation. An unusable row is reported once and replaced by another row of its bucket, which
+    depends on the seed and the place alone; too many of them raise InputError.
     """
 
     def __init__(self, source: PictureSource, cfg: PictureConfig) -> None:
@@ -57,7 +57,7 @@ class Pictures:
         chosen = self._choose(sizes) if cfg.enable_bucket else self._take_all(sizes[0])
         self.buckets: list[Size] = sorted({bucket for bucket in chosen if bucket is not None})
         if not self.buckets:
-            raise InputError(f"{source.where}: found no row that can be used among {len(source)}")
+            raise InputError(f"{source.where}: found no usable row among {len(source)}")
         places = {bucket: i for i, bucket in enumerate(self.buckets)}
         self._group_of = np.asarray([-1 if bucket is None else places[bucket] for bucket in chosen])
         self.groups = [np.flatnonzero(self._group_of == i) for i in range(len(self.buckets))]
@@ -68,23 +68,23 @@ class Pictures:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a row cut from the middle of its picture. Raises BadRow if it cannot be used."""
+        """Return a row cropped from the centre of its picture. Raises BadRow if it cannot be used."""
         if self._group_of[index] < 0:
             raise BadRow(self.bad.reasons[self.source.entries[index].id])
         return self.read(index, self.buckets[self._group_of[index]])
 
     def read(self, index: int, bucket: Size, at: tuple[float, float] = MIDDLE, flip: bool = False) -> dict[str, Any]:
-        """Return a row as `fit` cuts it for a bucket. Raises BadRow if it cannot be used."""
+        """Return a row as `crop_to_bucket` crops it for a bucket. Raises BadRow if it cannot be used."""
         row = self.source[index]
-        image, time_ids = fit(row["image"], bucket, at, flip)
+        image, time_ids = crop_to_bucket(row["image"], bucket, at, flip)
         return {**row, "image": image, "time_ids": time_ids}
 
     def in_batches(self, batch_size: int, seed: int) -> Stream:
-        """Return the endless rows of which each `batch_size` are a batch; see `jaxmix.tuning.data.BatchSource`."""
+        """Return the endless rows, every `batch_size` of them a batch; see `jaxmix.tuning.data.BatchSource`."""
         return Stream(self.groups, batch_size, seed, self._draw)
 
     def describe(self) -> str:
-        """Return one line for people: how many rows there are, and of which sizes."""
+        """Return one line that says how many rows there are, and of which sizes."""
         counts = [
             f"{height}x{width}: {len(group)}" for (height, width), group in zip(self.buckets, self.groups, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""What every source of captioned pictures shares: a table of its rows, and pictures read by their index."""
+"""What all sources of captioned pictures share: a table of rows, and pictures read by index."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 from jaxmix.types import InputError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-"""Suffixes of the files that are taken for pictures."""
+"""Suffixes of picture files."""
 
-_ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _ORIENTATION = 0x0112
 
 
 class BadRow(Exception):
-    """A row that cannot be used. The message says why; who raises it need not know the row's name."""
+    """A row that cannot be used. The message says why, without the row's name."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """What is known of a row without opening its picture; `fault` says why it cannot be used, if it cannot."""
+    """What is known about a row without opening its picture; `fault` says why it cannot be used, if so."""
 
     id: str
     text: str = ""
@@ -34,9 +34,9 @@ class Entry:
 
 
 class PictureSource(abc.ABC):
-    """Rows {"image" uint8 (H, W, 3), "text", "labels", "id"}, read anew each time, from any number of threads.
+    """Rows {"image" uint8 (H, W, 3), "text", "labels", "id"}, read afresh each time, from any number of threads.
 
-    `where` is what errors name, `known` the dimensions that labels may name, None where labels were not asked for.
+    `where` names the source in errors, `known` are the dimensions that labels may name, None if labels are not read.
     """
 
     def __init__(self, where: str, known: Sequence[str] | None, entries: Sequence[Entry]) -> None:
@@ -48,7 +48,7 @@ class PictureSource(abc.ABC):
 
     @abc.abstractmethod
     def open(self, index: int) -> BinaryIO:
-        """Open the file of a row's picture. Raises BadRow where there is none."""
+        """Open the file of a row's picture. Raises BadRow if there is none."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -71,13 +71,13 @@ class PictureSource(abc.ABC):
 
 
 def decode(content: bytes) -> np.ndarray:
-    """Return a picture as uint8 (H, W, 3): upright, what is transparent on white. Raises BadRow if it is broken."""
+    """Return a picture as uint8 (H, W, 3): upright, transparency on white. Raises BadRow if it is broken."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would cut off at 255
+            if image.mode.startswith("I"):  # 16 bits per pixel, which `convert` would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -94,7 +94,7 @@ def header_size(file: BinaryIO) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             width, height = image.size
-            # A PNG may have its EXIF behind the pixels; asking for it would decode them.
+            # A PNG may have its EXIF after the pixels; asking for it would decode them.
             known = image.format != "PNG" or "exif" in image.info
             turned = known and image.getexif().get(_ORIENTATION) in _ROTATED
     except Exception as error:
@@ -112,10 +112,10 @@ def read_text(row: Mapping[str, Any], column: str) -> str:
 
 
 def read_labels(row: Mapping[str, Any], known: Sequence[str] | None, where: str) -> tuple[str, ...]:
-    """Return a row's positive labels in the order of `known`, from "labels": [...] or from one column a dimension.
+    """Return a row's positive labels in the order of `known`, from "labels": [...] or from one column per dimension.
 
-    None known: labels are not read. Raises InputError that begins with `where` for a label that is not known, and for
-    values that are none.
+    If `known` is None labels are not read. Raises InputError starting with `where` for an unknown label, and for
+    invalid values.
     """
     if known is None:
         return ()
@@ -140,7 +140,7 @@ def read_labels(row: Mapping[str, Any], known: Sequence[str] | None, where: str)
 
 
 def make_entry(name: str, row: Mapping[str, Any], column: str, known: Sequence[str] | None, where: str) -> Entry:
-    """Return the entry of a row of metadata; one without a text is kept as a fault, to be reported and replaced."""
+    """Return the entry of a row of metadata; one without text is kept as a fault, to be reported and replaced."""
     labels = read_labels(row, known, where)
     try:
         return Entry(name, read_text(row, column), labels)

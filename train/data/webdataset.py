@@ -1,4 +1,4 @@
-"""WebDataset tars of captioned pictures, with random access: an index of the members, then one read a picture."""
+"""WebDataset tars of captioned pictures, with random access: an index of the members, then one read per picture."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Window(io.RawIOBase):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a picture lies: bytes `start` to `start + size` of a tar; None where a key has no picture."""
+    """Where a picture is: bytes `start` to `start + size` of a tar; None for a key without a picture."""
 
     tar: int
     start: int
@@ -65,11 +65,11 @@ class _Place:
 class WebDataset(PictureSource):
     """Pictures in uncompressed tars: members KEY.jpg, .jpeg, .png or .webp, with KEY.json or KEY.txt.
 
-    KEY.json is as a line of `ImageFolder`'s metadata; the caption is its text column, or else KEY.txt. As in WebDataset
-    a key ends at the first dot of the member's file name. `pattern` is a tar, a folder of tars, a glob, or names with
-    braces (`data/{000..003}.tar`, `{a,b}.tar`), local or gs://. Ids are "TAR/KEY".
+    KEY.json is like a line of `ImageFolder`'s metadata; the caption is its text column, or else KEY.txt. As in
+    WebDataset a key ends at the first dot of the member's file name. `pattern` is a tar, a folder of tars, a glob, or
+    names with braces (`data/{000..003}.tar`, `{a,b}.tar`), local or gs://. Ids are "TAR/KEY".
 
-    Raises InputError for tars that are missing, compressed or cut off, two pictures of one key, and unknown labels.
+    Raises InputError for tars that are missing, compressed or truncated, two pictures of one key, and unknown labels.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ def expand_braces(pattern: str) -> list[str]:
         first, last = (int(end) for end in span.groups())
         choices = [f"{i:0{len(span[1])}d}" for i in range(first, last + 1)]
         if not choices:
-            raise InputError(f"{pattern}: found the range {match[1]}, expected it to rise")
+            raise InputError(f"{pattern}: found the range {match[1]}, expected an ascending one")
     else:
         choices = match[1].split(",")
     return [
@@ -142,7 +142,7 @@ def _index(
                 key = f"{folder}/{stem}" if folder else stem
                 if f".{extension.lower()}" in PICTURES:
                     if key in places:
-                        raise InputError(f"{path}: {key} has two pictures, expected one a key")
+                        raise InputError(f"{path}: found two pictures for {key}, expected one per key")
                     places[key] = (member.offset_data, member.size)
                 elif extension in ("json", "txt"):
                     content = tar.extractfile(member)

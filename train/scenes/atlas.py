@@ -1,4 +1,4 @@
-"""The sprite atlas: loads the committed tiles, styles them and scales them to the size that a scene asks for."""
+"""The sprite atlas: loads the committed tiles, styles them and scales them to the size that a scene needs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image, ImageChops, ImageFilter
 
 FOLDER = Path(__file__).parent
 
-# Derived styles are computed from a drawn one; the others lie in the atlas.
+# Derived styles are computed from a drawn one; the others are in the atlas.
 DERIVED = {"pixel": "flat", "sketch": "3d", "oil": "cartoon"}
 
-# Room around a tile, so that outline and shadow are not cut off; in tile pixels.
+# Margin around a tile, so that outline and shadow are not cut off; in tile pixels.
 PAD = 8
 
 
@@ -56,14 +56,14 @@ class Atlas:
         return Image.open(self.folder / self.index["image"]).convert("RGBA")
 
     def tile(self, style: str, obj: int) -> Image.Image:
-        """The tile of a drawn style as it lies in the atlas, RGBA."""
+        """Return the tile of a drawn style from the atlas, RGBA."""
         side, columns, rows = self.index["tile"], self.index["columns"], self.index["rows_per_style"]
         row, column = divmod(obj, columns)
         top, left = (self.drawn.index(style) * rows + row) * side, column * side
         return self.sheet.crop((left, top, left + side, top + side))
 
     def styled(self, style: str, obj: int) -> tuple[Image.Image, Image.Image]:
-        """The finished tile (RGBA, padded) and the silhouette (L) of the object without its shadow."""
+        """Return the finished tile (RGBA, padded) and the silhouette (L) of the object without its shadow."""
         key = (style, obj)
         if key not in self._styled:
             tile = self.tile(DERIVED.get(style, style), obj)
@@ -73,7 +73,7 @@ class Atlas:
         return self._styled[key]
 
     def sprite(self, style: str, obj: int, size: int) -> Sprite:
-        """The object scaled so that the longer side of its drawing takes `size` pixels."""
+        """Return the object scaled so that the longer side of its drawing takes `size` pixels."""
         key = (style, obj, size)
         if key not in self._sprites:
             picture, silhouette = self.styled(style, obj)
@@ -89,10 +89,10 @@ class Atlas:
 
 
 def _derive(style: str, tile: Image.Image) -> Image.Image:
-    """Turns the tile of a drawn style into that of a derived one; a drawn style passes unchanged."""
+    """Turn the tile of a drawn style into that of a derived one; a drawn style passes unchanged."""
     alpha = tile.getchannel("A")
     if style == "pixel":
-        # Twelve cells a side stay visible as squares when the object takes half of a 64 px picture.
+        # Twelve cells per side remain visible as squares when the object takes half of a 64 px picture.
         cells = tile.resize((12, 12), Image.Resampling.BOX)
         colours = cells.convert("RGB").point(lambda v: min(255, round(v / 85) * 85))
         colours.putalpha(cells.getchannel("A").point(lambda a: 255 if a > 110 else 0))
@@ -118,7 +118,7 @@ def _derive(style: str, tile: Image.Image) -> Image.Image:
 
 
 def _finish(style: str, canvas: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """Adds what sets a style apart at small sizes: an outline to cartoons, a soft shadow to 3d renders."""
+    """Add what sets a style apart at small sizes: an outline to cartoons, a soft shadow to 3d renders."""
     alpha = canvas.getchannel("A")
     if style == "cartoon":
         outline = alpha.filter(ImageFilter.MaxFilter(9)).filter(ImageFilter.GaussianBlur(1))

@@ -1,4 +1,4 @@
-"""Backgrounds of the scenes: each has a name that the caption carries and a look that a scorer can tell apart."""
+"""Backgrounds of the scenes: each has a name for captions and a look that a scorer can recognise."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Paint = Callable[[int, np.random.Generator], np.ndarray]
 
 @lru_cache(maxsize=8)
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres (size, 1) downwards and (1, size) to the right, in [0, 1]."""
+    """Return pixel centres (size, 1) downwards and (1, size) to the right, in [0, 1]."""
     line = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     return line[:, None], line[None, :]
 
 
 def _mix(share: np.ndarray, first, second) -> np.ndarray:
-    """Mixes two colours by a share (h, w) in [0, 1]: 0 gives the first."""
+    """Mix two colours by a share (h, w) in [0, 1]: 0 gives the first."""
     first, second = np.asarray(first, np.float32), np.asarray(second, np.float32)
     return first + np.clip(share, 0, 1)[..., None] * (second - first)
 
@@ -51,12 +51,12 @@ def _rgb(*colour: int) -> np.ndarray:
 
 
 def _fill(size: int, column: np.ndarray) -> np.ndarray:
-    """Repeats a column (size, 1, 3) of colours over the width."""
+    """Repeat a column (size, 1, 3) of colours over the width."""
     return np.repeat(column, size, axis=1)
 
 
 def plain(colour: str) -> Paint:
-    """A painter of one colour with a slight change of lightness from scene to scene."""
+    """Return a painter of one colour with a slight change of lightness from scene to scene."""
     base = _rgb(*PLAIN[colour])
 
     def paint(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -91,7 +91,7 @@ def checks(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ground(size: int, edge: np.ndarray | np.floating, above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Puts `below` under a skyline `edge` (1, size) in [0, 1]; both are columns or pictures of colours."""
+    """Put `below` under a skyline `edge` (1, size) in [0, 1]; both are columns or pictures of colours."""
     y, _ = _grid(size)
     share = np.clip((y - edge) * np.float32(size) + np.float32(0.5), 0, 1)[..., None]
     return above + share * (below - above)
@@ -143,7 +143,7 @@ def night(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _dots(picture: np.ndarray, rng: np.random.Generator, count: int, radius: float, colour: np.ndarray) -> np.ndarray:
-    """Paints round dots at random places: snow flakes and stars; the radius is a share of the width."""
+    """Paint round dots at random places: snow flakes and stars; the radius is a share of the width."""
     size = picture.shape[0]
     places = (rng.random((count, 2)) * size).astype(np.float32)
     reach = radius * size
@@ -157,7 +157,7 @@ def _dots(picture: np.ndarray, rng: np.random.Generator, count: int, radius: flo
     cover = np.clip(reach + 0.5 - away, 0, 1).astype(np.float32)[..., None]
     at = (np.clip(rows, 0, size - 1)[:, :, None], np.clip(columns, 0, size - 1)[:, None, :])
     old = picture[at]
-    # Dots that overlap keep the last one painted; nobody sees the difference.
+    # Where dots overlap the last one painted wins; the difference is invisible.
     picture[at] = old + cover * (colour - old)
     return picture
 
@@ -178,5 +178,5 @@ BACKGROUNDS: tuple[str, ...] = tuple(PAINTERS)
 
 
 def paint_background(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Paints a background (size, size, 3), float32 in [0, 1]."""
+    """Paint a background (size, size, 3), float32 in [0, 1]."""
     return PAINTERS[name](size, rng)

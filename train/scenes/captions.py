@@ -53,19 +53,19 @@ WITHOUT_ARTICLE = frozenset({"grapes", "cherries", "glasses", "corn", "bread", "
 
 
 def with_article(phrase: str, noun: str = "") -> str:
-    """Puts "a" or "an" before a phrase, unless its noun takes none."""
+    """Put "a" or "an" before a phrase, unless its noun takes none."""
     if (noun or phrase) in WITHOUT_ARTICLE:
         return phrase
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
 def countable(noun: str) -> bool:
-    """Whether there can be two of it in words: "two cats", but not "two breads"."""
+    """Return whether a noun can be counted: "two cats", but not "two breads"."""
     return noun not in WITHOUT_ARTICLE
 
 
 def plural(noun: str) -> str:
-    """More than one of a noun: "cats", "butterflies", "foxes"."""
+    """Return the plural of a noun: "cats", "butterflies", "foxes"."""
     if noun in IRREGULAR:
         return IRREGULAR[noun]
     if noun.endswith(("s", "x", "ch", "sh")):
@@ -76,7 +76,7 @@ def plural(noun: str) -> str:
 
 
 def listed(phrases: Sequence[str]) -> str:
-    """One phrase, "one and two", or "one, two and three"."""
+    """List phrases: one alone, "one and two", or "one, two and three"."""
     return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
 
 
@@ -88,9 +88,9 @@ def caption(
     relation: str = "",
     places: Sequence[str] = (),
 ) -> str:
-    """The content caption of a scene with one to three objects, given their names.
+    """Return the content caption of a scene with one to three objects, given their names.
 
-    `places`, where they are said, has a word for each object. Several objects of one name are counted.
+    `places`, if given, has a phrase for each object. Several objects with one name are counted.
     """
     nouns = [with_article(f"{size_word} {o}" if size_word else o, noun=o) for o in objects]
     if places:
@@ -105,12 +105,12 @@ def caption(
 
 
 def label_phrase(labels: Mapping[str, int]) -> str:
-    """The words of the labels that are not neutral, in a fixed order, such as "vivid colors, blurry"."""
+    """Return the words of the labels that are not neutral, in a fixed order, such as "vivid colors, blurry"."""
     return ", ".join(LABEL_WORDS[d][0 if labels[d] > 0 else 1] for d in LABEL_WORDS if labels.get(d))
 
 
 def all_words(objects: Sequence[str]) -> set[str]:
-    """Every word that a caption about these objects can hold."""
+    """Return every word that a caption about these objects can contain."""
     phrases = [*STYLE_WORDS.values(), *BACKGROUND_WORDS.values(), *RELATIONS, *MIRRORED.values(), *objects]
     phrases += [*PLACES, *NUMBERS.values(), *(plural(o) for o in objects if countable(o))]
     phrases += [w for pair in LABEL_WORDS.values() for w in pair]

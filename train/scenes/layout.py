@@ -1,8 +1,8 @@
-"""Where objects stand: words for places and relations, what they mean in pixels, and drawing boxes that fit them.
+"""Where objects are: words for places and relations, what they mean in pixels, and drawing boxes that fit them.
 
-Places are read from the middle of an object's bounding box: near the picture's middle, or toward the side that it has
-gone furthest to. How two objects stand to each other is read from their middles alike: every pair has exactly one of
-the relations "left of" and "above" in one order, along the axis on which they are further apart. Boxes never overlap.
+A place is read from the centre of an object's bounding box: near the picture's centre, or toward the side to which it
+is furthest off. The relation of two objects is read from their centres as well: every pair has exactly one of the
+relations "left of" and "above" in one order, along the axis on which they are further apart. Boxes never overlap.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ PLACES: tuple[str, ...] = ("at the left", "at the right", "at the top", "at the 
 SIDES: dict[str, tuple[int, int]] = dict(zip(PLACES, ((1, -1), (1, 1), (0, -1), (0, 1)), strict=False))
 """The axis (0 down, 1 right) and the direction on it of each side."""
 
-UNIT = 32  # sizes are whole shares of this, so that scaled sprites can be cached and kinds of scenes share them
-# Longer side of an object, smallest and largest, by the size word of a single one; in units.
+UNIT = 32  # sizes are multiples of 1 / UNIT, so that scaled sprites can be cached and shared between kinds of scenes
+# Longer side of an object, smallest and largest, by the size word of a single one; in these units.
 ONE = {"small": (13, 16), "": (15, 21), "big": (22, 24)}
-ASIDE = (14, 19)  # of one that is said to stand at a side
+ASIDE = (14, 19)  # of one that is said to be at a side
 TOWARD_A_SIDE = (13, 17)  # of one whose composition is off-centre
-TWO, TWO_TOGETHER = (10, 18), 28  # an outline adds up to a twelfth, and something stays between them
+TWO, TWO_TOGETHER = (10, 18), 28  # an outline adds up to a twelfth, and a gap must remain between them
 THREE = (8, 12)
 ROW_OF_THREE = (8, 10)
 
-NEAR = 0.095  # an object whose middle is off the picture's by less on both axes stands in the middle
-SAID_NEAR = 0.06  # by no more than that where the caption says so,
-SAID_FAR = 0.13  # by no less where it says a side,
-SAID_ASPECT = 0.6  # and then on the other axis by no more than that much of it
-ANY_ASPECT = 0.85  # the same for two objects whose relation nobody names
+NEAR = 0.095  # an object whose centre is off the picture's by less than this on both axes is in the middle,
+SAID_NEAR = 0.06  # and by no more than this if the caption says so;
+SAID_FAR = 0.13  # it is off by no less than this if the caption names a side,
+SAID_ASPECT = 0.6  # and then on the other axis by no more than this share of it
+ANY_ASPECT = 0.85  # the same for two objects whose relation is not named
 
-TRIES = 50  # arrangements drawn for places that a caption says of several objects, before sizes are drawn anew
+TRIES = 50  # arrangements drawn for places that a caption names for several objects, before sizes are redrawn
 
 Box = tuple[int, int, int, int]
 """Top, left, bottom, right of an object in pixels."""
@@ -40,11 +40,11 @@ Extent = tuple[int, int]
 """Height and width of an object in pixels."""
 
 Fact = tuple[int, int, str]
-"""The positions of two objects in a list, and how the first stands to the second: "left of" or "above"."""
+"""The indices of two objects in a list, and the relation of the first to the second: "left of" or "above"."""
 
 
 def place_of(down: float, right: float) -> str:
-    """Name the place of an object whose middle is off the picture's by these shares of its width."""
+    """Name the place of an object whose centre is off the picture's by these shares of its width."""
     if max(abs(down), abs(right)) < NEAR:
         return "in the middle"
     if abs(right) >= abs(down):
@@ -53,7 +53,7 @@ def place_of(down: float, right: float) -> str:
 
 
 def fits(place: str, down: float, right: float) -> bool:
-    """Whether an object with these offsets stands at a place so clearly that a caption may say so."""
+    """Return whether an object with these offsets is at a place so clearly that a caption may say so."""
     if place == "in the middle":
         return max(abs(down), abs(right)) <= SAID_NEAR
     axis, direction = SIDES[place]
@@ -62,9 +62,9 @@ def fits(place: str, down: float, right: float) -> bool:
 
 
 def relation_of(down: float, right: float) -> tuple[str, bool]:
-    """Name how an object stands to another that is this much further down and right, and whether it comes first.
+    """Name the relation of an object to another that is this much further down and right, and whether it comes first.
 
-    ("left of", True): it stands left of the other; ("left of", False): the other stands left of it.
+    ("left of", True): it is left of the other; ("left of", False): the other is left of it.
     """
     if abs(right) >= abs(down):
         return "left of", right >= 0
@@ -77,13 +77,13 @@ def middle_of(box: Box) -> tuple[float, float]:
 
 
 def fit_all(places: Sequence[str], boxes: Sequence[Box], size: int) -> bool:
-    """Whether every box stands clearly at its place in a picture of `size` pixels."""
+    """Return whether every box is clearly at its place in a picture of `size` pixels."""
     middles = (middle_of(box) for box in boxes)
     return all(fits(p, y / size - 0.5, x / size - 0.5) for p, (y, x) in zip(places, middles, strict=True))
 
 
 def facts(boxes: Sequence[Box]) -> list[Fact]:
-    """Name how every two boxes stand to each other."""
+    """Name the relation of every two boxes."""
     middles = [middle_of(box) for box in boxes]
     found = []
     for a, b in combinations(range(len(boxes)), 2):
@@ -93,7 +93,7 @@ def facts(boxes: Sequence[Box]) -> list[Fact]:
 
 
 def told(relation: str, places: Sequence[str], count: int) -> list[Fact]:
-    """Name what the words of a caption about `count` objects say of how every two of them stand to each other."""
+    """Name the relation of every two of `count` objects as far as the words of their caption tell it."""
     if count < 2 or not (relation or places):
         return []
     axis, backwards = _direction(relation, places)
@@ -132,12 +132,12 @@ def one_at(place: str, extent: Extent, size: int, rng: np.random.Generator) -> l
 
 
 def composed(composition: int, extent: Extent, size: int, rng: np.random.Generator) -> list[Box]:
-    """Put one object in the very middle (+1), or toward a side or corner, nearly all the way (-1)."""
+    """Put one object in the exact centre (+1), or toward a side or corner, nearly all the way (-1)."""
     room, shift = [(size - side) / 2 for side in extent], [0.0, 0.0]
     if composition < 0:
         share = 0.8 + 0.2 * rng.random()
         shift = [(-share, share)[int(b)] * r for b, r in zip(rng.integers(2, size=2), room, strict=True)]
-        # The roomier axis always takes part.
+        # The axis with more room is always used.
         shift[int(room[0] > room[1])] *= float(rng.integers(2))
     return [_box(extent, room[0] + shift[0], room[1] + shift[1])]
 
@@ -145,7 +145,7 @@ def composed(composition: int, extent: Extent, size: int, rng: np.random.Generat
 def two(extents: Sequence[Extent], size: int, axis: int, aspect: float, rng: np.random.Generator) -> list[Box]:
     """Put two objects one after the other along an axis (0 down, 1 right), near or apart, near a common line.
 
-    Their middles are off each other on the other axis by `aspect` of what they are off on this one, at the most.
+    Their centres are apart on the other axis by at most `aspect` times their distance on this one.
     """
     along = _in_turn([e[axis] for e in extents], size, rng)
     across = 1 - axis
@@ -154,14 +154,14 @@ def two(extents: Sequence[Extent], size: int, axis: int, aspect: float, rng: np.
     halves = [e[across] / 2 for e in extents]
     first = halves[0] + rng.random() * (size - 2 * halves[0])
     low, high = max(halves[1], first - reach), min(size - halves[1], first + reach)
-    # The first may stand where the second cannot come near enough: it is then drawn in.
+    # The first may be where the second cannot come near enough: it is then moved inwards.
     second = min(max(low + rng.random() * max(high - low, 0.0), halves[1]), size - halves[1])
     first = min(max(first, second - reach), second + reach)
     return [_placed(e, axis, a, m - h) for e, a, m, h in zip(extents, along, (first, second), halves, strict=True)]
 
 
 def row(extents: Sequence[Extent], size: int, axis: int, rng: np.random.Generator) -> list[Box]:
-    """Put objects in a row along an axis, near a common line that is anywhere."""
+    """Put objects in a row along an axis, near a common line at any position."""
     along = _in_turn([e[axis] for e in extents], size, rng)
     across = 1 - axis
     most = max(e[across] for e in extents)
@@ -194,7 +194,7 @@ def spread(extents: Sequence[Extent], size: int, axis: int, rng: np.random.Gener
 def arrange(
     extents: Sequence[Extent], size: int, relation: str, places: Sequence[str], rng: np.random.Generator
 ) -> list[Box] | None:
-    """Put one to three objects where the words say, or anywhere; None where that came to nothing this time."""
+    """Put one to three objects where the words say, or anywhere; return None if that failed this time."""
     if len(extents) == 1:
         return one_at(places[0], extents[0], size, rng) if places else one(extents[0], size, rng)
     if not places and relation != "in a row" and len(extents) == 3:
@@ -212,7 +212,7 @@ def arrange(
 
 
 def _direction(relation: str, places: Sequence[str]) -> tuple[int, bool]:
-    """Return the axis that words order objects along, and whether against it: from right to left or upward."""
+    """Return the axis along which words order objects, and whether in reverse: from right to left or upward."""
     if not places:
         return int(relation not in ("above", "below")), relation in ("right of", "below")
     axis, direction = SIDES.get(places[0]) or SIDES.get(places[-1]) or (1, 1)
@@ -220,18 +220,18 @@ def _direction(relation: str, places: Sequence[str]) -> tuple[int, bool]:
 
 
 def _in_turn(lengths: Sequence[int], size: int, rng: np.random.Generator) -> list[float]:
-    """Return where stretches of these lengths start on a line, in this order, all arrangements alike."""
+    """Return where intervals of these lengths start on a line, in this order, with all arrangements equally likely."""
     free = size - sum(lengths)
     cuts = np.sort(rng.random(len(lengths))) * free
     return [float(cut) + sum(lengths[:k]) for k, cut in enumerate(cuts)]
 
 
 def _placed(extent: Extent, axis: int, along: float, across: float) -> Box:
-    """Return the box of an object from where it starts on an axis and on the other one."""
+    """Return the box of an object from its start on an axis and on the other one."""
     return _box(extent, along, across) if axis == 0 else _box(extent, across, along)
 
 
 def _box(extent: Extent, top: float, left: float) -> Box:
-    """Return a box from a corner; rounding down keeps boxes apart that start and end apart."""
+    """Return a box from a corner; rounding down keeps separate boxes separate."""
     y, x = int(top), int(left)
     return y, x, y + extent[0], x + extent[1]

@@ -12,20 +12,20 @@ DIMENSIONS: tuple[str, ...] = ("color", "light", "focus", "composition")
 SATURATION = {1: 1.7, -1: 0.3}
 GAMMA = {1: 0.6, -1: 1.9}
 BLUR = 0.025  # standard deviation, as a share of the width
-SHARPEN = 0.8  # weight of what the blur takes away
+SHARPEN = 0.8  # weight of what the blur removes
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def blur(image: np.ndarray) -> np.ndarray:
-    """Blurs uint8 (h, w, 3) by a Gaussian of 2.5 % of the width."""
+    """Blur uint8 (h, w, 3) by a Gaussian of 2.5 % of the width."""
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(BLUR * image.shape[1])))
 
 
 def apply_labels(image: np.ndarray, labels: Mapping[str, int]) -> np.ndarray:
-    """Applies color, light and focus labels (+1, 0, -1) to float32 (h, w, 3) in [0, 1]; returns uint8.
+    """Apply color, light and focus labels (+1, 0, -1) to float32 (h, w, 3) in [0, 1]; returns uint8.
 
-    Composition is the scene's own affair: it decides where the objects stand.
+    Composition is up to the scene, which decides where the objects are.
     """
     if labels["color"]:
         grey = (image @ LUMA)[..., None]
@@ -42,7 +42,7 @@ def apply_labels(image: np.ndarray, labels: Mapping[str, int]) -> np.ndarray:
 
 
 def measure(image: np.ndarray) -> dict[str, float]:
-    """The number that each label moves, from uint8 (h, w, 3); a +1 label moves its own number up.
+    """Return the number that each label affects, from uint8 (h, w, 3); a +1 label increases its number.
 
     color: mean of max - min over the channels; light: mean luma; focus: mean absolute Laplacian of the luma, all in
     [0, 1]. Composition needs the masks: see `off_centre`.
@@ -58,7 +58,7 @@ def measure(image: np.ndarray) -> dict[str, float]:
 
 
 def off_centre(mask: np.ndarray) -> float:
-    """Distance of the middle of a mask's bounding box from the middle of the picture, as a share of the width."""
+    """Return how far the centre of a mask's bounding box is from the picture's, as a share of the width."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     height, width = mask.shape
     down = (rows[0] + rows[-1] + 1) / 2 - height / 2

@@ -1,4 +1,4 @@
-"""What a scene shows before any pixel, and drawing what its caption says of places."""
+"""What a scene shows before any pixel is painted, and drawing what its caption says about places."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from . import layout
 from .captions import MIRRORED, RELATIONS
 from .photometric import DIMENSIONS
 
-RELATED = 0.7  # of two objects whose places are said, the share that is said as a relation
-IN_A_ROW = 0.5  # the same of three
+RELATED = 0.7  # the share of relations among captions that say where two objects are
+IN_A_ROW = 0.5  # the same for three objects
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a scene shows, before any pixel.
+    """What a scene shows, before any pixel is painted.
 
-    `objects` are indices into the atlas, in the order of the caption; `relation` and `places` (one an object) are what
-    the caption says of how and where they stand. `sizes` and `boxes`, one an object, are their longer sides and where
-    they do stand in pixels; () leaves that to the painter, who keeps to the words.
+    `objects` are indices into the atlas, in the order of the caption; `relation` and `places` (one per object) are what
+    the caption says about where they are. `sizes` and `boxes`, one per object, are their longer sides and their actual
+    places in pixels; () leaves that to the painter, who follows the words.
     """
 
     style: str
@@ -42,17 +42,17 @@ class Plan:
 
 
 def worded(plan: Plan, said: bool, rng: np.random.Generator, *, related: bool = False) -> Plan:
-    """Draws the words for size, places and relation of a plan that has none; `related` has a relation said in any case.
+    """Draw the words for size, places and relation of a plan without any; with `related` always name a relation.
 
-    One object of three kinds (no size word twice as often), at one of the five places; two in a relation or at opposite
-    sides; three in a row or from side to side. Objects that are counted are at most said to be in a row.
+    One object gets one of three size words (none twice as often) and one of the five places; two get a relation or
+    opposite sides; three a row or places from side to side. Counted objects are at most said to be in a row.
     """
     count, how, axis, backwards = len(plan.objects), rng.random(), int(rng.integers(2)), bool(rng.integers(2))
     if count == 1:
         size_word = ("", "", "small", "big")[rng.integers(4)]
         place = layout.PLACES[rng.integers(len(layout.PLACES))]
         if plan.labels["composition"] < 0 or (said and size_word == "big" and place != "in the middle"):
-            size_word = ""  # a big object has no room to stand aside
+            size_word = ""  # a big object has no room at the side
         told = said and not plan.labels["composition"]
         return replace(plan, size_word=size_word, places=(place,) if told else ())
     if len(set(plan.objects)) == 1:

@@ -24,13 +24,13 @@ def eval_prompts(
     arrangement: Literal["centred", "anywhere"] = "centred",
     place_words: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Draws n neutral prompts of `count` objects (1 to 3) from a split, each with its answer.
+    """Draw n neutral prompts of `count` objects (1 to 3) from a split, each with its answer.
 
-    Styles, objects and backgrounds come round evenly, and so do the places of single objects. A share `place_words`
-    says places or relations as the scenes of "anywhere" do; under "centred" two objects always have their relation.
+    Styles, objects and backgrounds occur equally often, and so do the places of single objects. A share `place_words`
+    names places or relations like the scenes of "anywhere"; under "centred" two objects always have their relation.
     Each row holds `caption`, `objects` (indices into the atlas), `object_names`, `style` (index), `style_name`,
-    `background` (index), `background_name`, `relation`, `places`, `count`, and `facts`, what those words say of every
-    two objects. The rows of prompt i do not change when n grows.
+    `background` (index), `background_name`, `relation`, `places`, `count`, and `facts`, what those words say about
+    every two objects. Row i does not change when n grows.
     """
     shares: dict[str, Any] = {"two_objects": float(count == 2), "three_objects": float(count == 3), "labelled": 0.0}
     if styles is not None:
@@ -41,7 +41,7 @@ def eval_prompts(
     pairs, grounds = order.permutation(len(scenes.pairs)), order.permutation(len(BACKGROUNDS))
     rows = []
     for i in range(n):
-        # The step grows by one each round, so that a pair meets every background and every place in the end.
+        # The step grows by one each round, so that every pair eventually meets every background and place.
         turn = i + i // len(pairs)
         background = BACKGROUNDS[grounds[turn % len(BACKGROUNDS)]]
         rng = np.random.Generator(np.random.Philox(key=[seed, i]))

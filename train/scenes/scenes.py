@@ -45,12 +45,12 @@ class Scenes:
         labelled: share of scenes with aesthetic labels; in these each dimension is +1, -1 or neutral.
         positive: chance of +1 in a labelled scene, one for all dimensions or one by name (0 for those not named).
         negative: chance of -1, likewise.
-        label_words: share of the labelled scenes whose `text` says the labels.
-        arrangement: "centred" has one object about the middle and several in fixed places, which the caption always
-            says; "anywhere" has them all over the picture, near and apart, in many sizes, and never on each other.
-            With it a relation is left out of training in any words and in none: "B right of A" is "A left of B".
-        place_words: under "anywhere", share of the captions that say where the objects stand or how to each other.
-        counts: under "anywhere", share of the scenes with two or three objects that repeat one, as "two cats".
+        label_words: share of the labelled scenes whose `text` names the labels.
+        arrangement: "centred" has one object near the centre or several in fixed places, which the caption always
+            states; "anywhere" has them all over the picture, near and apart, in many sizes, and never overlapping. With
+            it a held-out relation is left out of training in any words or none: "B right of A" is "A left of B".
+        place_words: under "anywhere", share of the captions that name the places of the objects or their relation.
+        counts: under "anywhere", share of the scenes with two or three objects that repeat one, as in "two cats".
         length: number that `len` reports; any index works.
     """
 
@@ -141,12 +141,12 @@ class Scenes:
 
     @staticmethod
     def _has_relation(mates: Sequence[int]) -> bool:
-        """Whether some two of these objects have a held-out relation, so that drawing one comes to an end."""
+        """Return whether any two of these objects have a held-out relation, without which drawing would never end."""
         choices = ((a, b, r) for a in mates for b in mates if a != b for r in range(len(RELATIONS)))
         return any(relation_held_out(*choice) for choice in choices)
 
     def plan(self, rng: np.random.Generator) -> Plan:
-        """Draws what a scene shows."""
+        """Draw what a scene shows."""
         kind = rng.random()
         count = 2 if kind < self.two_objects else 3 if kind < self.two_objects + self.three_objects else 1
         if self.split == "held_out_relations":
@@ -182,7 +182,7 @@ class Scenes:
         return labels
 
     def _plan_anywhere(self, style: str, obj: int, count: int, rng: np.random.Generator) -> Plan:
-        """Draws words and places of objects until this split may show how they stand to each other."""
+        """Draw words and places of objects until this split may show their relations."""
         labels, background = self._labels(count, rng), BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
         related = self.split == "held_out_relations"
         said, repeated = rng.random() < self.place_words or related, rng.random() < self.counts and not related
@@ -201,7 +201,7 @@ class Scenes:
         return tuple(mates[i] for i in rng.choice(len(mates), count, replace=False))
 
     def _arranged(self, plan: Plan, rng: np.random.Generator) -> Plan:
-        """Adds sizes and boxes that keep to the words of a plan."""
+        """Add sizes and boxes that follow the words of a plan."""
         count, composition = len(plan.objects), plan.labels["composition"]
         bounds = {2: layout.TWO, 3: layout.THREE}.get(count, layout.ONE[plan.size_word])
         if count == 3 and (plan.relation or plan.places):
@@ -220,10 +220,10 @@ class Scenes:
                 boxes = layout.arrange(extents, self.size, plan.relation, plan.places, rng)
             if boxes is not None:
                 return replace(plan, sizes=sizes, boxes=tuple(boxes))
-        raise InputError(f"places: found {plan.places}, in which these objects do not stand; expected another order")
+        raise InputError(f"places: found {plan.places}, where these objects do not fit, expected another order")
 
     def _allowed(self, plan: Plan) -> bool:
-        """Whether this split may show how the objects of a plan stand to each other."""
+        """Return whether this split may show the relations of a plan's objects."""
         if self.split not in ("train", "held_out_relations"):
             return True
         pairs = [(plan.objects[a], plan.objects[b], RELATIONS.index(r)) for a, b, r in layout.facts(plan.boxes)]
@@ -231,7 +231,7 @@ class Scenes:
         return held_out == (self.split == "held_out_relations")
 
     def _related(self, style: str, rng: np.random.Generator) -> tuple[tuple[int, int], str]:
-        """Draws two different objects and a relation that this split allows."""
+        """Draw two different objects and a relation that this split allows."""
         mates = self._by_style[style]
         while True:
             first, second = (mates[i] for i in rng.choice(len(mates), 2, replace=False))
@@ -241,12 +241,12 @@ class Scenes:
                 return (first, second), RELATIONS[relation]
 
     def caption(self, plan: Plan) -> str:
-        """The content caption of a plan."""
+        """Return the content caption of a plan."""
         names = [self.atlas.objects[o] for o in plan.objects]
         return caption(plan.style, names, plan.background, plan.size_word, plan.relation, plan.places)
 
     def render(self, plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Paints a plan: uint8 (size, size, 3) and bool masks (3, size, size), empty where there is no object."""
+        """Paint a plan: uint8 (size, size, 3) and bool masks (3, size, size), empty where there is no object."""
         canvas = paint_background(plan.background, self.size, rng)
         masks = np.zeros((MAX_OBJECTS, self.size, self.size), bool)
         if self.arrangement == "anywhere":
@@ -264,7 +264,7 @@ class Scenes:
             corner = np.round(np.asarray(centre) - extent[k] / 2).astype(int)
             corner = np.clip(corner, 0, self.size - extent[k]) - boxes[k, :2]
             self._paste(canvas, masks[k], sprite, int(corner[0]), int(corner[1]))
-            # What stands in front hides what stands behind.
+            # What is in front hides what is behind.
             masks[:k] &= ~masks[k]
         return apply_labels(canvas, plan.labels), masks
 
@@ -279,7 +279,7 @@ class Scenes:
         return [round(self.size * (low + (high - low) * float(s))) for s in steps]
 
     def _centres(self, plan: Plan, extent: np.ndarray, rng: np.random.Generator) -> list[tuple[float, float]]:
-        """Middles (down, right) of the objects, pixels; `extent` (n, 2) holds their heights and widths."""
+        """Return the centres (down, right) of the objects, pixels; `extent` (n, 2) holds their heights and widths."""
         size, middle = self.size, self.size / 2
         jitter = (2 * rng.random((MAX_OBJECTS, 2)) - 1) * 0.05 * size
         if len(plan.objects) == 1:
@@ -288,7 +288,7 @@ class Scenes:
             if composition > 0:
                 shift = np.zeros(2)
             elif composition < 0:
-                # Toward one of the eight sides and corners, nearly all the way; the roomier axis always takes part.
+                # Toward one of the eight sides and corners, nearly all the way; the axis with more room is always used.
                 signs = np.array([(-1, 1)[b] for b in rng.integers(2, size=2)]) * room
                 signs[int(room[0] > room[1])] *= float(rng.integers(2))
                 shift = signs * (0.8 + 0.2 * rng.random())
@@ -319,12 +319,12 @@ class Scenes:
         mask[y0:y1, x0:x1] = sprite.mask[inside]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The scene of an index.
+        """Return the scene of an index.
 
-        Returns `image` uint8 (size, size, 3); `caption`, its content; `text`, the caption with the label words where
-        they are said; `labels` {dimension: +1, 0, -1}; `masks` bool (3, size, size); `objects` int32 (3,), indices
-        into the atlas, -1 where there is none; `object_names`; `style`, `background`, indices, and their names;
-        `relation` and `size_word`, maybe "", and `places`, maybe (), as the caption says them; `count`, of objects.
+        Returns `image` uint8 (size, size, 3); `caption`, its content; `text`, the caption with any label words;
+        `labels` {dimension: +1, 0, -1}; `masks` bool (3, size, size); `objects` int32 (3,), indices into the atlas, -1
+        for none; `object_names`; `style`, `background`, indices, and their names; `relation` and `size_word`, possibly
+        "", and `places`, possibly (), as in the caption; `count`, of objects.
         """
         rng = np.random.Generator(np.random.Philox(key=[self.seed, int(index)]))
         plan = self.plan(rng)

@@ -11,21 +11,21 @@ SPLITS: tuple[str, ...] = (
     "held_out_style",
 )
 
-# The last objects of the atlas are left to few-shot personalisation, so a model may know 96 at the most.
+# The last objects of the atlas are reserved for few-shot personalisation, so a model may know at most 96.
 WHOLE_OBJECTS = 4
 HELD_OUT_STYLE = "pixel"
 
 
 def pair_held_out(obj: int, style: int) -> bool:
-    """Whether training never shows this object in this style (atlas indices): 2 objects of 5 lack 1 of 4 styles."""
+    """Return whether training never shows this object in this style (indices): 2 of 5 objects lack 1 of 4 styles."""
     return obj % 5 in (1, 3) and style == (obj // 5 + obj % 5 // 2) % 4
 
 
 def relation_held_out(first: int, second: int, relation: int) -> bool:
-    """Whether training never shows this ordered pair of objects in this relation: about one in ten."""
+    """Return whether training never shows this ordered pair of objects in this relation: about one in ten."""
     return (7 * first + 3 * second + 5 * relation + first * second) % 10 == 0
 
 
 def held_out_objects(objects: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the objects that no training shows."""
+    """Return the names of the objects that training never shows."""
     return objects[-WHOLE_OBJECTS:]
