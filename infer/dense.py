@@ -8,13 +8,13 @@ Examples: python -m infer.dense --prompt "a 3d render of a cat left of a car" --
 """
 
 from infer.flags import Config
-from infer.job import job
+from infer.job import run_job
 from jaxmix.command import run
 
 
 def main(config: Config) -> int:
     """Read the rows, load the model, draw each row by its layout."""
-    return job(config, "dense")
+    return run_job(config, "dense")
 
 
 if __name__ == "__main__":

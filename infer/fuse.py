@@ -7,7 +7,7 @@ Examples: python -m infer.fuse --expert FOLDER --prompt "a 3d render of a cat" -
 """
 
 from infer.flags import Config
-from infer.job import job
+from infer.job import run_job
 from jaxmix.command import run
 from jaxmix.types import InputError
 
@@ -16,7 +16,7 @@ def main(config: Config) -> int:
     """Read the rows, load both models, draw."""
     if config.expert is None and config.expert_prompt is None and config.prompts is None:
         raise InputError("nothing to blend: expected --expert MODEL, --expert-prompt TEXT, or rows with one")
-    return job(config, "fuse")
+    return run_job(config, "fuse")
 
 
 if __name__ == "__main__":

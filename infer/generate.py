@@ -9,13 +9,13 @@ Examples: python -m infer.generate --prompt "a 3d render of an apple by the sea"
 from __future__ import annotations
 
 from infer.flags import Config
-from infer.job import job
+from infer.job import run_job
 from jaxmix.command import run
 
 
 def main(config: Config) -> int:
     """Load the model and draw; return 0, or 2 if any row was bad."""
-    return job(config)
+    return run_job(config)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ from infer.png import setting_chunks, write_png
 from infer.report import Times, summary, write_overview
 from infer.rows import BadRow, Defaults, Row, check_steps, read_rows, rows_of_objects, rows_of_prompts
 from jaxmix.command import enable_compilation_cache, progress
-from jaxmix.pipeline.batches import pack
+from jaxmix.pipeline.batching import pack
 from jaxmix.samplers import image_to_image_start, make_solver
 from jaxmix.types import InputError
 
 BUILTIN_PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
-class Batch(NamedTuple):
+class FilledBatch(NamedTuple):
     """Rows of a bucket to draw together, with repetitions to fill up the batch, and the places of those that count."""
 
     bucket: Bucket
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
         return [self.filled[i] for i in self.kept]
 
 
-def job(config: Config, wanted: str = "") -> int:
+def run_job(config: Config, wanted: str = "") -> int:
     """Do a whole job: read the rows, load the model, draw. Returns the exit status.
 
     `wanted` names the method by which each row must be drawn, in the commands for a single method.
@@ -234,7 +234,7 @@ def open_pictures(rows: Sequence[Any]) -> dict[str, Any]:
 
 
 def render(
-    pipe: Any, batch: Batch, mesh: Any, tile: int | None, times: Times, clock: CompileClock
+    pipe: Any, batch: FilledBatch, mesh: Any, tile: int | None, times: Times, clock: CompileClock
 ) -> tuple[np.ndarray, list[int]]:
     """Draw rows that share their program; return images (b, H, W, 3) uint8 and the latents' shape of one image."""
     asked = request(batch.filled)
@@ -246,23 +246,23 @@ def render(
     return images[batch.kept], list(latents.shape[1:])
 
 
-def build(pipe: Any, asked: Any, batch: Batch) -> list[Any]:
+def build(pipe: Any, asked: Any, batch: FilledBatch) -> list[Any]:
     """Return the `jaxmix.Method`s of a batch; their inversions use the weights of the batch."""
     from jaxmix.pipeline.request import WEIGHTS
 
     methods, weights = batch.bucket.methods, batch.bucket.weights
-    rows = made.Batch(batch.filled, batch.groups, frozenset(method.name for method in methods), weights)
-    adapters = [one for method in methods if method.adapter for one in method.build(pipe, rows)]
-    for one in adapters:
+    rows = made.BatchRows(batch.filled, batch.groups, frozenset(method.name for method in methods), weights)
+    of_model = [one for method in methods if method.part_of_model for one in method.build(pipe, rows)]
+    for one in of_model:
         if one.when == WEIGHTS:
             asked = one.apply(pipe, asked)
-    pipe = pipe.merged(asked.weights) if adapters else pipe  # cached, so that drawing need not merge again
-    return [*adapters, *(one for method in methods if not method.adapter for one in method.build(pipe, rows))]
+    pipe = pipe.merged(asked.weights) if of_model else pipe  # cached, so that drawing need not merge again
+    return [*of_model, *(one for method in methods if not method.part_of_model for one in method.build(pipe, rows))]
 
 
 def plan(
     config: Config, rows: Sequence[Row], todo: Sequence[Row], mesh: Any, methods: Methods, pipe: Any
-) -> list[Batch]:
+) -> list[FilledBatch]:
     """Return the batches, after printing what each program will draw, before anything is compiled."""
     held = []
     kept = len(rows) - len(todo)
@@ -289,14 +289,14 @@ def plan(
     return held
 
 
-def batches_of(bucket: Bucket, size: int, devices: int) -> Iterator[Batch]:
+def batches_of(bucket: Bucket, size: int, devices: int) -> Iterator[FilledBatch]:
     """Cut a bucket into batches of one size: a multiple of the devices, no more than needed, and whole groups."""
     n = len(bucket.rows)
     size = -(-min(size, n) // devices) * devices
     if bucket.groups is not None:  # a group is drawn on one device, whatever the size
         size = max(size, devices * max(bucket.groups))
     for batch in pack(n, size, devices, bucket.groups):
-        yield Batch(bucket, [bucket.rows[i] for i in batch.rows], batch.kept, batch.groups)
+        yield FilledBatch(bucket, [bucket.rows[i] for i in batch.rows], batch.kept, batch.groups)
 
 
 def refuse(config: Config, rows: Sequence[Row], bad: Sequence[BadRow]) -> None:

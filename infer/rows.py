@@ -90,7 +90,7 @@ class Row(Defaults):
         return self.parts or (self.prompt,)
 
     @property
-    def program(self) -> tuple[Any, ...]:
+    def program_key(self) -> tuple[Any, ...]:
         """What rows must share to be drawn by one compiled program, and so in one batch."""
         start = None if self.image is None else (self.strength, self.mask is not None)
         return (self.steps, self.sampler, self.height, self.width, bool(self.guidance_rescale), start)

@@ -8,13 +8,13 @@ Examples: python -m infer.style_aligned --prompts rows.txt --out gallery        
 """
 
 from infer.flags import Config
-from infer.job import job
+from infer.job import run_job
 from jaxmix.command import run
 
 
 def main(config: Config) -> int:
     """Read the rows, load the model, draw the groups."""
-    return job(config, "style_aligned")
+    return run_job(config, "style_aligned")
 
 
 if __name__ == "__main__":

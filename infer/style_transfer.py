@@ -9,7 +9,7 @@ Examples: python -m infer.style_transfer --content photos/ --style paintings/ --
 import dataclasses
 
 from infer.flags import Config as Plain
-from infer.job import job
+from infer.job import run_job
 from jaxmix.command import run
 
 
@@ -26,7 +26,7 @@ class Config(Plain):
 
 def main(config: Config) -> int:
     """Read the rows, load the model, invert the pictures, draw every pair."""
-    return job(config, "style_transfer")
+    return run_job(config, "style_transfer")
 
 
 if __name__ == "__main__":

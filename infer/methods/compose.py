@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, Literal
 
-from infer.methods.method import Batch, Method
+from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
 from infer.rows import Field, Row, kind_of
 from jaxmix.methods.composable import AND, Part, split_and
@@ -54,7 +54,7 @@ class Compose(Method):
             raise InputError(f"prompt: {error}; AND is a word where 'compose' is \"off\"") from None
         return dataclasses.replace(row, parts=tuple(part.text for part in parts))
 
-    def program(self, rows: Sequence[Row]) -> Hashable:
+    def program_key(self, rows: Sequence[Row]) -> Hashable:
         """Rows of one batch have as many prompts."""
         return max(len(self._parts(row)) for row in rows)
 
@@ -64,7 +64,7 @@ class Compose(Method):
         lines = [f"\n    {row.where}: {self._said(row)}" for row in here[:SHOWN]]
         return "".join(lines) + (f"\n    and {len(here) - SHOWN} more" if len(here) > SHOWN else "")
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the parts of each row."""
         import jaxmix
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from infer.methods import layout
-from infer.methods.method import Batch, Method, size_of
+from infer.methods.method import BatchRows, Method, size_of
 from infer.rows import Field, Row, check_number, check_share
 from jaxmix.types import InputError
 
@@ -65,7 +65,7 @@ class Dense(layout.Layout):
         held = {"part": self.flags.part, "splice": self.flags.splice}
         return held | ({"strict_layout": True} if self.flags.strict_layout else {})
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the layout of each row."""
         import jaxmix
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from infer.methods.method import Batch, Method
+from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
 from infer.rows import Field, Row, check_number, check_text
 from jaxmix.types import InputError
@@ -113,7 +113,7 @@ class Fuse(Method):
         """Return what switched the method on."""
         return "--expert" if row["expert_prompt"] is None else "expert_prompt"
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the blend of each row."""
         import jaxmix
 

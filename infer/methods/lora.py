@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from infer.methods.method import Batch, Method
+from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
 from infer.rows import Field, Row, check_text, kind_of
 from jaxmix.types import InputError
@@ -42,7 +42,7 @@ class LoRA(Method):
 
     name = "lora"
     switches = ("lora",)
-    adapter = True
+    part_of_model = True
 
     def __init__(self, flags: Flags) -> None:
         self.flags = flags
@@ -82,7 +82,7 @@ class LoRA(Method):
         """Name the files."""
         return "lora " + " + ".join(f"{Path(path).name}:{strength:g}" for path, strength in _live(row["lora"]))
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return each LoRA at its strength; all rows of a batch have the same."""
         return [self.lora(path).on(strength) for path, strength in _live(batch.rows[0]["lora"])]
 

@@ -25,7 +25,7 @@ class Flags:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class BatchRows:
     """Rows for which methods are to be built.
 
     `groups` are the sizes of the rows' groups, `beside` the names of all their methods, and `weights` identifies the
@@ -51,7 +51,7 @@ class Method:
     #: A field by which a row chooses among methods with the same switches, and this method's value of it.
     choice: ClassVar[tuple[str, str] | None] = None
     #: Whether it counts as part of the model: pictures are not said to be drawn by it under "method".
-    adapter: ClassVar[bool] = False
+    part_of_model: ClassVar[bool] = False
     #: The fields that it adds to rows.
     fields: Fields
     #: The message of a command that needs this method in every row, if it is given no rows.
@@ -108,7 +108,7 @@ class Method:
         """Return the rows that cannot be drawn because of others in their group, and why."""
         return []
 
-    def program(self, rows: Sequence[Row]) -> Hashable:
+    def program_key(self, rows: Sequence[Row]) -> Hashable:
         """Return the key that a row, or the rows of a group, must share with others to be drawn in one batch."""
         return None
 
@@ -124,7 +124,7 @@ class Method:
         """Return the plan's description of the method for a bucket that contains `row`."""
         return self.name
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the `jaxmix.Method`s for rows, which must leave alone rows of a group that do not have this method.
 
         `pipe` has the weights of these rows.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from infer.methods import layout
-from infer.methods.method import Batch, Method, size_of
+from infer.methods.method import BatchRows, Method, size_of
 from infer.rows import Field, Row, check_number
 
 
@@ -47,7 +47,7 @@ class Paint(layout.Layout):
         """Return the flag that no row can change."""
         return {"paint_by": self.flags.paint_by}
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the painted words of each row."""
         import jaxmix
 

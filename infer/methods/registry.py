@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from infer.methods import compose, dense, fuse, lora, paint, structured, style_aligned, style_id, vmix
-from infer.methods.method import Batch, Method
+from infer.methods.method import BatchRows, Method
 from infer.rows import BadRow, Field, Row, kind_of
 from jaxmix.types import InputError
 
@@ -78,7 +78,7 @@ class Methods:
 
     def arrange(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows with those that the flags add; raises InputError for flags that are no row's."""
-        alone = {key: None for method in self.all if not method.adapter for key in method.switches}
+        alone = {key: None for method in self.all if not method.part_of_model for key in method.switches}
         for method in self.all:
             rows = method.arrange(rows, {key: None for key in alone if key not in method.switches})
         return list(rows)
@@ -146,7 +146,7 @@ class Methods:
         alike: dict[tuple[tuple[Method, ...], Hashable], list[Row]] = {}
         for row in rows:
             here = tuple(method for method in self.of(row) if method.group(row) is None)
-            key = row.program, tuple((method.program([row]), method.weights(row)) for method in here)
+            key = row.program_key, tuple((method.program_key([row]), method.weights(row)) for method in here)
             alike.setdefault((here, key), []).append(row)
         for (here, _), some in alike.items():
             for row, error in self._unfit(pipe, some, here, request):
@@ -206,7 +206,7 @@ class Methods:
             return
 
         def check(some: Sequence[Method]) -> None:
-            batch = Batch(rows, [len(rows)], frozenset(method.name for method in some), draft=True)
+            batch = BatchRows(rows, [len(rows)], frozenset(method.name for method in some), draft=True)
             pipe.check(request(rows), [made for method in some for made in method.build(pipe, batch)])
 
         try:
@@ -259,7 +259,7 @@ class Methods:
         if len(weights) > 1:
             raise InputError("found different LoRAs, expected the same weights in a group")
         methods = self._together(members)
-        program = (members[0].program, tuple((m.name, m.program(members)) for m in methods))
+        program = (members[0].program_key, tuple((m.name, m.program_key(members)) for m in methods))
         return weights.pop(), program
 
     # Pictures --------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class Methods:
         """Return everything that the row's picture depends on, as written into the PNG and the manifest."""
         held = row.settings()
         here = self.of(row)
-        if titles := [method.name for method in here if not method.adapter]:
+        if titles := [method.name for method in here if not method.part_of_model]:
             held["method"] = "+".join(titles)
         for method in here:
             named = {key: field for key, field in method.fields.items() if row[key] is not None}

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from infer.methods.method import Batch, Method
+from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
 from infer.rows import Field, Row, check_text, kind_of
 from jaxmix.types import InputError
@@ -44,7 +44,7 @@ class Structured(Method):
         self.flags = flags
         self.fields = {"phrases": Field(check_phrases, flags.phrases, list)}
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the phrases of each row."""
         import jaxmix
 

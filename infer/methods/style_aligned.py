@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from infer.gallery import Picture
-from infer.methods.method import Batch, Method, size_of
+from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
 from infer.pictures import open_picture, write_picture
 from infer.rows import Field, Row, check_file, check_id, check_number, check_share
@@ -168,7 +168,7 @@ class StyleAligned(Method):
                 reason = f"group {name}: its first row, in whose style this one was to be, cannot be drawn"
             elif len(members) < 2:
                 reason = f"group {name}: found one image, expected the reference and at least one more"
-            elif len({row.program for row in members}) > 1:
+            elif len({row.program_key for row in members}) > 1:
                 reason = f"group {name}: found different steps, samplers or sizes, expected one of each in a group"
             elif any(row["reference"] for row in members[1:]):
                 reason = f"group {name}: found a reference picture in another row, expected it in the first"
@@ -178,11 +178,11 @@ class StyleAligned(Method):
             self._firsts[name] = members[0]
         return bad
 
-    def program(self, rows: Sequence[Row]) -> Hashable:
+    def program_key(self, rows: Sequence[Row]) -> Hashable:
         """Compile groups with a reference picture as a program of their own."""
         return bool(rows[0]["reference"])
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the method for the groups, with the inversions of their pictures."""
         import jaxmix
 

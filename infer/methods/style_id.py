@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from infer.gallery import Picture
-from infer.methods.method import Batch, Method, size_of
+from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
 from infer.pictures import open_cropped, pictures_in, write_picture
 from infer.rows import Field, Row, check_file, check_number, check_share, check_text
@@ -147,7 +147,7 @@ class StyleID(Method):
         courses = 2 * contents * (row.steps + 1) * hw[0] * hw[1] * pipe.latent_shape[2] * 4
         return stored, courses + 2 * contents * 3 * max(one)
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the method with the inversion of the pictures of a batch."""
         import jaxmix
 

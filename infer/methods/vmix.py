@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from infer.methods.method import Batch, Method
+from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
 from infer.rows import Field, Row, check_number, check_text
 from jaxmix.types import InputError
@@ -45,7 +45,7 @@ class VMix(Method):
 
     name = "vmix"
     switches = ("vmix",)
-    adapter = True
+    part_of_model = True
 
     def __init__(self, flags: Flags) -> None:
         self.flags = flags
@@ -88,7 +88,7 @@ class VMix(Method):
         """Return whether the adapter's LoRA is used."""
         return {"vmix_lora": self.flags.vmix_lora}
 
-    def program(self, rows: Sequence[Row]) -> Hashable:
+    def program_key(self, rows: Sequence[Row]) -> Hashable:
         """Return the adapter, which rows of a batch share."""
         found = list(dict.fromkeys(row["vmix"] for row in rows if row["vmix"] is not None))
         if len(found) > 1:
@@ -104,7 +104,7 @@ class VMix(Method):
         """Name the adapter."""
         return f"vmix {Path(row['vmix']).name}"
 
-    def build(self, pipe: Any, batch: Batch) -> Sequence[Any]:
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the adapter with the labels and the scale of each row."""
         on = [self.on(row) for row in batch.rows]
         (name,) = {row["vmix"] for row, here in zip(batch.rows, on, strict=True) if here}

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.pipeline.batches import Batch
+from jaxmix.pipeline.batching import Batch
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import NOISE, Method, Request
 from jaxmix.samplers import Composed

@@ -12,7 +12,7 @@ import numpy as np
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.models.unet import sites
 from jaxmix.pipeline import layouts as shared
-from jaxmix.pipeline.batches import inside
+from jaxmix.pipeline.batching import inside
 from jaxmix.pipeline.layouts import Segment
 from jaxmix.pipeline.phrases import Phrase, encoded_alone
 from jaxmix.pipeline.pipeline import Pipeline

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmix import rows as over
 from jaxmix.control import Control
-from jaxmix.pipeline.batches import Batch
+from jaxmix.pipeline.batching import Batch
 from jaxmix.pipeline.job import Denoiser
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import BLEND, Method, Request

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmix.controls import style_aligned as aligned
 from jaxmix.models.unet import norm_sites, sites, up_blocks
-from jaxmix.pipeline.batches import Batch
+from jaxmix.pipeline.batching import Batch
 from jaxmix.pipeline.inverted import Inverted, hold
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request

@@ -22,7 +22,7 @@ from jaxmix.models.clip import TextStates
 from jaxmix.models.unet import join_sites, norm_sites, sites
 from jaxmix.pipeline import programs
 from jaxmix.pipeline import text as words
-from jaxmix.pipeline.batches import Batch, of_shape, pack, to_uint8
+from jaxmix.pipeline.batching import Batch, of_shape, pack, to_uint8
 from jaxmix.pipeline.inverted import Inverted, invert_rows
 from jaxmix.pipeline.job import Denoiser, Job, denoise
 from jaxmix.pipeline.parts import Parts

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxmix.pipeline.batches import of_shape
+from jaxmix.pipeline.batching import of_shape
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.request import Method, Request, Sizes, ordered
 from jaxmix.samplers import Unguided

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from jaxmix import rows as over
 from jaxmix.control import Control
-from jaxmix.pipeline.batches import Batch, shrink_masks
+from jaxmix.pipeline.batching import Batch, shrink_masks
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.text import encode_branches, join
 from jaxmix.rows import Text

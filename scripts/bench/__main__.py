@@ -25,7 +25,7 @@ from typing import Any, Literal
 from jaxmix import command
 from jaxmix.types import InputError
 from scripts.bench import rows as bench_rows
-from scripts.bench.rows import PARAMETERS, PRESETS, Row
+from scripts.bench.rows import PARAMETERS, PRESETS, BenchRow
 from scripts.bench.table import markdown, peak_tflops, summary
 from scripts.bench.workers import Worker, WorkerError, available_bytes, machine
 
@@ -98,9 +98,11 @@ class Bench:
             config.steps or preset.steps,
             config.tiny,
         )
-        self.cells: dict[Row, dict[str, dict[str, Any]]] = {row: {e: {} for e in self.engines} for row in self.rows}
-        self.notes: dict[Row, str] = {}
-        self.tflop: dict[Row, float] = {}
+        self.cells: dict[BenchRow, dict[str, dict[str, Any]]] = {
+            row: {e: {} for e in self.engines} for row in self.rows
+        }
+        self.notes: dict[BenchRow, str] = {}
+        self.tflop: dict[BenchRow, float] = {}
         self.versions = {"python": platform.python_version()}
         self.device_name = ""
         self.row_seconds = config.row_seconds or preset.row_seconds
@@ -113,11 +115,11 @@ class Bench:
         """Return the seconds until ``end`` (the end of the run if None), at most an hour."""
         return min((self._end if end is None else end) - time.monotonic(), 3600.0)
 
-    def fail(self, row: Row, engine: str, reason: str) -> None:
+    def fail(self, row: BenchRow, engine: str, reason: str) -> None:
         """Leave a cell empty; the first reason is kept."""
         self.cells[row][engine].setdefault("reason", reason)
 
-    def open(self, row: Row, engine: str) -> bool:
+    def open(self, row: BenchRow, engine: str) -> bool:
         """Return whether a cell is still to be timed; close it if there is no time left."""
         if "reason" not in self.cells[row][engine] and self.left() <= 0:
             self.fail(row, engine, f"no time left (--max-seconds {self.max_seconds:.0f})")
@@ -145,7 +147,7 @@ class Bench:
                 self.versions.update(about["versions"])
                 self.device_name = self.device_name or about["device"]
 
-    def fits(self, row: Row, engines: int) -> bool:
+    def fits(self, row: BenchRow, engines: int) -> bool:
         """Return whether this many engines can hold a row's model in main memory at the same time."""
         if self.device == "gpu" or row.tiny:
             return True
@@ -154,7 +156,7 @@ class Bench:
 
     # First calls --------------------------------------------------------------------------------------------------
 
-    def compile_rows(self, worker: Worker, rows: Sequence[Row], end: float | None = None) -> None:
+    def compile_rows(self, worker: Worker, rows: Sequence[BenchRow], end: float | None = None) -> None:
         """Compile rows one after another."""
         for row in rows:
             if not self.open(row, worker.engine):
@@ -184,7 +186,7 @@ class Bench:
 
     # Timing -------------------------------------------------------------------------------------------------------
 
-    def prepare(self, worker: Worker, row: Row, end: float | None = None) -> None:
+    def prepare(self, worker: Worker, row: BenchRow, end: float | None = None) -> None:
         """Load from the cache unless this process has compiled the row, make weights, run once."""
         cell = self.cells[row][worker.engine]
         told = worker.ask("prepare", row, self.left(end))
@@ -199,12 +201,12 @@ class Bench:
         if not told["finite"]:
             self.notes[row] = f"{worker.engine}: values that are not finite (random weights)"
 
-    def one_round(self, worker: Worker, row: Row, end: float | None = None) -> None:
+    def one_round(self, worker: Worker, row: BenchRow, end: float | None = None) -> None:
         """Time one call."""
         rounds = self.cells[row][worker.engine]["rounds"]
         rounds.append(worker.ask("run", seconds=self.left(end)))
 
-    def settle(self, row: Row, engine: str) -> None:
+    def settle(self, row: BenchRow, engine: str) -> None:
         """Turn the rounds of a cell into its numbers."""
         cell = self.cells[row][engine]
         if cell.get("rounds"):
@@ -212,7 +214,7 @@ class Bench:
             cell.pop("reason", None)  # some rounds are better than none
             self.say(f"{row.name}: {engine} {cell['median_s']:.4g} s")
 
-    def beside(self, row: Row, cache: Path) -> None:
+    def beside(self, row: BenchRow, cache: Path) -> None:
         """Time a row's engines in interleaved rounds, each in its own process, one working at a time."""
         workers: dict[str, Worker] = {}
 
@@ -244,7 +246,7 @@ class Bench:
         for engine in self.engines:
             self.settle(row, engine)
 
-    def by_itself(self, worker: Worker, rows: Sequence[Row], end: float | None = None) -> None:
+    def by_itself(self, worker: Worker, rows: Sequence[BenchRow], end: float | None = None) -> None:
         """Time rows of one engine running alone."""
         engine = worker.engine
         for row in rows:
@@ -328,7 +330,7 @@ class Bench:
                             cell["second_process_s"] = told.get("compile_s", 0.0) + told["first_run_s"]
             self.write()
 
-    def worker(self, engine: str, rows: Sequence[Row], cache: Path) -> Worker:
+    def worker(self, engine: str, rows: Sequence[BenchRow], cache: Path) -> Worker:
         """Start a worker; one that does not start fails every order, and so leaves ``rows`` empty."""
         worker = Worker(engine, self.device, cache)
         for row in rows:

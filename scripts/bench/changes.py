@@ -27,7 +27,7 @@ from jaxmix.models import layers
 from scripts.bench import rows as bench_rows
 from scripts.bench.ours import materialize
 from scripts.bench.programs import program
-from scripts.bench.rows import Row
+from scripts.bench.rows import BenchRow
 from scripts.bench.table import seconds, summary, table
 from scripts.bench.workers import machine
 
@@ -96,7 +96,7 @@ def without(name: str) -> Iterator[None]:
         jax.clear_caches()
 
 
-def one_row(row: Row, variants: tuple[str, ...], rounds: int) -> dict[str, Any]:
+def one_row(row: BenchRow, variants: tuple[str, ...], rounds: int) -> dict[str, Any]:
     """Compile and time the variants of a row; return a cell for each that is a different program."""
     made = program("ours", row)
     params, inputs = materialize(made)
@@ -164,7 +164,7 @@ def main(config: Config) -> int:
         for side in sides:
             for n in batch:
                 for task in tasks:
-                    row = Row(model, task, side, n, dtype, config.steps if task == "sample" else 0, config.tiny)
+                    row = BenchRow(model, task, side, n, dtype, config.steps if task == "sample" else 0, config.tiny)
                     variants = one_row(row, ("", *changes), config.rounds)
                     result["rows"].append({**dataclasses.asdict(row), "variants": variants})
                     if config.out:

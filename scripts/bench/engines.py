@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxmix.types import InputError
-from scripts.bench.rows import ENGINES, Row, added_width, configs
+from scripts.bench.rows import ENGINES, BenchRow, added_width, configs
 
 _ROUND = 0.3  # seconds: a round repeats shorter calls for this long
 
@@ -59,10 +59,10 @@ class JaxEngine:
         if folder:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        self._programs: dict[Row, tuple[Any, Any]] = {}
+        self._programs: dict[BenchRow, tuple[Any, Any]] = {}
         self._params: dict[Any, Any] = {}  # of each model and part: rows of one process share them
 
-    def compile(self, row: Row) -> dict[str, Any]:
+    def compile(self, row: BenchRow) -> dict[str, Any]:
         """Trace, lower and compile without weights."""
         from scripts.bench.programs import program
 
@@ -71,7 +71,7 @@ class JaxEngine:
         self._programs[row] = made, made.trace().lower().compile()
         return {"compile_s": time.perf_counter() - started}
 
-    def prepare(self, row: Row) -> tuple[dict[str, Any], Callable[[], Any]]:
+    def prepare(self, row: BenchRow) -> tuple[dict[str, Any], Callable[[], Any]]:
         """Compile, make the arguments, and return the call that runs the program and waits for it."""
         import jax
 
@@ -122,9 +122,9 @@ class TorchEngine:
         self.device_name = torch.cuda.get_device_name() if device == "gpu" else "cpu"
         self.versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
         self._modules: dict[Any, Any] = {}
-        self._called: set[Row] = set()
+        self._called: set[BenchRow] = set()
 
-    def compile(self, row: Row) -> dict[str, Any]:
+    def compile(self, row: BenchRow) -> dict[str, Any]:
         """Make everything and run once: torch compiles when it is called."""
         _, call = self.prepare(row)
         started = time.perf_counter()
@@ -132,7 +132,7 @@ class TorchEngine:
         self._called.add(row)
         return {"compile_s": time.perf_counter() - started, "with_run": True}
 
-    def _module(self, row: Row, part: str) -> Any:
+    def _module(self, row: BenchRow, part: str) -> Any:
         """Build a model on the meta device and fill it: kernels with variance 1 / fan-in, norms 1, biases 0."""
         import diffusers
         import torch
@@ -165,7 +165,7 @@ class TorchEngine:
         self._modules[key] = module
         return module
 
-    def prepare(self, row: Row) -> tuple[dict[str, Any], Callable[[], Any]]:
+    def prepare(self, row: BenchRow) -> tuple[dict[str, Any], Callable[[], Any]]:
         """Build the model and the inputs, and return the call that runs it and waits for it."""
         import torch
 
@@ -246,7 +246,7 @@ def serve(engine: JaxEngine | TorchEngine, reply: Callable[[dict[str, Any]], Non
     call: Callable[[], Any] | None = None
     for line in sys.stdin:
         order = json.loads(line)
-        row = Row(**order["row"]) if "row" in order else None
+        row = BenchRow(**order["row"]) if "row" in order else None
         try:
             if order["op"] == "run":
                 assert call is not None, "run before prepare"

@@ -22,7 +22,7 @@ from typing import Any
 from jaxmix import command
 from scripts.bench import rows as bench_rows
 from scripts.bench.changes import CHANGES, without
-from scripts.bench.rows import Row
+from scripts.bench.rows import BenchRow
 from scripts.bench.table import seconds, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ class Config:
     out: str = ""
 
 
-def compile_one(engine: str, row: Row, target: str, undone: str) -> dict[str, Any]:
+def compile_one(engine: str, row: BenchRow, target: str, undone: str) -> dict[str, Any]:
     """Compile one program in this process; return seconds of each stage and bytes of each kind."""
     import jax
     import numpy as np
@@ -102,7 +102,7 @@ def compile_one(engine: str, row: Row, target: str, undone: str) -> dict[str, An
     return {**found, "weight_bytes": weights, **stages, "hlo_lines": lowered.as_text().count("\n")}
 
 
-def in_process(engine: str, row: Row, config: Config) -> dict[str, Any]:
+def in_process(engine: str, row: BenchRow, config: Config) -> dict[str, Any]:
     """Run `compile_one` in a new process; if it fails, return the "reason"."""
     environment = {
         **os.environ,
@@ -203,7 +203,7 @@ def main(config: Config) -> int:
             for n in bench_rows.numbers("batch", config.batch):
                 for task in tasks:
                     steps = config.steps if task == "sample" else 0
-                    row = Row(model, task, side, n, dtype, steps, config.tiny)
+                    row = BenchRow(model, task, side, n, dtype, steps, config.tiny)
                     cells: dict[str, Any] = {e: [] for e in engines}
                     for _ in range(config.rounds):  # in turn, so that other work on the machine affects both alike
                         for engine in engines:
@@ -220,7 +220,7 @@ def main(config: Config) -> int:
 def one(order: str) -> None:
     """Be the process of one program."""
     told = json.loads(order)
-    print(json.dumps(compile_one(told["engine"], Row(**told["row"]), told["target"], told["without"])))
+    print(json.dumps(compile_one(told["engine"], BenchRow(**told["row"]), told["target"], told["without"])))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from jaxmix.samplers.sigmas import training_sigmas
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError
 from scripts.bench.ours import Program, sampling_job
-from scripts.bench.rows import Row, configs
+from scripts.bench.rows import BenchRow, configs
 
 
-def method_program(engine: str, row: Row, plain: Program, unet: Any) -> Program:
+def method_program(engine: str, row: BenchRow, plain: Program, unet: Any) -> Program:
     """Return our sampler with the method of an engine's name, from the plain sampler of the row and its UNet."""
     if row.task != "sample":
         raise InputError(f"{row.name}: {engine} has a part in the sampler alone, expected --tasks sample")
@@ -55,7 +55,7 @@ WORDS = (np.arange(2, 4), np.arange(5, 7))
 """The tokens of two phrases."""
 
 
-def _halves(row: Row, unet: Any) -> tuple[int, np.ndarray, list[tuple[int, int]]]:
+def _halves(row: BenchRow, unet: Any) -> tuple[int, np.ndarray, list[tuple[int, int]]]:
     """Return the number of tokens, the masks (2, h, w) of two segments, left and right, and the sizes of the grids."""
     side = row.latents
     masks = np.zeros((2, side, side), bool)
@@ -64,7 +64,7 @@ def _halves(row: Row, unet: Any) -> tuple[int, np.ndarray, list[tuple[int, int]]
     return configs(row.model, row.tiny)["text_length"], masks, grids
 
 
-def _dense(row: Row, plain: Program, unet: Any) -> Program:
+def _dense(row: BenchRow, plain: Program, unet: Any) -> Program:
     """Place two segments, left and right, in all steps: outside its window the method is the plain program."""
     tokens, masks, grids = _halves(row, unet)
     owners = np.full((row.batch, tokens), -1)
@@ -74,7 +74,7 @@ def _dense(row: Row, plain: Program, unet: Any) -> Program:
     return _with(plain, dense_diffusion.bind(masks, owners, grids, window=(0.0, 1.0)))
 
 
-def _paint(row: Row, plain: Program, unet: Any) -> Program:
+def _paint(row: BenchRow, plain: Program, unet: Any) -> Program:
     """Paint the same segments."""
     tokens, masks, grids = _halves(row, unet)
     drawn = paint_with_words.paint(list(masks), [1.0, 1.0], WORDS, tokens, grids)
@@ -83,7 +83,7 @@ def _paint(row: Row, plain: Program, unet: Any) -> Program:
     return _with(plain, paint_with_words.bind(painted, training_sigmas(schedule)))
 
 
-def _structured(row: Row, plain: Program, unet: Any) -> Program:
+def _structured(row: BenchRow, plain: Program, unet: Any) -> Program:
     """Values of other states than the keys': what the phrases' own states change of them is an input."""
     context = plain.inputs["context"]
     change = jax.ShapeDtypeStruct((row.batch, *context.shape[1:]), context.dtype)
@@ -95,14 +95,14 @@ def _structured(row: Row, plain: Program, unet: Any) -> Program:
     return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, "change": change})
 
 
-def _aligned(row: Row, plain: Program, unet: Any) -> Program:
+def _aligned(row: BenchRow, plain: Program, unet: Any) -> Program:
     """Draw all images of the batch in the style of the first."""
     if row.batch < 2:
         raise InputError(f"{row.name}: a group has two images at least, expected --batch 2 or more")
     return _with(plain, style_aligned.bind([row.batch]))
 
 
-def _style_id(row: Row, plain: Program, unet: Any) -> Program:
+def _style_id(row: BenchRow, plain: Program, unet: Any) -> Program:
     """Store features of one content and one style for all images, at the attn1 of the last two up blocks.
 
     Under guidance like the plain sampler it is compared with, though the method itself needs no second branch.
@@ -129,18 +129,18 @@ def _style_id(row: Row, plain: Program, unet: Any) -> Program:
     return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, **features})
 
 
-def _fusion(row: Row, plain: Program, unet: Any) -> Program:
+def _fusion(row: BenchRow, plain: Program, unet: Any) -> Program:
     """Blend one model's two prompts in all steps: three branches, where the plain sampler has two."""
     ones = jnp.ones((row.batch,))
     return _with_other(row, plain, unet, SaliencyBlend(ones, ones, ones))
 
 
-def _composable(row: Row, plain: Program, unet: Any) -> Program:
+def _composable(row: BenchRow, plain: Program, unet: Any) -> Program:
     """Compose two prompts per image, of unequal weights: three branches, too."""
     return _with_other(row, plain, unet, Composed(jnp.tile(jnp.asarray([1.0, 0.5]), (row.batch, 1)), branches=(1, 2)))
 
 
-def _with_other(row: Row, plain: Program, unet: Any, guidance: Guidance) -> Program:
+def _with_other(row: BenchRow, plain: Program, unet: Any, guidance: Guidance) -> Program:
     """Return our sampler with one more prompt per image and a guidance that uses it."""
     schedule = NoiseSchedule.from_config(configs(row.model, row.tiny)["scheduler"])
     third = jax.ShapeDtypeStruct((row.batch, *plain.inputs["context"].shape[1:]), plain.inputs["context"].dtype)

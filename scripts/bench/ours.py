@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmix.testing import quick_params
 from jaxmix.tuning.flops import model_flops
-from scripts.bench.rows import Row, added_width, configs
+from scripts.bench.rows import BenchRow, added_width, configs
 
 GUIDANCE = 7.5
 _CONSTANTS = {"t": 500, "time_ids": 512.0, "scale": GUIDANCE, "present": 1.0}  # inputs that are not noise
@@ -43,7 +43,7 @@ class Program:
         return model_flops(jax.make_jaxpr(self.fn)(self.params, self.inputs))
 
 
-def unet_of(row: Row) -> Any:
+def unet_of(row: BenchRow) -> Any:
     """Return the UNet module of a row, in the row's dtype."""
     from jaxmix.models import UNet2DConditionModel, UNetConfig
 
@@ -54,7 +54,7 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
 
-def inputs_of(row: Row, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def inputs_of(row: BenchRow, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the inputs' shapes, NHWC, rows branch minor: a `unet` step sees two rows per image, for guidance."""
     unet, n, side = found["unet"], row.batch, row.latents
     rows = 1 if row.task == "decode" else 2
@@ -75,7 +75,7 @@ def inputs_of(row: Row, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct
     return out
 
 
-def ours(row: Row) -> Program:
+def ours(row: BenchRow) -> Program:
     from jaxmix.models import AutoencoderKL, VAEConfig
     from jaxmix.models.unet import AddedCond
     from jaxmix.pipeline.job import denoise
@@ -140,7 +140,7 @@ def vmix_config(unet: Any, params: Any, tokens: int, labels: Any = None) -> Any:
     )
 
 
-def ours_with_vmix(row: Row) -> Program:
+def ours_with_vmix(row: BenchRow) -> Program:
     """Run our sampler under an adapter, including binding it to the prompts' labels in each call."""
     from jaxmix.controls import vmix
     from jaxmix.models import UNet2DConditionModel, UNetConfig

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from scripts.bench.methods import method_program
 from scripts.bench.ours import Program, cast, inputs_of, ours, ours_with_vmix, unet_of
-from scripts.bench.rows import METHODS, Row, configs
+from scripts.bench.rows import METHODS, BenchRow, configs
 
 
-def program(engine: str, row: Row) -> Program:
+def program(engine: str, row: BenchRow) -> Program:
     """Return the program of one of our engines or of "flax" for a row.
 
     Raises ImportError if diffusers has no Flax models, and `InputError` for a row that does not involve the method.
@@ -22,7 +22,7 @@ def program(engine: str, row: Row) -> Program:
     return {"ours": ours, "ours-vmix": ours_with_vmix, "flax": _flax}[engine](row)
 
 
-def _flax(row: Row) -> Program:
+def _flax(row: BenchRow) -> Program:
     """Drive diffusers' Flax modules as its Flax pipelines do: branches concatenated, a fori_loop."""
     from diffusers import FlaxAutoencoderKL, FlaxDDIMScheduler, FlaxUNet2DConditionModel
 

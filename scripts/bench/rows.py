@@ -66,7 +66,7 @@ _TINY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One row of the table. ``batch`` counts images; under guidance the UNet sees two rows per image."""
 
     model: str
@@ -156,7 +156,7 @@ def plan(
     dtype: str,
     steps: int,
     tiny: bool,
-) -> list[Row]:
+) -> list[BenchRow]:
     """List the rows, the most important first; empty ``latents`` and ``batch`` take the preset's of each model.
 
     Small before large and the UNet before programs that contain it, decoding last: an interrupted run loses the least.
@@ -168,7 +168,7 @@ def plan(
         for side in sides:
             for n in tuple(batch) or preset.batch.get(model, (1,)):
                 for task in tasks:
-                    rows.append(Row(model, task, side, n, dtype, steps if task == "sample" else 0, tiny))
+                    rows.append(BenchRow(model, task, side, n, dtype, steps if task == "sample" else 0, tiny))
     # Stable: models and sides keep their order.
     return sorted(rows, key=lambda row: (row.task == "decode", row.batch if row.model != "mini" else 0))
 

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.rows import Row
+from scripts.bench.rows import BenchRow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +80,7 @@ class Worker:
             raise WorkerError(f"the process ended with status {status}{killed}{': ' + tail[0][:160] if tail else ''}")
         return json.loads(line)
 
-    def ask(self, op: str, row: Row | None = None, seconds: float = 3600.0) -> dict[str, Any]:
+    def ask(self, op: str, row: BenchRow | None = None, seconds: float = 3600.0) -> dict[str, Any]:
         """Send an order and wait for its answer; raises `WorkerError` with the reason if there is none."""
         if "reason" in self.about:
             raise WorkerError(self.about["reason"])

@@ -12,7 +12,7 @@ from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import make_solver
 from jaxmix.types import InputError
 from scripts.bench.programs import program
-from scripts.bench.rows import Row
+from scripts.bench.rows import BenchRow
 from tests.jobs import plain_job
 
 LABELS = {"color": ("vibrant color", "[V]"), "focus": ("sharp focus", "[T]")}
@@ -123,7 +123,7 @@ def test_the_loop_is_written_without_vmix():
     """Before any compiler moves what does not change out of the loop: VMix is not in it."""
 
     def written(engine):
-        made = program(engine, Row("mini", "sample", 8, 1, "float32", 3, tiny=True))
+        made = program(engine, BenchRow("mini", "sample", 8, 1, "float32", 3, tiny=True))
         return max(
             (operations(body) for body in scans(jax.make_jaxpr(made.fn)(made.params, made.inputs).jaxpr)), key=len
         )
@@ -135,7 +135,7 @@ def test_the_loop_is_written_without_vmix():
 
 def test_the_flops_of_vmix_do_not_grow_with_the_steps():
     def flops(engine, steps):
-        return program(engine, Row("sdxl", "sample", 8, 1, "float32", steps, tiny=True)).flops()
+        return program(engine, BenchRow("sdxl", "sample", 8, 1, "float32", steps, tiny=True)).flops()
 
     extra = [flops("ours-vmix", steps) - flops("ours", steps) for steps in (2, 7)]
     assert extra[0] == extra[1] > 0
@@ -144,4 +144,4 @@ def test_the_flops_of_vmix_do_not_grow_with_the_steps():
 
 def test_a_row_without_a_sampler_has_no_vmix():
     with pytest.raises(InputError, match="expected --tasks sample"):
-        program("ours-vmix", Row("mini", "unet", 8, 1, "float32", 0, tiny=True))
+        program("ours-vmix", BenchRow("mini", "unet", 8, 1, "float32", 0, tiny=True))

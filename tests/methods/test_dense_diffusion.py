@@ -11,7 +11,7 @@ from jaxmix import DenseDiffusion, InputError, Request, Segment, Site, dense_dif
 from jaxmix.control import QKV, attend, cut
 from jaxmix.controls import dense_diffusion as dense
 from jaxmix.models.unet import sites
-from jaxmix.pipeline.batches import inside
+from jaxmix.pipeline.batching import inside
 from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import DDIM
 from tests.jobs import plain_job, with_context

@@ -8,7 +8,7 @@ import pytest
 
 import jaxmix
 from jaxmix import DenseDiffusion, InputError, LoRA, MagicFusion, Request, Segment, StyleAligned, StyleID
-from jaxmix.pipeline.batches import pack
+from jaxmix.pipeline.batching import pack
 from jaxmix.pipeline.job import denoise
 from jaxmix.samplers import Unguided
 from jaxmix.testing import moved

@@ -13,7 +13,7 @@ from jaxmix.types import InputError
 from scripts.bench.changes import CHANGES, without
 from scripts.bench.ours import Program
 from scripts.bench.programs import program
-from scripts.bench.rows import MODELS, PRESETS, Row, configs, names, numbers, plan
+from scripts.bench.rows import MODELS, PRESETS, BenchRow, configs, names, numbers, plan
 from scripts.bench.table import markdown, peak_tflops, ratio, summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,12 +160,12 @@ def test_memory_of_a_tiny_program_is_told_for_the_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     cells = json.loads(out.read_text())["rows"][0]["engines"]
     assert cells["ours-dense"]["peak_bytes"] > cells["ours"]["peak_bytes"] > cells["ours"]["weight_bytes"] > 0
-    assert Row("mini", "sample", 8, 1, "float32", 2, True).name in done.stderr
+    assert BenchRow("mini", "sample", 8, 1, "float32", 2, True).name in done.stderr
 
 
 def lowered(platform):
     # 32x32: attention over 1024 tokens, means of large images, convolutions down to 4x4.
-    row = Row("sd15", "unet", 32, 1, "float32", 0)
+    row = BenchRow("sd15", "unet", 32, 1, "float32", 0)
     return program("ours", row).trace().lower(lowering_platforms=(platform,)).as_text()
 
 

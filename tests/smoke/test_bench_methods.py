@@ -7,9 +7,9 @@ import pytest
 from jaxmix.types import InputError
 from scripts.bench.ours import materialize
 from scripts.bench.programs import program
-from scripts.bench.rows import METHODS, Row
+from scripts.bench.rows import METHODS, BenchRow
 
-ROW = Row("mini", "sample", 8, 2, "float32", 2, tiny=True)
+ROW = BenchRow("mini", "sample", 8, 2, "float32", 2, tiny=True)
 
 
 @pytest.mark.parametrize("engine", METHODS)
@@ -27,6 +27,6 @@ def test_a_method_changes_what_is_drawn_by_a_fitting_amount_of_work(engine):
 
 def test_rows_without_a_part_for_a_method_are_refused():
     with pytest.raises(InputError, match="has a part in the sampler alone"):
-        program("ours-dense", Row("mini", "unet", 8, 1, "float32", 0, tiny=True))
+        program("ours-dense", BenchRow("mini", "unet", 8, 1, "float32", 0, tiny=True))
     with pytest.raises(InputError, match="a group has two images at least"):
-        program("ours-aligned", Row("mini", "sample", 8, 1, "float32", 2, tiny=True))
+        program("ours-aligned", BenchRow("mini", "sample", 8, 1, "float32", 2, tiny=True))

@@ -10,7 +10,7 @@ from PIL import Image
 import jaxmix
 from infer.flags import Config
 from infer.job import collect_rows, complete, draw, warn_of_cuts
-from infer.methods.method import Batch
+from infer.methods.method import BatchRows
 from infer.methods.registry import Methods
 from infer.png import read_settings
 
@@ -73,7 +73,7 @@ def test_a_group_has_as_many_prompts_as_the_most_of_its_rows(tiny_pipeline, tmp_
     good, bad = complete(good, tiny_pipeline, methods)
     buckets = list(methods.buckets(good))
     assert not bad and [len(bucket.rows) for bucket in buckets] == [2, 1]
-    batch = Batch(buckets[0].rows, [2], frozenset({"style_aligned", "compose"}), draft=True)
+    batch = BatchRows(buckets[0].rows, [2], frozenset({"style_aligned", "compose"}), draft=True)
     made = next(one for m in methods.all if m.name == "compose" for one in m.build(tiny_pipeline, batch))
     assert made == jaxmix.ComposableDiffusion([[], ["a dog <b>"]], [[1.0], [1.1, -0.5]])
 

@@ -117,7 +117,10 @@ def test_painted_words_and_phrases_are_drawn_written_and_shown(files, tmp_path):
         ("a dog @ 0,0,1,1:x", 'weight: found text "x", expected a number'),
         ("a dog @ 0,0,1,1:nan", "weight: found nan, expected a number"),
         ("a dog @ nowhere.png:0.5", "no such file: nowhere.png"),
-        ([{"phrase": "a dog", "box": [0, 0, 1, 1], "weight": True}], "weight: found a truth value, expected a number"),
+        (
+            [{"phrase": "a dog", "box": [0, 0, 1, 1], "weight": True}],
+            "weight: found a truth value true, expected a number",
+        ),
         ([{"phrase": "a dog", "box": [0, 0, 1, 1], "height": 1}], "and maybe 'weight'"),
         ("a dog", "found 'a dog', expected 'PHRASE @ left,top,right,bottom' or 'PHRASE @ mask.png'"),
         ("a dog @ 0,0,1", r"found \[0.0, 0.0, 1.0\], expected 4 numbers"),

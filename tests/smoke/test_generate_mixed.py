@@ -12,7 +12,7 @@ import jaxmix
 from infer.flags import Config
 from infer.generate import main
 from infer.job import batches_of, build, collect_rows, complete, draw, request
-from infer.methods.method import Batch
+from infer.methods.method import BatchRows
 from infer.methods.registry import Methods
 from infer.png import read_settings
 from jaxmix.command import parse
@@ -96,7 +96,7 @@ def planned(tmp_path, pipe, rows, **flags):
 def kinds(pipe, bucket):
     """Return the names of the classes that are built for a bucket, as a check of them builds them."""
     names = frozenset(method.name for method in bucket.methods)
-    batch = Batch(bucket.rows, bucket.groups or (), names, bucket.weights, draft=True)
+    batch = BatchRows(bucket.rows, bucket.groups or (), names, bucket.weights, draft=True)
     made = [one for method in bucket.methods for one in method.build(pipe, batch)]
     pipe.check(request(bucket.rows), made)
     return {type(one).__name__ for one in made}
@@ -267,7 +267,7 @@ def test_a_group_may_hold_rows_with_and_without_a_layout_or_an_expert(files, tin
     assert not bad and bucket.groups == [3]
     assert [row.where for row in bucket.rows] == ["--reference", "rows.jsonl:1", "rows.jsonl:2"]
     assert [row["vmix"] for row in bucket.rows] == [vmix_file] * 3  # the picture is reconstructed by the same model
-    batch = Batch(bucket.rows, [3], frozenset(method.name for method in bucket.methods), draft=True)
+    batch = BatchRows(bucket.rows, [3], frozenset(method.name for method in bucket.methods), draft=True)
     made = {type(one).__name__: one for method in bucket.methods for one in method.build(tiny_pipeline, batch)}
     dense, fusion = made["DenseDiffusion"], made["MagicFusion"]
     assert [len(layout) for layout in dense.layouts] == [0, 0, 1] and list(dense.cross) == [0, 0, 1.0]
@@ -278,7 +278,7 @@ def test_a_group_may_hold_rows_with_and_without_a_layout_or_an_expert(files, tin
 def test_rows_of_a_group_without_segments_or_phrases_are_left_as_they_are(files, tiny_pipeline, tmp_path):
     rows = [{"phrases": "the snow"}, {"segments": SEGMENTS, "layout": "paint"}, {}]
     (bucket,), bad = planned(tmp_path, tiny_pipeline, [{"group": "g", **row} for row in rows])
-    batch = Batch(bucket.rows, [3], frozenset(method.name for method in bucket.methods), draft=True)
+    batch = BatchRows(bucket.rows, [3], frozenset(method.name for method in bucket.methods), draft=True)
     made = {type(one).__name__: one for method in bucket.methods for one in method.build(tiny_pipeline, batch)}
     paint = made["PaintWithWords"]
     assert not bad and [len(layout) for layout in paint.layouts] == [0, 1, 0] and list(paint.weight) == [0, 0.4, 0]
