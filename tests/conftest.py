@@ -6,7 +6,7 @@ Compiling is what tests cost, so
   JAX_COMPILATION_CACHE_DIR says): a program is compiled once, and in the next run not at all;
 - XLA optimises little in the folders named in QUICK, whose tests are about what is around a program. Laws and methods
   compare bits, so they run what users run;
-- Python looks for cycles seldom: tracing makes millions of objects, and a fifth of its time went there.
+- Python looks for cycles seldom: tracing makes millions of objects.
 """
 
 import gc
@@ -18,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 QUICK = ("smoke", "parity", "data", "scenes", "tuning")
 MOST_MAPS = 25_000
-gc.set_threshold(200_000, 20, 100)
 MOST_CACHED = 2 << 30
+
+gc.set_threshold(200_000, 20, 100)
 
 # Before jax is imported anywhere: the sharding tests want eight devices, and all tests want the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -17,7 +17,7 @@ FIRST = "dense"
 
 @dataclasses.dataclass(frozen=True)
 class Flags(Base):
-    """Segments, for rows that have none of their own, and the method that draws them.
+    """Segments for rows without their own, and the method that draws them.
 
     Attributes:
         segments: layout: "PHRASE @ PLACE; PHRASE @ PLACE ...", each phrase word for word in the prompt and each place

@@ -13,7 +13,7 @@ from infer.rows import Field, Row, check_number
 
 @dataclasses.dataclass(frozen=True)
 class Flags(layout.Flags):
-    """How strongly words are painted, for rows that do not say.
+    """How strongly words are painted, in rows that do not say.
 
     Attributes:
         paint: paint-with-words: weight of the paint, 0 for none (no unit)
@@ -59,5 +59,5 @@ class Paint(layout.Layout):
         return [jaxmix.PaintWithWords(drawn, weight=weights, by=self.flags.paint_by)]
 
     def shown(self, row: Row) -> dict[str, str]:
-        """Say the weight; those of the phrases are in the picture of the layout."""
+        """Show the weight; those of the phrases are in the picture of the layout."""
         return {"paint": f"{row['paint']:g}"}

@@ -14,10 +14,10 @@ from jaxmix.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Flags(Base):
-    """Phrases, for rows that have none of their own.
+    """Phrases for rows without their own.
 
     Attributes:
-        phrases: Structured Diffusion: phrases of the prompt, word for word, which are encoded alone, besides: "a red
+        phrases: Structured Diffusion: phrases of the prompt, word for word, which are also encoded alone: "a red
             car; a white dog"
     """
 
@@ -51,7 +51,7 @@ class Structured(Method):
         return [jaxmix.StructuredDiffusion([row["phrases"] or () for row in batch.rows])]
 
     def shown(self, row: Row) -> dict[str, str]:
-        """Say the phrases."""
+        """Show the phrases."""
         return {"phrases": "; ".join(row["phrases"])}
 
 

@@ -10,8 +10,8 @@ before the 1 / sqrt(d), as does its maximum: on scaled scores A, W / sqrt(d) is 
 
 As in the open code for Stable Diffusion (github.com/cloneofsimo/paint-with-words-sd): c is 0.4, masks are resized from
 the image's size by bilinear interpolation that keeps the corners, sigma = sqrt((1 - abar) / abar) of the step, and the
-deviation of the scores may stand for their maximum. Its maximum is that of all rows of a call, which there is one
-image: here it is each row's own, so that no image depends on its neighbours.
+deviation of the scores may stand for their maximum. There the maximum is taken over all rows
+of a call, which are those of one image; here each row has its own, so no image depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def bind(
 ) -> PaintControl:
     """Return the control of layouts that `paint` drew; ``sigmas`` (T,) is the noise of each training timestep.
 
-    ``weight`` is a number or one a row. Raises `InputError` for a measure that is not one of `BY`.
+    ``weight`` is a number or one per row. Raises `InputError` for a measure that is not one of `BY`.
     """
     if by not in BY:
         raise InputError(f"by: found {by!r}, expected one of {', '.join(BY)}")

@@ -48,7 +48,7 @@ def bind(
     sites: str = ATTN2,
     window: tuple[float, float] = (0.0, 1.0),
 ) -> StructuredControl:
-    """Return the control of ``change`` (b, s, d); ``strength`` is a number or one a row."""
+    """Return the control of ``change`` (b, s, d); ``strength`` is a number or one per row."""
     return StructuredControl(
         change=jnp.asarray(change, jnp.float32),
         strength=jnp.asarray(numbers("strength", strength, len(change))),

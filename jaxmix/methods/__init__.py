@@ -1,1 +1,1 @@
-"""What users hold of each paper: one file each, a `jaxmix.pipeline.request.Method`."""
+"""The public form of each paper, one file each: a `jaxmix.pipeline.request.Method`."""

@@ -1,4 +1,4 @@
-"""Composable Diffusion (arXiv 2206.01714) as users hold it: several weighted prompts an image, and how AND is read."""
+"""Composable Diffusion (arXiv 2206.01714) as a method: several weighted prompts per image, and how AND is read."""
 
 from __future__ import annotations
 

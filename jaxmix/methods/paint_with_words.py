@@ -1,4 +1,4 @@
-"""Paint-with-words (eDiff-I, arXiv 2211.01324, section 5) as users hold it: prompts and masks in, a control out."""
+"""Paint-with-words (eDiff-I, arXiv 2211.01324, section 5) as a method: prompts and masks in, a control out."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from jaxmix.types import AnyArray, InputError
 class PaintWithWords(Method):
     """Give the words of each segment more attention at its place; see `jaxmix.controls.paint_with_words`.
 
-    ``layouts`` has a list of segments an image, in which masks may have any values from 0 to 1 (0 to 255 in bytes) and
-    each segment its own weight; segments without words change nothing. ``weight`` is a number or one an image.
+    ``layouts`` has a list of segments per image, in which masks may have any values from 0 to 1 (0 to 255 in bytes) and
+    each segment its own weight; segments without words change nothing. ``weight`` is a number or one per image.
     ``by`` is "max", or "std" for the deviation of the scores in place of their maximum. ``window`` is the share of the
     steps in which the paint acts, and ``sites`` are among attn2. SDXL: a token is a phrase's if it is for either text
     encoder, and the pooled text knows nothing of the layout.

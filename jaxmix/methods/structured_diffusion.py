@@ -1,4 +1,4 @@
-"""Structured Diffusion (arXiv 2212.05032) as users hold it: prompts and their phrases in, a control out."""
+"""Structured Diffusion (arXiv 2212.05032) as a method: prompts and their phrases in, a control out."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class StructuredDiffusion(Method):
     """Keep the attributes of each phrase with it; see `jaxmix.controls.structured_diffusion`.
 
     ``phrases`` has a list of an image's phrases, word for word in its prompt, such as "a red car" and "a white dog":
-    the authors take all noun phrases that a parser finds, also those within others. One that is there more than once
-    is meant where it stands first. Without phrases an image is drawn as it would be. ``strength`` (1 in the paper, 0
-    for nothing) is a number or one an image; ``window`` is the share of the steps in which the values are mixed, and
+    the authors take all noun phrases that a parser finds, also those within others. If a phrase occurs more than
+    once, its first occurrence counts. An image without phrases is drawn as usual. ``strength`` (1 in the paper, 0
+    for nothing) is a number or one per image; ``window`` is the share of the steps in which the values are mixed, and
     ``sites`` are among attn2. SDXL: the states of each text encoder are spliced at its own tokens.
 
     Raises `InputError`, naming the image and the phrase, for one that is not in its prompt.

@@ -43,7 +43,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     assert autoencoder.main(shrunk(root / "whole")) == 0
     killed_after(1, root / "whole", root / "parts", exported="vae")
-    assert autoencoder.main(shrunk(root / "parts")) == 0
+    assert autoencoder.main(shrunk(root / "parts", resume_from_checkpoint="1")) == 0
     return root
 
 

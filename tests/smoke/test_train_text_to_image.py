@@ -67,7 +67,7 @@ def runs(tmp_path_factory, vae_folder):
     options = {"mixed_precision": "bf16", "snr_gamma": 5.0}
     assert text_to_image.main(shrunk(root / "whole", vae_folder, validation_steps=2, **options)) == 0
     killed_after(1, root / "whole", root / "parts", exported="pipeline")
-    assert text_to_image.main(shrunk(root / "parts", vae_folder, **options)) == 0
+    assert text_to_image.main(shrunk(root / "parts", vae_folder, resume_from_checkpoint="1", **options)) == 0
     return root
 
 

@@ -57,7 +57,7 @@ def runs(tmp_path_factory, base):
     options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
     assert vmix.main(shrunk(base, root / "whole", validation_steps=2, **options)) == 0
     killed_after(1, root / "whole", root / "parts", exported="adapter.safetensors")
-    assert vmix.main(shrunk(base, root / "parts", **options)) == 0
+    assert vmix.main(shrunk(base, root / "parts", resume_from_checkpoint="1", **options)) == 0
     return root
 
 
