@@ -71,8 +71,9 @@ class CompiledUpdate:
 class Stepper:
     """An update for certain devices, which places its inputs and compiles once per shape of batch.
 
-    On one device nothing is moved. On several, rows are split over all of them; the trained weights, their average and
-    optimiser state, and `frozen` are split over fsdp by `jaxmix.sharding.fsdp_specs`, or whole on each if fsdp is 1.
+    On one device everything is put there. On several, rows are split over all of them; the trained weights, their
+    average and optimiser state, and `frozen` are split over fsdp by `jaxmix.sharding.fsdp_specs`, or whole on each if
+    fsdp is 1.
     """
 
     def __init__(self, update: Callable[..., Any], devices: Sequence[Any], fsdp: int = 1):
@@ -85,7 +86,9 @@ class Stepper:
     def place(self, tree: Any) -> Any:
         """Return weights or a training state placed as this stepper needs them."""
         if self.mesh is None:
-            return jax.device_put(tree)  # host arrays would be copied in every step
+            # Host arrays would be copied in every step. Bound to the device, as a checkpoint's are: the program of a
+            # resumed run is then the one that the compile cache holds of the first.
+            return jax.device_put(tree, self.devices[0])
         return place(tree, self.mesh, fsdp_specs(tree, self.mesh))
 
     def key(self, seed: int) -> jax.Array:

@@ -11,6 +11,7 @@ import pytest
 
 from jaxmix.tuning.checkpoints import Checkpoints
 from jaxmix.tuning.data import iterate, make_dataset
+from jaxmix.tuning.devices import Stepper
 from jaxmix.tuning.fit import FitConfig, Hook, fit, mean_metrics
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
@@ -72,6 +73,21 @@ def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tmp_path):
     resumed, complete = train(config(tmp_path / "parts"))
     assert complete
     assert_equal_states(resumed, whole)
+
+
+def test_a_resumed_run_compiles_the_program_that_the_first_compiled(tmp_path, monkeypatch):
+    """On an accelerator that program takes minutes, and the compile cache has it."""
+    programs = []
+
+    def compile_noted(self, state, frozen, batch, key):
+        programs.append(self._update.trace(state, frozen, batch, key).lower().as_text())
+        return compile_as_before(self, state, frozen, batch, key)
+
+    compile_as_before = Stepper._compile
+    monkeypatch.setattr(Stepper, "_compile", compile_noted)
+    train(config(tmp_path, checkpointing_steps=3))
+    train(config(tmp_path, resume_from_checkpoint="3"))
+    assert len(programs) == 2 and programs[0] == programs[1]
 
 
 def test_saving_does_not_see_later_steps(tmp_path):
