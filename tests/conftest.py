@@ -6,7 +6,8 @@ Compiling is what tests cost, so
   JAX_COMPILATION_CACHE_DIR says): a program is compiled once, and in the next run not at all;
 - XLA optimises little in the folders named in QUICK, whose tests are about what is around a program. Laws and methods
   compare bits, so they run what users run;
-- Python looks for cycles seldom: tracing makes millions of objects.
+- Python looks for cycles seldom: tracing makes millions of objects;
+- torch has one thread a worker: more of them only wait for each other.
 """
 
 import gc
@@ -24,6 +25,7 @@ gc.set_threshold(200_000, 20, 100)
 
 # Before jax is imported anywhere: the sharding tests want eight devices, and all tests want the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 _FLAG = "--xla_force_host_platform_device_count=8"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()

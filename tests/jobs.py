@@ -1,12 +1,24 @@
-"""The plainest job that the sampler takes, for tests that go below `Pipeline.draw`; a run as a kill leaves it."""
+"""What tests below `Pipeline.draw` share: one prediction, the plainest job of the sampler, a run that was killed."""
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
+
+import jax
 
 from jaxmix.pipeline.job import Denoiser, Job
 from jaxmix.rows import Text, tile
 from jaxmix.samplers import ClassifierFree
+
+
+@functools.partial(jax.jit, static_argnames=("unet", "mutable"))
+def predict(unet, params, x, t, context, controls=(), extra=None, mutable=False):
+    """Return what a UNet predicts, and what it records if told to.
+
+    Compiled: op by op, JAX would compile hundreds of small programs, which takes several times as long.
+    """
+    return unet.apply({"params": params}, x, t, context, controls, extra, mutable=mutable)
 
 
 def plain_job(unet, params, noise, context, scale, controls=(), guidance=()):

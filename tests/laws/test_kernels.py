@@ -12,11 +12,12 @@ from flax import struct
 from jaxmix import kernels
 from jaxmix.control import QKV, Control, Site, attend
 from jaxmix.sharding import rows_over, train_mesh
+from jaxmix.testing import normal
 
 
 def qkv(n, s, h, d, b=2, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(n + s + d), 3)
-    return tuple(jax.random.normal(k, (b, m, h, d), dtype) for k, m in zip(keys, (n, s, s), strict=True))
+    return tuple(normal(k, (b, m, h, d)).astype(dtype) for k, m in zip(keys, (n, s, s), strict=True))
 
 
 def reference(q, k, v):
@@ -42,7 +43,7 @@ def test_chunked_is_the_definition_for_any_length(n, s, size):
 
 def test_scores_are_edited_by_row_query_and_block():
     args = qkv(70, 50, 2, 8)
-    by = jax.random.normal(jax.random.key(1), (2, 70, 50))
+    by = normal(jax.random.key(1), (2, 70, 50))
     got = jax.jit(functools.partial(kernels.chunked, size=32, edit=lambda row, i, x: x + by[row, i]))(*args)
     x = kernels.scores(*args[:2]).reshape(2, 2, 70, 50) + by[:, None]
     expected = kernels.mix(jax.nn.softmax(x, -1).reshape(4, 70, 50), args[2])

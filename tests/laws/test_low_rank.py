@@ -7,6 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxmix.models.layers import Conv, Linear, convolve, product
+from jaxmix.testing import normal
 from jaxmix.tuning import lora
 
 LAYERS = {
@@ -32,7 +33,7 @@ def random_lora(params, pattern, rank=3, alpha=2.0, seed=0):
 @pytest.fixture(params=LAYERS)
 def layer(request):
     module, shape = LAYERS[request.param]
-    x = jax.random.normal(jax.random.key(1), shape)
+    x = normal(jax.random.key(1), shape)
     return module, {"m": module.init(jax.random.key(2), x)["params"]}, x
 
 
@@ -125,7 +126,7 @@ def test_every_module_that_can_be_a_target_is_heard_beside_its_kernel(tiny_pipel
     unet, params = tiny_pipeline.unet, tiny_pipeline.params["unet"]
     factors = random_lora(params, "")
     assert len(factors) == len(lora.targets(params)) > 40
-    x, context = jax.random.normal(jax.random.key(0), (1, 8, 8, 4)), tiny_pipeline.encode_prompt(["a car"]).context
+    x, context = normal(jax.random.key(0), (1, 8, 8, 4)), tiny_pipeline.encode_prompt(["a car"]).context
 
     def heard(factors):
         """Return a value that depends on every factor."""

@@ -14,6 +14,7 @@ from jaxmix.models.unet import join_sites, norm_sites, sites
 from jaxmix.pipeline.job import denoise
 from jaxmix.rows import dataclass, gate, like, per_row, static
 from jaxmix.samplers import DDIM
+from jaxmix.testing import normal
 from tests.jobs import plain_job
 
 HW = (8, 8)
@@ -62,14 +63,14 @@ class AsDiffusersHasIt(Beside):
 
 def beside(strength=1.0, seed=0, n=1, kind=Beside, **options):
     net, keys = Net(), jax.random.split(jax.random.key(seed), 3)
-    params = net.init(keys[0], jnp.zeros((1, *HW, 4)), 0, jnp.zeros((1, 32, 16)))["params"]
-    params = {"net": params, "hint": jax.random.normal(keys[1], (4, 4))}
-    hint = jax.random.normal(keys[2], (n, *HW, 4))
+    params = jax.jit(net.init)(keys[0], jnp.zeros((1, *HW, 4)), 0, jnp.zeros((1, 32, 16)))["params"]
+    params = {"net": params, "hint": normal(keys[1], (4, 4))}
+    hint = normal(keys[2], (n, *HW, 4))
     return kind(net, params, hint, jnp.full((n,), jnp.float32(strength)), **options)
 
 
-def draw(pipe, *controls, **more):
-    request = Request(prompts=["a dog", "a red car"], seeds=[1, 2], steps=4, guidance_scale=3.0, **more)
+def draw(pipe, *controls, scale=3.0, **more):
+    request = Request(prompts=["a dog", "a red car"], seeds=[1, 2], steps=4, guidance_scale=scale, **more)
     return pipe.draw(request.add(controls=controls), output="latent")
 
 
@@ -91,9 +92,7 @@ def test_a_closed_gate_leaves_its_row_and_every_unconditional_branch_alone(tiny_
     # Guidance 0 is the unconditional branch alone.
     unconditional = [draw(tiny_pipeline, *c, guidance_rescale=0.0) for c in ((), (beside(),))]
     assert np.abs(unconditional[0] - unconditional[1]).max() > 1e-3
-    zero = Request(prompts=["a dog"], seeds=[1], steps=4, guidance_scale=0.0)
-    plain, under = (tiny_pipeline.draw(zero.add(controls=c), output="latent") for c in ((), (beside(),)))
-    np.testing.assert_array_equal(under, plain)
+    np.testing.assert_array_equal(*(draw(tiny_pipeline, *c, scale=0.0) for c in ((), (beside(),))))
 
 
 def test_two_at_once_add_up_and_two_halves_are_a_whole(tiny_pipeline):
@@ -120,11 +119,10 @@ def test_a_window_is_a_scan_of_its_own_and_the_hint_is_embedded_outside_of_it(ti
     (inside, outside), (before, *within) = loops(beside(window=(0.0, 0.5)))
     assert outside == plain and len(inside) > len(plain)
     assert (before, *within) == (1, 0, 0)
-    early, late = (draw(pipe, beside(window=w)) for w in ((0.0, 0.5), (0.5, 1.0)))
-    np.testing.assert_allclose(
-        draw(pipe, beside(window=(0.0, 0.5)), beside(window=(0.5, 1.0))), draw(pipe, beside()), atol=2e-4
-    )
-    assert np.abs(early - late).max() > 1e-3
+    early, whole = draw(pipe, beside(window=(0.0, 0.5))), draw(pipe, beside())
+    both = draw(pipe, beside(window=(0.0, 0.5)), beside(window=(0.5, 1.0)))
+    np.testing.assert_allclose(both, whole, atol=2e-4)
+    assert np.abs(early - whole).max() > 1e-3
 
 
 def test_a_control_may_have_another_rule_for_its_window(tiny_pipeline):
@@ -153,8 +151,7 @@ def test_join_sites_are_the_resnets_of_the_up_blocks_and_patterns_are_checked_ag
             seen.append((site, x.shape[1:3], skip.shape[1:3]))
             return x, skip
 
-    tiny_pipeline.unet.apply(
-        {"params": tiny_pipeline.params["unet"]}, jnp.zeros((1, *HW, 4)), 0, jnp.zeros((1, 7, 16)), (Watch(),)
-    )
+    zeros = jnp.zeros((1, *HW, 4)), 0, jnp.zeros((1, 7, 16))
+    jax.eval_shape(lambda p: tiny_pipeline.unet.apply({"params": p}, *zeros, (Watch(),)), tiny_pipeline.params["unet"])
     assert [site for site, _, _ in seen] == list(join_sites(cfg, HW))
     assert all(site.hw == x == skip for site, x, skip in seen) and isinstance(seen[0][0], Site)

@@ -10,6 +10,7 @@ from jaxmix.models.unet import AddedCond
 from jaxmix.pipeline.job import denoise
 from jaxmix.rows import tile, to_branches
 from jaxmix.samplers import ClassifierFree, Composed, SaliencyBlend, blend, make_solver, stack
+from tests.jobs import predict
 
 from . import by_hand
 
@@ -168,13 +169,13 @@ def test_a_step_by_hand(family, request):
     abar = pipe.schedule.alphas_cumprod.astype(np.float64)
     for row in range(2):
 
-        def predict(prompt, row=row):
+        def predicted(prompt, row=row):
             text = pipe.encode_prompt([prompt])
             extra = None if text.pooled is None else AddedCond(text.pooled, ids)
-            variables = {"params": pipe.params["unet"]}
-            return np.asarray(pipe.unet.apply(variables, x[row : row + 1], t, text.context, (), extra), np.float64)[0]
+            made = predict(pipe.unet, pipe.params["unet"], x[row : row + 1], t, text.context, (), extra)
+            return np.asarray(made, np.float64)[0]
 
-        u, *conds = (predict(prompt) for prompt in ("", PROMPTS[row], *FURTHER[row]))
+        u, *conds = (predicted(prompt) for prompt in ("", PROMPTS[row], *FURTHER[row]))
         eps = by_hand.composed(u, conds, weights[row], 4.0)
         by = by_hand.ddim_move(np.asarray(x[row], np.float64), eps, abar[t], abar[0])
         np.testing.assert_allclose(got[row], by, rtol=1e-3, atol=1e-3 * np.abs(by).max())
@@ -202,10 +203,8 @@ def test_devices_draw_the_same(tiny_pipeline):
     from jaxmix import data_mesh
 
     method = ComposableDiffusion(FURTHER, [[1.2, 0.7, -0.4], [1.0, 0.5]])
-    one = draw(tiny_pipeline, method, guidance_rescale=[0.5, 0.0])
-    np.testing.assert_allclose(
-        draw(tiny_pipeline, method, guidance_rescale=[0.5, 0.0], mesh=data_mesh(2)), one, atol=2e-4
-    )
+    one = draw(tiny_pipeline, method)
+    np.testing.assert_allclose(draw(tiny_pipeline, method, mesh=data_mesh(2)), one, atol=2e-4)
 
 
 def test_nothing_further_is_the_image_alone_and_costs_nothing(tiny_pipeline):

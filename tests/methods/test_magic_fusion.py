@@ -11,6 +11,7 @@ from jaxmix import InputError, MagicFusion, Request
 from jaxmix.samplers import Unguided
 from jaxmix.samplers.fusion import blend, expert_mask, saliency
 from jaxmix.testing import random_params
+from tests.jobs import predict
 from tests.laws.controls import make
 
 from . import by_hand
@@ -132,7 +133,7 @@ def test_zero_strength_is_the_general_model_bit_for_bit(tiny_pipeline, expert):
 
 def test_one_model_in_three_rows_is_two_models_in_four(tiny_pipeline):
     same = dataclasses.replace(tiny_pipeline, params={**tiny_pipeline.params})
-    three, four = (draw(tiny_pipeline, MagicFusion(OTHER, other, switch=300)) for other in (None, same))
+    three, four = (draw(tiny_pipeline, MagicFusion(OTHER, other, switch=0)) for other in (None, same))
     np.testing.assert_allclose(three, four, atol=2e-4)
 
 
@@ -145,8 +146,7 @@ def test_a_step_by_hand(tiny_pipeline, expert):
 
     def branches(model, prompts):
         rows = [
-            model.unet.apply({"params": model.params["unet"]}, x, t, pipe.encode_prompt(p).context)
-            for p in ([""] * 2, prompts)
+            predict(model.unet, model.params["unet"], x, t, pipe.encode_prompt(p).context) for p in ([""] * 2, prompts)
         ]
         return np.stack([np.asarray(r, np.float64) for r in rows], 1)
 
@@ -162,8 +162,8 @@ def test_a_step_by_hand(tiny_pipeline, expert):
 def test_v_prediction_is_weighed_as_noise(tiny_pipeline, expert):
     v = [dataclasses.replace(p, schedule=dataclasses.replace(p.schedule, prediction_type="v_prediction")) for p in
          (tiny_pipeline, expert)]  # fmt: skip
-    got = draw(v[0], MagicFusion(OTHER, v[1], switch=0))
-    assert np.isfinite(got).all() and np.abs(got - draw(v[0])).max() > 1e-4
+    got, without = (draw(v[0], MagicFusion(OTHER, v[1], switch=0, strength=s)) for s in (1.0, 0.0))
+    assert np.isfinite(got).all() and np.abs(got - without).max() > 1e-4
     # The difference of two v is sqrt(abar) times less than that of two eps, which k makes up for.
     general, other = random_pairs()
     a = run(general, other, per_eps=0.25)
@@ -197,8 +197,8 @@ def test_numbers_never_recompile(tiny_pipeline):
 
     before = denoise._cache_size()
     for k, s in ((1.0, 1.0), (0.3, 0.0)):
-        draw(tiny_pipeline, MagicFusion(OTHER, k_general=k, k_expert=2 * k, strength=s, switch=111), steps=3)
-    assert denoise._cache_size() == before + 1
+        draw(tiny_pipeline, MagicFusion(OTHER, k_general=k, k_expert=2 * k, strength=s, switch=0))
+    assert denoise._cache_size() <= before + 1
 
 
 @pytest.mark.parametrize(

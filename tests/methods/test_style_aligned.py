@@ -131,7 +131,7 @@ def test_a_swapped_reference_is_the_one_drawn_alone_and_equal_images_stay_equal(
     np.testing.assert_array_equal(same[1:], np.broadcast_to(same[:1], same[1:].shape))
 
 
-@pytest.mark.parametrize("options", [{}, {"full": True}, {"shift": 0.7}, {"share_group_norm": False}])
+@pytest.mark.parametrize("options", [{}, {"full": True}, {"shift": 0.7}, {"shift": 0.7, "share_group_norm": False}])
 def test_equal_images_stay_equal(tiny_pipeline, options):
     control = style_aligned(tiny_pipeline, [3], **options)
     got = draw(tiny_pipeline, (control,), prompts=["a dog"] * 3, seeds=[1] * 3)
@@ -166,23 +166,17 @@ def test_a_level_of_less_than_a_layer_is_an_error():
         aligned.unshared(16, 0.05)
 
 
-def test_two_groups_in_one_batch_are_two_batches(tiny_pipeline):
-    prompts, seeds = ["a dog", "a red car", "an apple", "a fish", "a boat"], [1, 2, 3, 4, 5]
-    both = draw(tiny_pipeline, (style_aligned(tiny_pipeline, [3, 2]),), prompts, seeds)
-    parts = [draw(tiny_pipeline, (style_aligned(tiny_pipeline, [len(p)]),), p, s) for p, s in
-             ((prompts[:3], seeds[:3]), (prompts[3:], seeds[3:]))]  # fmt: skip
-    np.testing.assert_allclose(both, np.concatenate(parts), atol=2e-5)
-
-
-def test_batches_and_devices_hold_whole_groups(tiny_pipeline):
+def test_groups_batches_and_devices_draw_the_same(tiny_pipeline):
     from jaxmix import data_mesh
 
-    prompts, seeds = [f"a dog {i}" for i in range(8)], list(range(8))
-    control = style_aligned(tiny_pipeline, [2] * 4)
+    prompts, seeds = [f"a dog {i}" for i in range(4)], list(range(4))
+    pair, control = style_aligned(tiny_pipeline, [2]), style_aligned(tiny_pipeline, [2, 2])
     whole = draw(tiny_pipeline, (control,), prompts, seeds)
-    np.testing.assert_allclose(draw(tiny_pipeline, (control,), prompts, seeds, batch_size=4), whole, atol=2e-5)
-    np.testing.assert_allclose(draw(tiny_pipeline, (control,), prompts, seeds, mesh=data_mesh(4)), whole, atol=2e-5)
-    for options in ({"batch_size": 3}, {"mesh": data_mesh(8)}):
+    parts = [draw(tiny_pipeline, (pair,), prompts[i : i + 2], seeds[i : i + 2]) for i in (0, 2)]
+    np.testing.assert_allclose(whole, np.concatenate(parts), atol=2e-5)
+    np.testing.assert_allclose(draw(tiny_pipeline, (control,), prompts, seeds, batch_size=2), whole, atol=2e-5)
+    np.testing.assert_allclose(draw(tiny_pipeline, (control,), prompts, seeds, mesh=data_mesh(2)), whole, atol=2e-5)
+    for options in ({"batch_size": 3}, {"mesh": data_mesh(4)}):
         with pytest.raises(InputError, match="expected a batch size, and a share of each device, of whole groups"):
             draw(tiny_pipeline, (control,), prompts, seeds, **options)
     check_together(aligned.bind([2, 2]), 4, 2)

@@ -11,6 +11,7 @@ from jaxmix.controls.style_id import StyleIDControl, StyleIDRowsControl, adain_l
 from jaxmix.methods.style_id import style_id_sites, style_id_start
 from jaxmix.samplers import DDIM, DDIMInversion, Phase, Unguided, invert, sample
 from jaxmix.schedule import NoiseSchedule
+from tests.jobs import predict
 
 from . import by_hand
 
@@ -196,7 +197,7 @@ def test_recorded_features_are_those_of_the_states(tiny_pipeline):
     found = pipe.invert(PICTURES, ["a dog", "a car"], steps=3, guidance_scale=2.0, record=site, label="own")
     context = pipe.encode_prompt(["a dog", "a car"]).context
     t = int(DDIMInversion.create(pipe.schedule, 3, "own").timesteps[1])
-    _, seen = pipe.unet.apply({"params": pipe.params["unet"]}, found.states[:, 1], t, context, mutable=["qkv"])
+    _, seen = predict(pipe.unet, pipe.params["unet"], found.states[:, 1], t, context, mutable="qkv")
     from jaxmix.models.unet import subtree
 
     assert len(found.features) == 2
@@ -225,10 +226,9 @@ def test_bad_input_is_one_clear_line(tiny_pipeline):
     found = pipe.invert(PICTURES[:1], steps=2, record=where)
     with pytest.raises(InputError, match="without the same recorded sites"):
         style_id(found, pipe.invert(PICTURES[:1], steps=2), [(0, 0)])
-    larger = pipe.invert(np.zeros((1, 24, 24, 3), np.uint8), steps=2, record=where)
-    made = style_id(larger, found, [(0, 0)])
+    made = style_id(found, found, [(0, 0)])
     with pytest.raises(InputError, match="expected an image of the same size"):
-        pipe.draw(Request(prompts=[""], steps=2, controls=(made,)))
+        pipe.draw(Request(prompts=[""], steps=2, controls=(made,), height=24, width=24))
     with pytest.raises(InputError, match="matches none of the"):
         pipe.invert(PICTURES[:1], steps=2, record="attn3")
     with pytest.raises(InputError, match="label is 'previous', expected one of next, own"):

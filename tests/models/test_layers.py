@@ -7,6 +7,7 @@ import pytest
 
 from jaxmix.models import layers
 from jaxmix.models.layers import Conv, GroupNorm, Linear
+from jaxmix.testing import normal
 
 CASES = [  # (height, width), stride, padding: sizes on both sides of each threshold
     ((2, 2), 1, ((1, 1), (1, 1))),
@@ -25,7 +26,7 @@ CASES = [  # (height, width), stride, padding: sizes on both sides of each thres
 def test_convolutions_and_their_gradients_are_those_of_lax(hw, stride, padding, features, monkeypatch):
     monkeypatch.setattr(layers, "_MANY", 0)  # products for few channels too
     conv = Conv(features, stride, padding)
-    x = jax.random.normal(jax.random.key(0), (2, *hw, 5))
+    x = normal(jax.random.key(0), (2, *hw, 5))
     params = conv.init(jax.random.key(1), x)["params"]
 
     def ours(params, x):
@@ -55,7 +56,7 @@ def test_gradients_do_without_the_extra_column_that_is_slow_there(of, convolutio
 
 
 def test_convolutions_have_forward_derivatives_too():
-    x, kernel = (jax.random.normal(jax.random.key(k), shape) for k, shape in ((0, (1, 4, 4, 9)), (1, (3, 3, 9, 16))))
+    x, kernel = (normal(jax.random.key(k), shape) for k, shape in ((0, (1, 4, 4, 9)), (1, (3, 3, 9, 16))))
     convolve = lambda x: layers.convolve(x, kernel, 1, ((1, 1), (1, 1)))  # noqa: E731
     y, dy = jax.jvp(convolve, (x,), (x,))
     np.testing.assert_allclose(dy, y, rtol=1e-5, atol=1e-5)  # linear
@@ -63,7 +64,7 @@ def test_convolutions_have_forward_derivatives_too():
 
 def test_products_over_any_number_of_axes_agree():
     linear = Linear(7)
-    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    x = normal(jax.random.key(0), (2, 3, 4, 5))
     params = linear.init(jax.random.key(1), x)["params"]
     got = jax.jit(lambda x: linear.apply({"params": params}, x))(x)
     np.testing.assert_allclose(got, jnp.einsum("abci,io->abco", x, params["kernel"]) + params["bias"], atol=2e-6)
@@ -82,7 +83,7 @@ def test_products_take_the_place_of_small_convolutions_of_many_channels(side, fe
 @pytest.mark.parametrize("hw", [(6, 5), (40, 32)])
 def test_group_norm_with_a_large_mean_keeps_its_digits(hw):
     norm = GroupNorm(4, 1e-5)
-    x = 1e3 + jax.random.normal(jax.random.key(0), (2, *hw, 8))
+    x = 1e3 + normal(jax.random.key(0), (2, *hw, 8))
     params = norm.init(jax.random.key(1), x)["params"]
     y = np.asarray(x, np.float64).reshape(2, -1, 4, 2)
     expected = (y - y.mean((1, 3), keepdims=True)) / np.sqrt(y.var((1, 3), keepdims=True) + 1e-5)

@@ -17,6 +17,7 @@ from jaxmix.samplers import (
     step_noise,
 )
 from jaxmix.schedule import NoiseSchedule
+from jaxmix.testing import normal
 from jaxmix.types import InputError
 
 SCHEDULE = NoiseSchedule(clip_sample=False)
@@ -93,7 +94,7 @@ def test_guidance_scale_of_another_length_is_refused():
 
 
 def test_rescaled_guidance_has_the_spread_of_the_conditional_branch():
-    rows = jax.random.normal(jax.random.key(0), (4, 8, 8, 2)) * jnp.array([1.0, 1.0, 1.0, 3.0])[:, None, None, None]
+    rows = normal(jax.random.key(0), (4, 8, 8, 2)) * jnp.array([1.0, 1.0, 1.0, 3.0])[:, None, None, None]
     guided = classifier_free_guidance(by_branch(lambda x, t, step: rows, 2), 7.5, jnp.array([1.0, 0.5]))
     plain = classifier_free_guidance(by_branch(lambda x, t, step: rows, 2), 7.5)
     x = jnp.zeros((2, 8, 8, 2))
@@ -114,7 +115,7 @@ def test_rescale_0_is_identity_bit_for_bit_and_traced():
         return classifier_free_guidance(by_branch(lambda x, t, step: rows, 2), scale)(x, 0, 0)
 
     x = jnp.zeros((3, 8, 8, 2))
-    rows, scale = jax.random.normal(jax.random.key(0), (6, 8, 8, 2)), jnp.array([7.5, 3.0, 1.0])
+    rows, scale = normal(jax.random.key(0), (6, 8, 8, 2)), jnp.array([7.5, 3.0, 1.0])
     assert np.array_equal(run(rows, scale, jnp.float32(0)), plain(rows, scale))
     assert not np.allclose(run(rows, scale, jnp.float32(0.7)), plain(rows, scale))
     assert np.array_equal(run(jnp.ones_like(rows), scale, jnp.float32(1)), x + 1)  # no spread, nothing to rescale
@@ -126,7 +127,7 @@ def test_guidance_rescale_of_another_length_is_refused():
 
 
 def test_the_true_noise_leads_back_to_x0():
-    x0, noise = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    x0, noise = normal(jax.random.key(0), (2, 3, 4))
     for prediction_type in ("epsilon", "v_prediction", "sample"):
         schedule = NoiseSchedule(clip_sample=False, prediction_type=prediction_type)
         solver = DDIM.create(schedule, 20)

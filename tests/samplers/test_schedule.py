@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmix.schedule import NoiseSchedule
+from jaxmix.testing import normal
 from jaxmix.types import InputError
 
 SD15 = {  # scheduler_config.json as Stable Diffusion 1.5 ships it
@@ -120,7 +121,7 @@ def test_an_offset_past_the_last_timestep_is_refused():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_targets_convert_back_to_x0_and_noise(prediction_type):
     schedule = NoiseSchedule.from_config(SD15 | {"prediction_type": prediction_type})
-    x0, noise = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 2))
+    x0, noise = normal(jax.random.key(0), (2, 4, 3, 3, 2))
     t = jnp.array([0, 10, 500, 999])
     x = schedule.add_noise(x0, noise, t)
     pred = schedule.target(x0, noise, t)
@@ -130,7 +131,7 @@ def test_targets_convert_back_to_x0_and_noise(prediction_type):
 
 def test_v_prediction_gives_x0_where_nearly_no_signal_is_left():
     schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    x0, noise = jax.random.normal(jax.random.key(0), (2, 1, 8))
+    x0, noise = normal(jax.random.key(0), (2, 1, 8))
     t = jnp.array([999])
     x, pred = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
     np.testing.assert_allclose(schedule.to_x0(pred, x, t), x0, atol=1e-6)

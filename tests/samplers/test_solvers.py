@@ -19,13 +19,14 @@ from jaxmix.samplers import (
     sample,
 )
 from jaxmix.schedule import NoiseSchedule
+from jaxmix.testing import normal
 from jaxmix.types import InputError
 
 STEPS = 10
 V = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 SCHEDULE = NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler"} | V)
-X0, NOISE = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
-NOISES = jax.random.normal(jax.random.key(1), (STEPS, *X0.shape))
+X0, NOISE = normal(jax.random.key(0), (2, 3, 4, 4, 2))
+NOISES = normal(jax.random.key(1), (STEPS, *X0.shape))
 
 
 def knows(x0, solver):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmix.schedule import NoiseSchedule
+from jaxmix.testing import normal
 from jaxmix.tuning.loss import bin_losses, diffusion_loss, draw_timesteps, min_snr_weights
 
 GAMMA = 5.0
@@ -35,7 +36,7 @@ def test_zero_terminal_snr_gives_finite_weights():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_perfect_prediction_has_no_loss(prediction_type):
     noise = schedule(prediction_type)
-    latents = jax.random.normal(jax.random.key(0), (16, 4, 4, 2))
+    latents = normal(jax.random.key(0), (16, 4, 4, 2))
 
     def exact(x, t):
         abar = jnp.asarray(noise.alphas_cumprod)[t][:, None, None, None]
