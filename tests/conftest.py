@@ -4,8 +4,8 @@ Compiling is what tests cost, so
 
 - all workers, and the commands that tests start, share one persistent compile cache in .pytest_cache/xla (or where
   JAX_COMPILATION_CACHE_DIR says): a program is compiled once, and in the next run not at all;
-- XLA optimises little in the folders named in QUICK, whose tests are about what is around a program. Laws and methods
-  compare bits, so they run what users run;
+- XLA optimises little in the folders named in QUICK, whose tests are about what is around a program. Those that compare
+  bits of what users run are among the laws and the methods, which run what users run;
 - Python looks for cycles seldom: tracing makes millions of objects;
 - torch has one thread a worker: more of them only wait for each other.
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("smoke", "parity", "data", "scenes", "tuning")
+QUICK = ("smoke", "parity", "data", "scenes", "tuning", "sharding", "pipeline")
 MOST_MAPS = 25_000
 MOST_CACHED = 2 << 30
 
