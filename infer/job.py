@@ -229,7 +229,7 @@ def open_pictures(rows: Sequence[Any]) -> dict[str, Any]:
         pictures["images"] = np.stack([open_picture(row.image, row.height, row.width) for row in rows])
         pictures["strength"] = first.strength
     if first.mask is not None:
-        pictures["masks"] = np.stack([open_picture(row.mask, row.height, row.width, "L") for row in rows])
+        pictures["masks"] = np.stack([open_picture(row.mask, row.height, row.width, mask=True) for row in rows])
     return pictures
 
 

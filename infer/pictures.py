@@ -2,53 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from jaxmix import pictures
 from jaxmix.types import InputError
+
+T = TypeVar("T")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def picture_size(path: str, factor: int) -> tuple[int, int]:
-    """Return the (height, width) at which to draw a picture: its own, rounded down to multiples of `factor`."""
-    with _open(path) as image:
-        width, height = image.size
+    """Return the (height, width) at which to draw a picture: as it is shown, rounded down to multiples of `factor`."""
+    height, width = _checked(pictures.shown_size, path)
     return max(height // factor, 1) * factor, max(width // factor, 1) * factor
 
 
-def open_picture(path: str, height: int, width: int, mode: str = "RGB") -> np.ndarray:
-    """Return a picture as uint8 (height, width, 3), or (height, width) in mode "L", resized if it has another size."""
-    with _open(path) as image:
-        try:
-            image = image.convert(mode)
-        except OSError as error:
-            raise InputError(f"{path}: the picture is damaged: {error}") from None
+def open_picture(path: str, height: int, width: int, *, mask: bool = False) -> np.ndarray:
+    """Return a picture as uint8 (height, width, 3), or a mask (height, width); resized if it has another size."""
+    image = _checked(pictures.load, path, mask=mask)
     if image.size != (width, height):
         # Masks keep their hard edges.
-        image = image.resize((width, height), Image.Resampling.NEAREST if mode == "L" else Image.Resampling.LANCZOS)
+        image = image.resize((width, height), Image.Resampling.NEAREST if mask else Image.Resampling.LANCZOS)
     return np.array(image)
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError:
-        raise InputError(f"{path}: not a readable picture") from None
 
 
 def open_cropped(path: str, height: int, width: int) -> np.ndarray:
     """Return the centre of a picture as uint8 (height, width, 3): the largest part of that shape, resized."""
-    with _open(path) as image:
-        try:
-            image = image.convert("RGB")
-        except OSError as error:
-            raise InputError(f"{path}: the picture is damaged: {error}") from None
-    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(_checked(pictures.load, path), (width, height), Image.Resampling.LANCZOS))
+
+
+def _checked(reader: Callable[..., T], path: str, **options: Any) -> T:
+    """Read a file. Raises `InputError` that names it."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: {'found a folder, expected a picture' if Path(path).is_dir() else 'no such file'}")
+    try:
+        return reader(path, **options)
+    except pictures.UnreadableError as error:
+        raise InputError(f"{path}: not a readable picture: {error}") from None
 
 
 def write_picture(image: np.ndarray, out: Path) -> None:
@@ -58,12 +54,10 @@ def write_picture(image: np.ndarray, out: Path) -> None:
 
 def levels_of(path: str, height: int, width: int) -> np.ndarray:
     """Return a mask (height, width) as the bytes of a picture; refuses other sizes."""
-    with _open(path) as image:
-        if image.size != (width, height):
-            raise InputError(
-                f"{path}: found a mask of {image.width}x{image.height} pixels, expected the image's {width}x{height}"
-            )
-    return open_picture(path, height, width, "L")
+    found = _checked(pictures.shown_size, path)
+    if found != (height, width):
+        raise InputError(f"{path}: found a mask of {found[1]}x{found[0]} pixels, expected the image's {width}x{height}")
+    return open_picture(path, height, width, mask=True)
 
 
 def mask_of(path: str, height: int, width: int) -> np.ndarray:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxmix import pictures
 from jaxmix.types import InputError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 """Suffixes of picture files."""
-
-_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-_ORIENTATION = 0x0112
 
 
 class BadRow(Exception):
@@ -71,35 +68,19 @@ class PictureSource(abc.ABC):
 
 
 def decode(content: bytes) -> np.ndarray:
-    """Return a picture as uint8 (H, W, 3): upright, transparency on white. Raises BadRow if it is broken."""
-    from PIL import Image, ImageOps
-
+    """Return a picture as uint8 (H, W, 3), as `jaxmix.pictures` reads it. Raises BadRow if it is broken."""
     try:
-        with Image.open(io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits per pixel, which `convert` would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and others
-        raise BadRow(f"cannot be decoded: {_reason(error)}") from None
+        return pictures.read(content)
+    except pictures.UnreadableError as error:
+        raise BadRow(f"cannot be decoded: {error}") from None
 
 
 def header_size(file: BinaryIO) -> tuple[int, int]:
     """Return (height, width) of the upright picture in an open file; no pixels are decoded."""
-    from PIL import Image
-
     try:
-        with Image.open(file) as image:
-            width, height = image.size
-            # A PNG may have its EXIF after the pixels; asking for it would decode them.
-            known = image.format != "PNG" or "exif" in image.info
-            turned = known and image.getexif().get(_ORIENTATION) in _ROTATED
-    except Exception as error:
-        raise BadRow(f"cannot be decoded: {_reason(error)}") from None
-    return (width, height) if turned else (height, width)
+        return pictures.shown_size(file)
+    except pictures.UnreadableError as error:
+        raise BadRow(f"cannot be decoded: {error}") from None
 
 
 def read_text(row: Mapping[str, Any], column: str) -> str:
@@ -146,8 +127,3 @@ def make_entry(name: str, row: Mapping[str, Any], column: str, known: Sequence[s
         return Entry(name, read_text(row, column), labels)
     except BadRow as fault:
         return Entry(name, fault=str(fault))
-
-
-def _reason(error: Exception) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
-    return "not a picture that Pillow knows" if words.startswith("cannot identify image file") else words

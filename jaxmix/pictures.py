@@ -1,0 +1,97 @@
+"""Pictures as a viewer shows them: one reader for everything that people bring, to draw from or to train on.
+
+Upright (EXIF), the first frame of several, deep greys scaled to 8 bits, transparency laid on white. A mask is its
+luminance where it is opaque and black where it is not, so that one painted on a transparent layer is what was painted.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_ORIENTATION = 0x0112
+
+
+class UnreadableError(Exception):
+    """A picture cannot be read. The message says why, without its name."""
+
+
+def read(source: bytes | BinaryIO | str | Path) -> np.ndarray:
+    """Return a picture as uint8 (h, w, 3): a file's content, an open file or a path.
+
+    Raises `UnreadableError` for whatever is wrong with it.
+    """
+    return np.asarray(load(source))
+
+
+def read_mask(source: bytes | BinaryIO | str | Path) -> np.ndarray:
+    """Return a mask as uint8 (h, w): the luminance of a picture, times its alpha. Raises `UnreadableError`."""
+    return np.asarray(load(source, mask=True))
+
+
+def load(source: bytes | BinaryIO | str | Path, *, mask: bool = False) -> Image.Image:
+    """Return what `read` or `read_mask` reads as a picture of PIL, in mode RGB or L. Raises `UnreadableError`."""
+    from PIL import Image, ImageChops, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            image = _eight_bits(ImageOps.exif_transpose(file))
+            if not image.has_transparency_data:
+                return image.convert("L" if mask else "RGB")
+            image = image.convert("RGBA")
+            if mask:
+                return ImageChops.multiply(image.convert("RGB").convert("L"), image.getchannel("A"))
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and others
+        raise UnreadableError(_reason(error)) from None
+
+
+def shown_size(source: BinaryIO | str | Path) -> tuple[int, int]:
+    """Return (height, width) of a picture as `read` has it; no pixels are decoded. Raises `UnreadableError`."""
+    from PIL import Image
+
+    try:
+        with Image.open(source) as image:
+            width, height = image.size
+            # A PNG may have its EXIF after the pixels; asking for it would decode them.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and image.getexif().get(_ORIENTATION) in _ROTATED
+    except Exception as error:
+        raise UnreadableError(_reason(error)) from None
+    return (width, height) if turned else (height, width)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale greys of more than 8 bits, which `convert` would clip at 255.
+
+    Integers are taken to have 16 bits, or 31 if one needs more. Floats reach to 1, or to 255 or 65535 if one of them
+    is above that.
+    """
+    from PIL import Image
+
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("found pixels that are not finite numbers")
+    largest = values.max(initial=0.0)
+    if image.mode.startswith("I"):
+        values = np.floor(values / (2.0**8 if largest < 2**16 else 2.0**23))
+    elif largest <= 65535:
+        whole = next(top for top in (1.0, 255.0, 65535.0) if largest <= top)
+        values = np.round(values * (255 / whole))
+    else:
+        raise ValueError(f"found a pixel of {largest:g}, expected numbers to 1, to 255 or to 65535")
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return "not a picture that Pillow knows" if words.startswith("cannot identify image file") else words[:200]
