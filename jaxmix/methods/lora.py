@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxmix.cards import Card, some, weights
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import WEIGHTS, Method, Request
 from jaxmix.tuning import lora as low_rank
@@ -23,8 +24,8 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and PEFT's own names
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoRA:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LoRA(Card):
     """A LoRA (arXiv 2106.09685): for each part of a pipeline that it changes, factors as in `jaxmix.tuning.lora`.
 
     Instead of ``parts``, ``file`` (path, name in that folder) is read for the pipeline that the LoRA is applied to.
@@ -38,6 +39,14 @@ class LoRA:
         unknown = sorted(set(self.parts) - set(PARTS))
         if unknown:
             raise InputError(f"lora: found the part {unknown[0]!r}, expected one of {', '.join(PARTS)}")
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        for name, factors in self.parts.items():
+            ranks = sorted({f["down"].shape[-1] for f in factors.values()})
+            said = f"{len(factors)} modules, rank {some(map(str, ranks))}"
+            yield name, f"{said}, {weights(low_rank.without_alpha(factors))}"
+        if self.file is not None:
+            yield "file", str(self.file[0] / (self.file[1] or ""))
 
     def on(self, strength: float = 1.0) -> Merge:
         """Return the method that merges the LoRA into the weights: 1 as trained, 0 not at all."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxmix.cards import Card, some, weights
 from jaxmix.controls import vmix
 from jaxmix.methods.lora import LoRA, Merge, apply_loras  # the paper's adapter is trained along with one
 from jaxmix.models.clip import at_end_of_text
@@ -29,8 +30,8 @@ EMBEDDED = {"mini-vmix": ASSETS / "mini-vmix" / "adapter.safetensors"}
 _KEY = "jaxmix"  # of the safetensors metadata, under which the config is stored
 
 
-@dataclasses.dataclass(frozen=True)
-class VMix:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class VMix(Card):
     """A VMix adapter (arXiv 2412.20800): ``config`` says what it was made for, ``params`` is what it has learnt.
 
     ``lora`` is the LoRA of the UNet that was trained along with it, or None. It is separate: `bind` ignores it,
@@ -40,6 +41,13 @@ class VMix:
     config: vmix.VMixConfig
     params: Params
     lora: LoRA | None = None
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "dimensions", some(self.config.dimensions)
+        yield "for", f"{len(self.config.sites)} attn2 of {self.config.context_dim} text channels"
+        yield "weights", weights(self.params)
+        if self.lora is not None:
+            yield from ((f"lora, {name}", fact) for name, fact in self.lora._facts())
 
     @classmethod
     def init(cls, key: jax.Array, pipe: Pipeline, labels: Mapping[str, tuple[str, str]] | None = None) -> VMix:

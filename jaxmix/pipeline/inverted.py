@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxmix.cards import Card, some
 from jaxmix.control import QKV
 from jaxmix.models.unet import subtree
 from jaxmix.pipeline.job import Denoiser, added, flat, over_rows
@@ -21,8 +22,8 @@ from jaxmix.sharding import DATA
 from jaxmix.types import Array, InputError
 
 
-@dataclasses.dataclass(frozen=True)
-class Inverted:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Inverted(Card):
     """The DDIM inversion of n images over S steps, as `Pipeline.invert` found it.
 
     ``states`` (n, S + 1, h, w, c) go from the image to the noise. ``features`` maps each recorded site to its q, k and
@@ -32,6 +33,12 @@ class Inverted:
     states: Array
     features: dict[str, QKV]
     label: str
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        n, states, height, width, channels = self.states.shape
+        yield "images", f"{n}, of {height} x {width} x {channels} latents"
+        yield "steps", f"{states - 1}, label {self.label}"
+        yield "features", some(self.features, 2) or "none"
 
     @property
     def noise(self) -> Array:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxmix.cards import Card, weights
 from jaxmix.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from jaxmix.pipeline.tokens import open_tokenizer, tokenize
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError, Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Parts(Card):
     """Stable Diffusion 1.x, 2.x or XL: modules, their parameters, the noise schedule and the tokenizers.
 
     ``params`` has the trees "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2". ``tokenizer`` and
@@ -62,6 +63,15 @@ class Parts:
                 f"pipeline: unet in_channels is {unet.in_channels}, expected the {vae.latent_channels} latent channels "
                 f"of the vae (text-to-image){known.get(unet.in_channels, '')}"
             )
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        for name, tree in self.params.items():
+            yield name, weights(tree)
+        (h, w, _), factor = self.latent_shape, self.vae.config.factor
+        yield "images", f"{w * factor} x {h * factor} pixels"
+        yield "text", f"{self.text_length} tokens, {self.unet.config.cross_attention_dim} channels"
+        yield "schedule", f"{self.schedule.prediction_type}, {self.schedule.num_train_timesteps} timesteps"
+        yield "defaults", f"{self.sampler}, {self.default_steps} steps, guidance {self.default_guidance_scale:g}"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -46,7 +46,7 @@ from jaxmix.types import AnyArray, Array, InputError
 OUTPUTS = ("uint8", "float", "latent")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pipeline(Parts):
     """Stable Diffusion 1.x, 2.x or XL, ready to draw; its fields are those of `jaxmix.pipeline.parts.Parts`."""
 
