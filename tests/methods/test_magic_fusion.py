@@ -117,9 +117,12 @@ def test_the_switch_and_the_modes(tiny_pipeline):
     np.testing.assert_array_equal(*whole)
     assert np.abs(whole[0] - base).max() > 1e-4
     # At the switch itself t is not above it.
-    early, later = (draw(tiny_pipeline, MagicFusion(OTHER, mode=2, switch=s)) for s in (t[2], t[2] - 1))
-    assert np.abs(early - later).max() > 1e-5
-    np.testing.assert_array_equal(early, draw(tiny_pipeline, MagicFusion(OTHER, mode=2, switch=t[1] - 50)))
+    asked = Request(prompts=PROMPTS, steps=5).checked(tiny_pipeline)
+    for switch, before in ((t[2], 0.4), (t[2] - 1, 0.6), (t[1] - 50, 0.4)):
+        windows = [MagicFusion(OTHER, mode=m, switch=switch).window(tiny_pipeline, asked) for m in (1, 2)]
+        assert windows == [(before, 1.0), (0.0, before)]
+    early = draw(tiny_pipeline, MagicFusion(OTHER, mode=2, switch=t[2]))
+    assert min(np.abs(early - other).max() for other in (base, whole[0])) > 1e-5
 
 
 def test_zero_strength_is_the_general_model_bit_for_bit(tiny_pipeline, expert):
