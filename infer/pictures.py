@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,20 +10,18 @@ from PIL import Image, ImageOps
 from jaxmix import pictures
 from jaxmix.types import InputError
 
-T = TypeVar("T")
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def picture_size(path: str, factor: int) -> tuple[int, int]:
     """Return the (height, width) at which to draw a picture: as it is shown, rounded down to multiples of `factor`."""
-    height, width = _checked(pictures.shown_size, path)
+    width, height = _checked(path).size
     return max(height // factor, 1) * factor, max(width // factor, 1) * factor
 
 
 def open_picture(path: str, height: int, width: int, *, mask: bool = False) -> np.ndarray:
     """Return a picture as uint8 (height, width, 3), or a mask (height, width); resized if it has another size."""
-    image = _checked(pictures.load, path, mask=mask)
+    image = _checked(path, mask)
     if image.size != (width, height):
         # Masks keep their hard edges.
         image = image.resize((width, height), Image.Resampling.NEAREST if mask else Image.Resampling.LANCZOS)
@@ -34,15 +30,15 @@ def open_picture(path: str, height: int, width: int, *, mask: bool = False) -> n
 
 def open_cropped(path: str, height: int, width: int) -> np.ndarray:
     """Return the centre of a picture as uint8 (height, width, 3): the largest part of that shape, resized."""
-    return np.array(ImageOps.fit(_checked(pictures.load, path), (width, height), Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(_checked(path), (width, height), Image.Resampling.LANCZOS))
 
 
-def _checked(reader: Callable[..., T], path: str, **options: Any) -> T:
+def _checked(path: str, mask: bool = False) -> Image.Image:
     """Read a file. Raises `InputError` that names it."""
     if not Path(path).is_file():
         raise InputError(f"{path}: {'found a folder, expected a picture' if Path(path).is_dir() else 'no such file'}")
     try:
-        return reader(path, **options)
+        return pictures.load(path, mask=mask)
     except pictures.UnreadableError as error:
         raise InputError(f"{path}: not a readable picture: {error}") from None
 
@@ -54,10 +50,12 @@ def write_picture(image: np.ndarray, out: Path) -> None:
 
 def levels_of(path: str, height: int, width: int) -> np.ndarray:
     """Return a mask (height, width) as the bytes of a picture; refuses other sizes."""
-    found = _checked(pictures.shown_size, path)
-    if found != (height, width):
-        raise InputError(f"{path}: found a mask of {found[1]}x{found[0]} pixels, expected the image's {width}x{height}")
-    return open_picture(path, height, width, mask=True)
+    image = _checked(path, mask=True)
+    if image.size != (width, height):
+        raise InputError(
+            f"{path}: found a mask of {image.width}x{image.height} pixels, expected the image's {width}x{height}"
+        )
+    return np.array(image)
 
 
 def mask_of(path: str, height: int, width: int) -> np.ndarray:

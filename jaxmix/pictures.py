@@ -31,13 +31,8 @@ def read(source: bytes | BinaryIO | str | Path) -> np.ndarray:
     return np.asarray(load(source))
 
 
-def read_mask(source: bytes | BinaryIO | str | Path) -> np.ndarray:
-    """Return a mask as uint8 (h, w): the luminance of a picture, times its alpha. Raises `UnreadableError`."""
-    return np.asarray(load(source, mask=True))
-
-
 def load(source: bytes | BinaryIO | str | Path, *, mask: bool = False) -> Image.Image:
-    """Return what `read` or `read_mask` reads as a picture of PIL, in mode RGB or L. Raises `UnreadableError`."""
+    """Return a picture of PIL in mode RGB, or a mask in mode L. Raises `UnreadableError`."""
     from PIL import Image, ImageChops, ImageOps
 
     try:
@@ -54,13 +49,15 @@ def load(source: bytes | BinaryIO | str | Path, *, mask: bool = False) -> Image.
 
 
 def shown_size(source: BinaryIO | str | Path) -> tuple[int, int]:
-    """Return (height, width) of a picture as `read` has it; no pixels are decoded. Raises `UnreadableError`."""
+    """Return (height, width) of a picture as `read` has it, from its header, for many. Raises `UnreadableError`.
+
+    No pixels are decoded, so a PNG whose EXIF comes after them is taken to be upright.
+    """
     from PIL import Image
 
     try:
         with Image.open(source) as image:
             width, height = image.size
-            # A PNG may have its EXIF after the pixels; asking for it would decode them.
             known = image.format != "PNG" or "exif" in image.info
             turned = known and image.getexif().get(_ORIENTATION) in _ROTATED
     except Exception as error:
@@ -71,8 +68,8 @@ def shown_size(source: BinaryIO | str | Path) -> tuple[int, int]:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale greys of more than 8 bits, which `convert` would clip at 255.
 
-    Integers are taken to have 16 bits, or 31 if one needs more. Floats reach to 1, or to 255 or 65535 if one of them
-    is above that.
+    Integers are taken to have 16 bits, or 31 if one needs more. Floats reach to 1, with highlights to 8 that are
+    clipped, or to 255 or 65535 if one of them is above that.
     """
     from PIL import Image
 
@@ -85,7 +82,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.floor(values / (2.0**8 if largest < 2**16 else 2.0**23))
     elif largest <= 65535:
-        whole = next(top for top in (1.0, 255.0, 65535.0) if largest <= top)
+        whole = 1.0 if largest <= 8 else 255.0 if largest <= 255 else 65535.0
         values = np.round(values * (255 / whole))
     else:
         raise ValueError(f"found a pixel of {largest:g}, expected numbers to 1, to 255 or to 65535")

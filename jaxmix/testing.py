@@ -173,8 +173,8 @@ def moved(tree: Any, key: jax.Array, by: float) -> Any:
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return what `jax.random.normal` returns, float32, from a program that serves every shape of about that size.
 
-    Compiling one for each shape takes half a second of a CPU. JAX draws each number from its index alone, so those of a
-    longer array begin with those of a shorter one.
+    Compiling one for each shape is slow. JAX draws each number from its index alone, so those of a longer array begin
+    with those of a shorter one.
     """
     size = math.prod(shape)
     longer = max(1024, 1 << (size - 1).bit_length())

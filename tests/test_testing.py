@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix.testing import moved, quick_params, random_params
+from jaxmix.testing import moved, normal, quick_params, random_params
 
 SHAPES = {
     "a": {"kernel": (3, 3, 32, 64), "bias": (64,)},
@@ -56,6 +56,11 @@ def test_the_normals_of_second_models_differ_in_the_last_bit_alone():
 def test_a_module_tells_its_own_shapes(tiny_pipeline):
     unet = tiny_pipeline.unet
     assert jax.tree.all(jax.tree.map(np.array_equal, random_params(unet, 3), random_params(unet.abstract_params(), 3)))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 3, 16, 9), (1025,)])
+def test_normals_of_any_shape_are_those_of_jax(shape):
+    np.testing.assert_array_equal(normal(jax.random.key(5), shape), jax.random.normal(jax.random.key(5), shape))
 
 
 def test_what_is_moved_is_moved_everywhere():

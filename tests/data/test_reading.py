@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from infer.pictures import mask_of, open_cropped, open_picture, picture_size
-from jaxmix.pictures import UnreadableError, read, read_mask, shown_size
+from jaxmix.pictures import UnreadableError, load, read, shown_size
 from jaxmix.types import InputError
 
 RNG = np.random.default_rng(0)
@@ -27,6 +27,10 @@ TURNS = {
     7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
     8: lambda x: np.rot90(x),
 }
+
+
+def read_mask(content):
+    return np.asarray(load(content, mask=True))
 
 
 def stored(image, kind="PNG", **options):
@@ -49,6 +53,25 @@ def test_a_picture_and_its_size_and_a_mask_are_upright(tmp_path, orientation):
     assert picture_size(str(tmp_path / "a.png"), 2) == shown.shape[:2]
     np.testing.assert_array_equal(open_picture(str(tmp_path / "a.png"), *shown.shape[:2]), shown)
     np.testing.assert_array_equal(open_cropped(str(tmp_path / "a.png"), *shown.shape[:2]), shown)
+
+
+def test_an_orientation_that_follows_the_pixels_is_seen_where_a_picture_is_drawn_at_its_own_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = stored(COLOURS, exif=exif)
+    at = content.index(b"eXIf") - 4
+    size = 12 + int.from_bytes(content[at : at + 4], "big")
+    content = content[:at] + content[at + size : -12] + content[at : at + size] + content[-12:]
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    assert picture_size(str(path), 2) == (6, 4)
+    np.testing.assert_array_equal(open_picture(str(path), 6, 4), TURNS[6](COLOURS))
+
+
+def test_highlights_of_floats_are_clipped_and_leave_the_rest_as_it_is():
+    values = (RAMP / 255).astype(np.float32)
+    values[-1, -1] = 4.0
+    np.testing.assert_array_equal(read_mask(stored(values, "TIFF")), RAMP)
 
 
 @pytest.mark.parametrize(
