@@ -10,6 +10,7 @@ Compiling is what tests cost, so
 - torch has one thread a worker: more of them only wait for each other.
 """
 
+import dataclasses
 import gc
 import os
 import shutil
@@ -32,17 +33,12 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
 CACHE = Path(os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla")))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from jaxtyping import install_import_hook  # noqa: E402
-
-# Shapes and types in the models' annotations are checked here, and cost nothing in production. Controls are left out:
-# their fields hold whatever a tree of that structure may hold (gradients, shapes, partition specs).
-install_import_hook([f"jaxmix.models.{m}" for m in ("attention", "clip", "layers", "unet", "vae")], "beartype.beartype")
-
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 import jaxmix  # noqa: E402
 from jaxmix import testing  # noqa: E402
+from jaxmix.models import UNetConfig  # noqa: E402
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -83,6 +79,20 @@ def _maps() -> int:
 def tiny_pipeline() -> jaxmix.Pipeline:
     """Return a complete pipeline of a few thousand random parameters, 16 px images, the embedded model's tokenizer."""
     return testing.tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def one_level() -> jaxmix.Pipeline:
+    """Return the same with a UNet of one level, which compiles in half the time.
+
+    For tests in which nothing depends on maps of several sizes. Those of layouts have two levels, and so have the
+    recorded numbers of every method.
+    """
+    pipe = testing.tiny_pipeline()
+    one = {w: [f"CrossAttn{w.title()}Block2D"] for w in ("down", "up")}
+    config = testing.TINY_UNET | {"block_out_channels": [16]} | {f"{w}_block_types": kind for w, kind in one.items()}
+    unet = pipe.unet.clone(config=UNetConfig.from_dict(config))
+    return dataclasses.replace(pipe, unet=unet, params={**pipe.params, "unet": testing.random_params(unet)})
 
 
 @pytest.fixture(scope="session")

@@ -25,14 +25,23 @@ from .controls import CASES, Claiming, FavourFirst, FlipKeys, ShiftValues, make
 HW = (8, 8)
 
 
-@pytest.fixture(scope="module")
-def unet(tiny_pipeline):
+def with_inputs(pipe):
     """Return (module, params, inputs of four rows)."""
     keys = jax.random.split(jax.random.key(3), 3)
     x = normal(keys[0], (4, *HW, 4))
     t = jnp.asarray([1, 400, 700, 981])
     context = normal(keys[1], (4, 7, 16))
-    return tiny_pipeline.unet, tiny_pipeline.params["unet"], (x, t, context)
+    return pipe.unet, pipe.params["unet"], (x, t, context)
+
+
+@pytest.fixture(scope="module")
+def unet(one_level):
+    return with_inputs(one_level)
+
+
+@pytest.fixture(scope="module")
+def two_levels(tiny_pipeline):
+    return with_inputs(tiny_pipeline)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -106,8 +115,8 @@ def test_controls_at_one_site_apply_left_to_right():
     assert got == [[3, 2, 1, 9], [9, 2, 1, 0]]
 
 
-def test_a_pattern_limits_a_control_to_its_sites(unet):
-    module, params, inputs = unet
+def test_a_pattern_limits_a_control_to_its_sites(two_levels):
+    module, params, inputs = two_levels
     base, seen = predict(module, params, *inputs, mutable=("probs", "qkv"))
     control = on_rows("qkv on attn1", 1.0, sites=r"up_blocks\.1.*attn1$")
     got, seen_with = predict(module, params, *inputs, (control,), mutable=("probs", "qkv"))
@@ -142,8 +151,8 @@ def test_gradients_reach_every_strength_and_agree_under_remat(unet):
         assert float(jnp.abs(control.scale).max()) > 0.0, case
 
 
-def test_probabilities_and_projections_are_recorded_by_sow(unet):
-    module, params, inputs = unet
+def test_probabilities_and_projections_are_recorded_by_sow(two_levels):
+    module, params, inputs = two_levels
     _, seen = predict(module, params, *inputs, mutable=("probs", "qkv"))
     layer = seen["probs"]["down_blocks.0"]["attentions.0"]["transformer_blocks.0"]["attn2"]["probs"]
     assert layer.shape == (4, 4, 64, 7)
@@ -152,7 +161,7 @@ def test_probabilities_and_projections_are_recorded_by_sow(unet):
     assert a.q.shape == a.k.shape == (4, 16, 4, 8)
 
 
-def test_the_listed_sites_are_those_that_run(unet):
+def test_the_listed_sites_are_those_that_run(two_levels):
     seen, norms = [], []
 
     class Spy(Control):
@@ -169,7 +178,7 @@ def test_the_listed_sites_are_those_that_run(unet):
             norms.append(site)
             return m
 
-    module, params, (_, t, context) = unet
+    module, params, (_, t, context) = two_levels
     for hw in (HW, (10, 7)):
         seen.clear(), norms.clear()
         rows = jax.ShapeDtypeStruct((4, *hw, 4), jnp.float32)
@@ -178,11 +187,11 @@ def test_the_listed_sites_are_those_that_run(unet):
         assert set(norms) == set(norm_sites(module.config, hw)) and len(norms) == len(set(norms))
 
 
-def test_the_sampler_compiles_once_for_any_numbers(tiny_pipeline):
+def test_the_sampler_compiles_once_for_any_numbers(one_level):
     before = denoise._cache_size()
     for i in range(3):
         strengths = [make(case, [0.3 * i, 1.0]) for case in CASES]
-        tiny_pipeline.generate([f"a car {i}", "a dog"], [i, 5], 4, 1.0 + i, controls=strengths, output="latent")
+        one_level.generate([f"a car {i}", "a dog"], [i, 5], 4, 1.0 + i, controls=strengths, output="latent")
     assert denoise._cache_size() == before + 1
 
 
@@ -226,8 +235,8 @@ def test_whole_steps_is_the_rule_of_diffusers_controlnets(window, steps, live):
 
 
 @pytest.mark.slow
-def test_later_phases_run_without_the_control(tiny_pipeline):
-    pipe = tiny_pipeline
+def test_later_phases_run_without_the_control(one_level):
+    pipe = one_level
     prompts, seeds = ["a red apple"], [3]
 
     def draw(*controls):
@@ -249,8 +258,8 @@ def _small_job(pipe, controls=()):
     return plain_job(pipe.unet, pipe.params["unet"], pipe.initial_latents([0]), context, jnp.ones((1,)), controls)
 
 
-def test_keys_and_values_of_attn2_are_computed_outside_the_loop(tiny_pipeline):
-    pipe = tiny_pipeline
+def test_keys_and_values_of_attn2_are_computed_outside_the_loop(one_level):
+    pipe = one_level
     jaxpr = jax.make_jaxpr(denoise.__wrapped__)(_small_job(pipe), DDIM.create(pipe.schedule, 4))
     loops = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
     assert len(loops) == 1

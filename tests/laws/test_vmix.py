@@ -23,8 +23,8 @@ LABELS = {"color": ("vibrant color", "[V]"), "light": ("bright light", "[S]"), "
 
 
 @pytest.fixture(scope="module")
-def fresh(tiny_pipeline):
-    return VMix.init(jax.random.key(0), tiny_pipeline, LABELS)
+def fresh(one_level):
+    return VMix.init(jax.random.key(0), one_level, LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def trained(fresh):
 
 
 @pytest.fixture(scope="module")
-def with_lora(tiny_pipeline, trained):
+def with_lora(one_level, trained):
     """Return the trained adapter with a LoRA: two patterns, each with its own rank and alpha."""
-    params, factors = tiny_pipeline.params["unet"], {}
+    params, factors = one_level.params["unet"], {}
     for i, (pattern, rank, alpha) in enumerate([(r"attn2\.to_(q|k|v)$", 3, 2.0), (r"resnets\.0\.conv1$", 2, 5.0)]):
         made = lora.init(jax.random.key(i), params, pattern, rank, alpha)
         factors |= {k: {**f, "up": 0.2 * normal(jax.random.key(9), f["up"].shape)} for k, f in made.items()}
@@ -49,40 +49,40 @@ def draw(pipe, *controls, scale=4.0):
 
 
 @pytest.mark.parametrize(("labels", "scale"), [("all", 1.0), ("none", 2.0), ("color,focus", 0.7)])
-def test_an_untrained_adapter_is_the_base_bit_for_bit(tiny_pipeline, fresh, labels, scale):
-    control = fresh.bind(tiny_pipeline, labels, scale)
-    np.testing.assert_array_equal(draw(tiny_pipeline, control), draw(tiny_pipeline))
+def test_an_untrained_adapter_is_the_base_bit_for_bit(one_level, fresh, labels, scale):
+    control = fresh.bind(one_level, labels, scale)
+    np.testing.assert_array_equal(draw(one_level, control), draw(one_level))
 
 
-def test_zero_scale_is_the_base_bit_for_bit_after_training(tiny_pipeline, trained):
-    np.testing.assert_array_equal(draw(tiny_pipeline, trained.bind(tiny_pipeline, "all", 0.0)), draw(tiny_pipeline))
+def test_zero_scale_is_the_base_bit_for_bit_after_training(one_level, trained):
+    np.testing.assert_array_equal(draw(one_level, trained.bind(one_level, "all", 0.0)), draw(one_level))
 
 
-def test_labels_and_scale_change_the_image_after_training(tiny_pipeline, trained):
-    base = draw(tiny_pipeline)
-    seen = [draw(tiny_pipeline, trained.bind(tiny_pipeline, *a)) for a in (("all", 1), ("all", 2), ("color", 1))]
+def test_labels_and_scale_change_the_image_after_training(one_level, trained):
+    base = draw(one_level)
+    seen = [draw(one_level, trained.bind(one_level, *a)) for a in (("all", 1), ("all", 2), ("color", 1))]
     for i, x in enumerate([base, *seen]):
         for y in seen[i:]:
             assert np.abs(x - y).max() > 1e-4
 
 
-def test_one_label_set_and_scale_an_image(tiny_pipeline, trained):
-    pipe = tiny_pipeline
+def test_one_label_set_and_scale_an_image(one_level, trained):
+    pipe = one_level
     both = draw(pipe, trained.bind(pipe, ["all", "color"], [0.0, 1.5]))
     np.testing.assert_array_equal(both[0], draw(pipe)[0])
     np.testing.assert_allclose(both[1], draw(pipe, trained.bind(pipe, "color", 1.5))[1], rtol=1e-5, atol=3e-5)
 
 
-def test_unconditional_rows_are_untouched(tiny_pipeline, trained):
+def test_unconditional_rows_are_untouched(one_level, trained):
     """With guidance 0 only the unconditional branch is left, so the adapter must not show at all."""
-    pipe = tiny_pipeline
+    pipe = one_level
     control = trained.bind(pipe, "all", 1.0)
     drawn = [draw(pipe, *controls, scale=0.0) for controls in ((control,), ())]
     np.testing.assert_array_equal(*drawn)
 
 
-def test_the_first_attn2_keeps_the_attention_map_of_the_content(tiny_pipeline, trained):
-    pipe = tiny_pipeline
+def test_the_first_attn2_keeps_the_attention_map_of_the_content(one_level, trained):
+    pipe = one_level
     x, context = normal(jax.random.key(0), (2, 8, 8, 4)), pipe.encode_prompt(["a car", "a dog"]).context
 
     def probs(*controls):
@@ -121,16 +121,16 @@ def test_the_projection_follows_the_paper_in_plain_numpy(trained):
     np.testing.assert_allclose(maths.aesthetic_context(trained.params, jnp.asarray(present)), out, atol=2e-5)
 
 
-def test_an_absent_label_is_its_rare_token_and_not_zero(tiny_pipeline, fresh):
+def test_an_absent_label_is_its_rare_token_and_not_zero(one_level, fresh):
     emb = fresh.params["aes_emb"]
     texts = [text for label, rare in LABELS.values() for text in (rare, label)]
-    alone = [tiny_pipeline.encode_text([text]).pooled[0] for text in texts]
+    alone = [one_level.encode_text([text]).pooled[0] for text in texts]
     np.testing.assert_allclose(emb.reshape(6, -1), jnp.stack(alone), atol=1e-5)
     assert float(jnp.abs(emb[:, 0]).min(-1).max()) > 0 and float(jnp.abs(emb[:, 0] - emb[:, 1]).max()) > 1e-3
 
 
-def test_gradients_reach_the_zero_layer_first_and_everything_by_step_three(tiny_pipeline, fresh):
-    pipe = tiny_pipeline
+def test_gradients_reach_the_zero_layer_first_and_everything_by_step_three(one_level, fresh):
+    pipe = one_level
     x, context = normal(jax.random.key(0), (2, 8, 8, 4)), pipe.encode_prompt(["a car", "a dog"]).context
     present = jnp.asarray([[1.0, 0, 1], [0, 1, 0]])
     optimizer = optax.adam(1e-2)
@@ -157,20 +157,20 @@ def test_gradients_reach_the_zero_layer_first_and_everything_by_step_three(tiny_
             assert float(jnp.abs(a - b).max()) > 0, jax.tree_util.keystr(path)
 
 
-def test_f_a_depends_on_the_label_set_alone(tiny_pipeline, trained):
-    values = [trained.bind(tiny_pipeline, "color,focus", s).values for s in (0.5, 2.0)]
+def test_f_a_depends_on_the_label_set_alone(one_level, trained):
+    values = [trained.bind(one_level, "color,focus", s).values for s in (0.5, 2.0)]
     jax.tree.map(np.testing.assert_array_equal, *values)
 
 
-def test_label_sets_and_scales_compile_once(tiny_pipeline, trained):
-    draw(tiny_pipeline, trained.bind(tiny_pipeline, "all", 1.0))
+def test_label_sets_and_scales_compile_once(one_level, trained):
+    draw(one_level, trained.bind(one_level, "all", 1.0))
     before = denoise._cache_size()
     for labels, scale in (("none", 0.5), ("color", 2), (["all", "color"], [0.0, 1.0])):
-        draw(tiny_pipeline, trained.bind(tiny_pipeline, labels, scale))
+        draw(one_level, trained.bind(one_level, labels, scale))
     assert denoise._cache_size() == before
 
 
-def test_the_file_holds_everything_bit_for_bit(tmp_path, tiny_pipeline, trained):
+def test_the_file_holds_everything_bit_for_bit(tmp_path, one_level, trained):
     trained.save(tmp_path / "adapter.safetensors")
     again = VMix.load(tmp_path / "adapter.safetensors")
     assert again.config == trained.config
@@ -178,32 +178,32 @@ def test_the_file_holds_everything_bit_for_bit(tmp_path, tiny_pipeline, trained)
     assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 
-def test_there_is_one_new_matrix_an_attn2_and_nothing_else(tiny_pipeline, fresh):
-    attn2 = {s.name for s in sites(tiny_pipeline.unet.config, (8, 8)) if s.name.endswith("attn2")}
+def test_there_is_one_new_matrix_an_attn2_and_nothing_else(one_level, fresh):
+    attn2 = {s.name for s in sites(one_level.unet.config, (8, 8)) if s.name.endswith("attn2")}
     assert set(fresh.params["to_v"]) == attn2 and len(attn2) == 4
     assert set(fresh.params) == {"aes_emb", "token_proj", "norm", "zero_proj", "to_v"}
 
 
-def test_a_file_that_is_no_adapter_is_one_clear_line(tmp_path, tiny_pipeline):
-    tiny_pipeline.save(tmp_path)
+def test_a_file_that_is_no_adapter_is_one_clear_line(tmp_path, one_level):
+    one_level.save(tmp_path)
     with pytest.raises(InputError, match="expected a VMix adapter written by jaxmix"):
         VMix.load(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_an_adapter_for_another_unet_is_one_clear_line(tiny_pipeline, fresh):
+def test_an_adapter_for_another_unet_is_one_clear_line(one_level, fresh):
     config = maths.VMixConfig(fresh.config.labels, 32, 24, fresh.config.sites)
     with pytest.raises(InputError, match="UNet with 4 attn2 of 16 text channels, expected the adapter's 4 of 24"):
-        VMix(config, fresh.params).bind(tiny_pipeline)
+        VMix(config, fresh.params).bind(one_level)
 
 
-def test_an_unknown_label_lists_the_known_ones(tiny_pipeline, fresh):
+def test_an_unknown_label_lists_the_known_ones(one_level, fresh):
     with pytest.raises(InputError, match=r"found 'colour', expected all, none or some of color, light, focus"):
-        fresh.bind(tiny_pipeline, "colour")
+        fresh.bind(one_level, "colour")
 
 
-def test_rows_that_do_not_fit_the_prompts_are_an_error(tiny_pipeline, fresh):
+def test_rows_that_do_not_fit_the_prompts_are_an_error(one_level, fresh):
     with pytest.raises(InputError, match="found 3 rows, expected 1 or 2"):
-        draw(tiny_pipeline, fresh.bind(tiny_pipeline, ["all", "none", "all"]))
+        draw(one_level, fresh.bind(one_level, ["all", "none", "all"]))
 
 
 # Stable Diffusion XL --------------------------------------------------------------------------------------------------
@@ -235,9 +235,9 @@ def test_an_adapter_of_one_family_on_another_is_one_clear_line(tiny_sdxl, fresh)
 # The LoRA that is trained along ---------------------------------------------------------------------------------------
 
 
-def test_the_lora_is_a_part_of_its_own(tiny_pipeline, trained, with_lora):
+def test_the_lora_is_a_part_of_its_own(one_level, trained, with_lora):
     """Off, it leaves the base and the values alone; at strength 0 and before training it is the base, bit for bit."""
-    pipe, base = tiny_pipeline, tiny_pipeline.params["unet"]
+    pipe, base = one_level, one_level.params["unet"]
     assert trained.apply_lora(pipe) is pipe  # there is none
     jax.tree.map(np.testing.assert_array_equal, with_lora.bind(pipe).values, trained.bind(pipe).values)
     jax.tree.map(np.testing.assert_array_equal, with_lora.apply_lora(pipe, 0.0).params["unet"], base)

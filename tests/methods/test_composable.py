@@ -158,7 +158,7 @@ def draw(pipe, *methods, steps=2, prompts=PROMPTS, seeds=(1, 2), **options):
     return pipe.generate(prompts, list(seeds), steps, 4.0, methods=methods, output="latent", **options)
 
 
-@pytest.mark.parametrize("family", ["tiny_pipeline", "tiny_sdxl"])
+@pytest.mark.parametrize("family", ["one_level", "tiny_sdxl"])
 def test_a_step_by_hand(family, request):
     """Each branch has its own text and, for SDXL, its own pooled text beside the sizes of the image."""
     pipe = request.getfixturevalue(family)
@@ -181,49 +181,49 @@ def test_a_step_by_hand(family, request):
         np.testing.assert_allclose(got[row], by, rtol=1e-3, atol=1e-3 * np.abs(by).max())
 
 
-def test_images_depend_on_their_own_prompts_alone_and_weights_never_recompile(tiny_pipeline):
+def test_images_depend_on_their_own_prompts_alone_and_weights_never_recompile(one_level):
     method = ComposableDiffusion(FURTHER, [[1.2, 0.7, -0.4], [1.0, 0.5]])
-    both = draw(tiny_pipeline, method)
+    both = draw(one_level, method)
     before = denoise._cache_size()
     # The second image has one further prompt, and the same beside another image of three.
     beside = ComposableDiffusion([["snow", "night"], FURTHER[1]], [[0.1, 2.0, 1.0], [1.0, 0.5]])
-    np.testing.assert_array_equal(draw(tiny_pipeline, beside)[1], both[1])
+    np.testing.assert_array_equal(draw(one_level, beside)[1], both[1])
     # So it has where the last is said to be none, and where the images come in the other order.
     none = ComposableDiffusion([FURTHER[0], ["an apple", "a fish"]], [[1.2, 0.7, -0.4], [1.0, 0.5, 0.0]])
-    np.testing.assert_array_equal(draw(tiny_pipeline, none), both)
+    np.testing.assert_array_equal(draw(one_level, none), both)
     turned = ComposableDiffusion(FURTHER[::-1], method.weights[::-1])
-    np.testing.assert_array_equal(draw(tiny_pipeline, turned, prompts=PROMPTS[::-1], seeds=(2, 1))[::-1], both)
-    negated = draw(tiny_pipeline, ComposableDiffusion(FURTHER, [[1.2, -0.7, -0.4], [1.0, -0.5]]))
+    np.testing.assert_array_equal(draw(one_level, turned, prompts=PROMPTS[::-1], seeds=(2, 1))[::-1], both)
+    negated = draw(one_level, ComposableDiffusion(FURTHER, [[1.2, -0.7, -0.4], [1.0, -0.5]]))
     assert min(np.abs(a - b).max() for a, b in zip(negated, both, strict=True)) > 1e-3
     assert denoise._cache_size() == before
-    np.testing.assert_allclose(draw(tiny_pipeline, method, batch_size=1), both, atol=2e-4)
+    np.testing.assert_allclose(draw(one_level, method, batch_size=1), both, atol=2e-4)
 
 
-def test_devices_draw_the_same(tiny_pipeline):
+def test_devices_draw_the_same(one_level):
     from jaxmix import data_mesh
 
     method = ComposableDiffusion(FURTHER, [[1.2, 0.7, -0.4], [1.0, 0.5]])
-    one = draw(tiny_pipeline, method)
-    np.testing.assert_allclose(draw(tiny_pipeline, method, mesh=data_mesh(2)), one, atol=2e-4)
+    one = draw(one_level, method)
+    np.testing.assert_allclose(draw(one_level, method, mesh=data_mesh(2)), one, atol=2e-4)
 
 
-def test_nothing_further_is_the_image_alone_and_costs_nothing(tiny_pipeline):
-    alone = draw(tiny_pipeline)
+def test_nothing_further_is_the_image_alone_and_costs_nothing(one_level):
+    alone = draw(one_level)
     before = denoise._cache_size()
     for further, weights in (([[], []], None), (FURTHER, [[1, 0, 0], [1, 0]])):
-        np.testing.assert_array_equal(draw(tiny_pipeline, ComposableDiffusion(further, weights)), alone)
+        np.testing.assert_array_equal(draw(one_level, ComposableDiffusion(further, weights)), alone)
     assert denoise._cache_size() == before
     # A weight of the only prompt multiplies its guidance scale.
-    weighed = draw(tiny_pipeline, ComposableDiffusion([[], []], [[0.5], [2.0]]))
-    scaled = tiny_pipeline.generate(PROMPTS, [1, 2], 2, [2.0, 8.0], output="latent")
+    weighed = draw(one_level, ComposableDiffusion([[], []], [[0.5], [2.0]]))
+    scaled = one_level.generate(PROMPTS, [1, 2], 2, [2.0, 8.0], output="latent")
     np.testing.assert_allclose(weighed, scaled, atol=2e-4)
 
 
-def test_a_layout_moves_the_words_of_the_first_prompt_alone(tiny_pipeline):
+def test_a_layout_moves_the_words_of_the_first_prompt_alone(one_level):
     """The places of its phrases among the tokens are those of no other prompt; pixels are those of all."""
     left = np.pad(np.ones((16, 8), bool), ((0, 0), (0, 8)))
     method = DenseDiffusion([[Segment("a dog", left)], [Segment("a red car", left)]])
-    request = method.apply(tiny_pipeline, Request(prompts=PROMPTS).checked(tiny_pipeline))
+    request = method.apply(one_level, Request(prompts=PROMPTS).checked(one_level))
     control = to_branches(tile(request.controls, 2)[0], (0.0, 1.0, 1.0), (0.0, 1.0, 0.0))
     np.testing.assert_allclose(control.cross, [0, 1, 0] * 2)
     np.testing.assert_allclose(control.self_, np.float32([0, 0.3, 0.3] * 2))
@@ -242,17 +242,17 @@ def test_a_layout_moves_the_words_of_the_first_prompt_alone(tiny_pipeline):
         (ComposableDiffusion([[], []], [1, 1]), r"weights\[0\]: found 1, expected 1 finite numbers"),
     ],
 )
-def test_bad_input_is_one_clear_line(tiny_pipeline, method, message):
+def test_bad_input_is_one_clear_line(one_level, method, message):
     with pytest.raises(InputError, match=message):
-        draw(tiny_pipeline, method)
+        draw(one_level, method)
 
 
-def test_what_it_cannot_be_built_on_is_refused(tiny_pipeline):
+def test_what_it_cannot_be_built_on_is_refused(one_level):
     from jaxmix.samplers import Unguided
 
     method = ComposableDiffusion(FURTHER)
     with pytest.raises(InputError, match="Unguided and Composed exclude each other"):
-        tiny_pipeline.draw(Request(prompts=PROMPTS, steps=2, guidance=(Unguided(),)), (method,))
+        one_level.draw(Request(prompts=PROMPTS, steps=2, guidance=(Unguided(),)), (method,))
     with pytest.raises(InputError, match="Composed and Composed exclude each other"):
-        draw(tiny_pipeline, method, method)
-    assert jax.tree.leaves(tiny_pipeline.params)
+        draw(one_level, method, method)
+    assert jax.tree.leaves(one_level.params)

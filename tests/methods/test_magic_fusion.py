@@ -98,9 +98,9 @@ OTHER = ["a fish by the sea", "an apple"]
 
 
 @pytest.fixture(scope="module")
-def expert(tiny_pipeline):
-    params = {**tiny_pipeline.params, "unet": random_params(tiny_pipeline.unet, 5, single=True)}
-    return dataclasses.replace(tiny_pipeline, params=params)
+def expert(one_level):
+    params = {**one_level.params, "unet": random_params(one_level.unet, 5, single=True)}
+    return dataclasses.replace(one_level, params=params)
 
 
 def draw(pipe, fusion=None, steps=5, **options):
@@ -108,41 +108,41 @@ def draw(pipe, fusion=None, steps=5, **options):
     return pipe.generate(PROMPTS, [1, 2], steps, 4.0, methods=methods, output="latent", **options)
 
 
-def test_the_switch_and_the_modes(tiny_pipeline):
-    base = draw(tiny_pipeline)
+def test_the_switch_and_the_modes(one_level):
+    base = draw(one_level)
     t = [801, 601, 401, 201, 1]
     for mode, switch in ((1, 0), (2, 999)):
-        np.testing.assert_array_equal(draw(tiny_pipeline, MagicFusion(OTHER, mode=mode, switch=switch)), base)
-    whole = [draw(tiny_pipeline, MagicFusion(OTHER, mode=m, switch=s)) for m, s in ((1, 999), (2, 0))]
+        np.testing.assert_array_equal(draw(one_level, MagicFusion(OTHER, mode=mode, switch=switch)), base)
+    whole = [draw(one_level, MagicFusion(OTHER, mode=m, switch=s)) for m, s in ((1, 999), (2, 0))]
     np.testing.assert_array_equal(*whole)
     assert np.abs(whole[0] - base).max() > 1e-4
     # At the switch itself t is not above it.
-    asked = Request(prompts=PROMPTS, steps=5).checked(tiny_pipeline)
+    asked = Request(prompts=PROMPTS, steps=5).checked(one_level)
     for switch, before in ((t[2], 0.4), (t[2] - 1, 0.6), (t[1] - 50, 0.4)):
-        windows = [MagicFusion(OTHER, mode=m, switch=switch).window(tiny_pipeline, asked) for m in (1, 2)]
+        windows = [MagicFusion(OTHER, mode=m, switch=switch).window(one_level, asked) for m in (1, 2)]
         assert windows == [(before, 1.0), (0.0, before)]
-    early = draw(tiny_pipeline, MagicFusion(OTHER, mode=2, switch=t[2]))
+    early = draw(one_level, MagicFusion(OTHER, mode=2, switch=t[2]))
     assert min(np.abs(early - other).max() for other in (base, whole[0])) > 1e-5
 
 
-def test_zero_strength_is_the_general_model_bit_for_bit(tiny_pipeline, expert):
-    base = draw(tiny_pipeline)
+def test_zero_strength_is_the_general_model_bit_for_bit(one_level, expert):
+    base = draw(one_level)
     for other in (None, expert):
-        np.testing.assert_array_equal(draw(tiny_pipeline, MagicFusion(OTHER, other, strength=0.0, switch=0)), base)
-    half = draw(tiny_pipeline, MagicFusion(OTHER, expert, strength=[0.0, 1.0], switch=0))
+        np.testing.assert_array_equal(draw(one_level, MagicFusion(OTHER, other, strength=0.0, switch=0)), base)
+    half = draw(one_level, MagicFusion(OTHER, expert, strength=[0.0, 1.0], switch=0))
     np.testing.assert_array_equal(half[0], base[0])
     assert np.abs(half[1] - base[1]).max() > 1e-4
 
 
-def test_one_model_in_three_rows_is_two_models_in_four(tiny_pipeline):
-    same = dataclasses.replace(tiny_pipeline, params={**tiny_pipeline.params})
-    three, four = (draw(tiny_pipeline, MagicFusion(OTHER, other, switch=0)) for other in (None, same))
+def test_one_model_in_three_rows_is_two_models_in_four(one_level):
+    same = dataclasses.replace(one_level, params={**one_level.params})
+    three, four = (draw(one_level, MagicFusion(OTHER, other, switch=0)) for other in (None, same))
     np.testing.assert_allclose(three, four, atol=2e-4)
 
 
-def test_a_step_by_hand(tiny_pipeline, expert):
+def test_a_step_by_hand(one_level, expert):
     """One step of two models: the text of both prompts is the general model's, as in the authors' code."""
-    pipe = tiny_pipeline
+    pipe = one_level
     got = draw(pipe, MagicFusion(OTHER, expert, switch=0, k_expert=0.6), steps=1)
     x = pipe.initial_latents([1, 2])
     t = int(np.asarray(pipe.schedule.timesteps(1))[0])
@@ -162,9 +162,9 @@ def test_a_step_by_hand(tiny_pipeline, expert):
         assert 0 < mask.mean() < 1
 
 
-def test_v_prediction_is_weighed_as_noise(tiny_pipeline, expert):
+def test_v_prediction_is_weighed_as_noise(one_level, expert):
     v = [dataclasses.replace(p, schedule=dataclasses.replace(p.schedule, prediction_type="v_prediction")) for p in
-         (tiny_pipeline, expert)]  # fmt: skip
+         (one_level, expert)]  # fmt: skip
     got, without = (draw(v[0], MagicFusion(OTHER, v[1], switch=0, strength=s)) for s in (1.0, 0.0))
     assert np.isfinite(got).all() and np.abs(got - without).max() > 1e-4
     # The difference of two v is sqrt(abar) times less than that of two eps, which k makes up for.
@@ -173,34 +173,34 @@ def test_v_prediction_is_weighed_as_noise(tiny_pipeline, expert):
     np.testing.assert_array_equal(a, run(general, other, k_general=0.25, k_expert=0.25))
 
 
-def test_controls_act_inside_either_model(tiny_pipeline):
+def test_controls_act_inside_either_model(one_level):
     inside = make("out on attn1", 1.0)
-    neither = draw(tiny_pipeline, MagicFusion(OTHER, controls=(), switch=0))
-    general = draw(tiny_pipeline, MagicFusion(OTHER, controls=(), switch=0), controls=(inside,))
-    special = draw(tiny_pipeline, MagicFusion(OTHER, controls=(inside,), switch=0))
-    both = draw(tiny_pipeline, MagicFusion(OTHER, switch=0), controls=(inside,))
+    neither = draw(one_level, MagicFusion(OTHER, controls=(), switch=0))
+    general = draw(one_level, MagicFusion(OTHER, controls=(), switch=0), controls=(inside,))
+    special = draw(one_level, MagicFusion(OTHER, controls=(inside,), switch=0))
+    both = draw(one_level, MagicFusion(OTHER, switch=0), controls=(inside,))
     pictures = [neither, general, special, both]
     assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(pictures) for b in pictures[:i])
     # A model with and without a control, by one prompt.
-    again = draw(tiny_pipeline, MagicFusion(PROMPTS, controls=(inside,), switch=0))
-    assert np.abs(again - draw(tiny_pipeline)).max() > 1e-4
+    again = draw(one_level, MagicFusion(PROMPTS, controls=(inside,), switch=0))
+    assert np.abs(again - draw(one_level)).max() > 1e-4
 
 
-def test_devices_and_batches_draw_the_same(tiny_pipeline, expert):
+def test_devices_and_batches_draw_the_same(one_level, expert):
     from jaxmix import data_mesh
 
     fusion = MagicFusion(OTHER, expert, controls=(make("out on attn1", [1.0, 0.5]),), switch=0)
-    one = draw(tiny_pipeline, fusion)
-    np.testing.assert_allclose(draw(tiny_pipeline, fusion, batch_size=1), one, atol=2e-4)
-    np.testing.assert_allclose(draw(tiny_pipeline, fusion, mesh=data_mesh(2)), one, atol=2e-4)
+    one = draw(one_level, fusion)
+    np.testing.assert_allclose(draw(one_level, fusion, batch_size=1), one, atol=2e-4)
+    np.testing.assert_allclose(draw(one_level, fusion, mesh=data_mesh(2)), one, atol=2e-4)
 
 
-def test_numbers_never_recompile(tiny_pipeline):
+def test_numbers_never_recompile(one_level):
     from jaxmix.pipeline.job import denoise
 
     before = denoise._cache_size()
     for k, s in ((1.0, 1.0), (0.3, 0.0)):
-        draw(tiny_pipeline, MagicFusion(OTHER, k_general=k, k_expert=2 * k, strength=s, switch=0))
+        draw(one_level, MagicFusion(OTHER, k_general=k, k_expert=2 * k, strength=s, switch=0))
     assert denoise._cache_size() <= before + 1
 
 
@@ -214,13 +214,13 @@ def test_numbers_never_recompile(tiny_pipeline):
         ({"negative_prompts": [""]}, "found 1 negative prompts"),
     ],
 )
-def test_bad_input_is_one_clear_line(tiny_pipeline, options, message):
+def test_bad_input_is_one_clear_line(one_level, options, message):
     with pytest.raises(InputError, match=message):
-        draw(tiny_pipeline, MagicFusion(**{"prompts": OTHER, **options}))
+        draw(one_level, MagicFusion(**{"prompts": OTHER, **options}))
 
 
-def test_models_that_do_not_fit_are_refused(tiny_pipeline):
-    pipe = tiny_pipeline
+def test_models_that_do_not_fit_are_refused(one_level):
+    pipe = one_level
     others = {
         "prediction_type": dataclasses.replace(
             pipe, schedule=dataclasses.replace(pipe.schedule, prediction_type="v_prediction")

@@ -64,9 +64,9 @@ GROUPS = groups()
 
 
 @pytest.fixture(scope="module")
-def pieces(tiny_pipeline):
+def pieces(one_level):
     """For each method: strength -> method, and the noise from which all of them start."""
-    pipe = tiny_pipeline
+    pipe = one_level
     fresh = jaxmix.VMix.init(jax.random.key(0), pipe, {"color": ("vivid colors", "[V]")})
     mixer = jaxmix.VMix(
         fresh.config, {**moved(fresh.params, jax.random.key(1), 0.5), "aes_emb": fresh.params["aes_emb"]}
@@ -93,7 +93,7 @@ def pieces(tiny_pipeline):
 
 
 @pytest.fixture(scope="module")
-def draw(tiny_pipeline, pieces):
+def draw(one_level, pieces):
     """(name=strength, ...) -> latents; kept, since several tests compare with the same."""
     kept = {}
     noise, methods = pieces
@@ -103,7 +103,7 @@ def draw(tiny_pipeline, pieces):
         if key not in kept:
             chosen = [methods[name](strength) for name, strength in strengths.items()]
             start = {} if "StyleID" in strengths else {"latents": noise}  # it starts there by itself
-            kept[key] = tiny_pipeline.generate(PROMPTS, SEEDS, STEPS, 3.0, methods=chosen, output="latent", **start)
+            kept[key] = one_level.generate(PROMPTS, SEEDS, STEPS, 3.0, methods=chosen, output="latent", **start)
         return kept[key]
 
     return run

@@ -34,9 +34,9 @@ def controls_of(pipe, method, prompts=PROMPTS):
     return method.apply(pipe, Request(prompts=prompts).checked(pipe)).controls
 
 
-def test_attention_is_the_mean_over_the_phrases(tiny_pipeline):
+def test_attention_is_the_mean_over_the_phrases(one_level):
     """The paper's sum of separate attentions, the nested phrase and all, is one with the mean of the values."""
-    pipe = tiny_pipeline
+    pipe = one_level
     site, (to_k, to_v) = first_attn2(pipe)
     (control,) = controls_of(pipe, StructuredDiffusion(PHRASES))
     context = pipe.encode_prompt(PROMPTS).context
@@ -66,8 +66,8 @@ def test_each_encoder_of_sdxl_is_told_its_own_half(tiny_sdxl):
     assert np.abs(expected[:, :16]).max() > 1e-3 and np.abs(expected[:, 16:]).max() > 1e-3
 
 
-def test_keys_rows_without_phrases_and_unconditional_rows_stay_bit_for_bit(tiny_pipeline):
-    pipe = tiny_pipeline
+def test_keys_rows_without_phrases_and_unconditional_rows_stay_bit_for_bit(one_level):
+    pipe = one_level
     method = StructuredDiffusion([PHRASES[0], []])
     request = Request(prompts=PROMPTS).checked(pipe)
     context = request.states(pipe).context.reshape(4, 32, 16)
@@ -80,9 +80,9 @@ def test_keys_rows_without_phrases_and_unconditional_rows_stay_bit_for_bit(tiny_
     assert StructuredDiffusion([[], []]).apply(pipe, request) is request
 
 
-def test_a_row_does_not_depend_on_its_neighbours(tiny_pipeline):
-    (both,) = controls_of(tiny_pipeline, StructuredDiffusion(PHRASES))
-    (alone,) = controls_of(tiny_pipeline, StructuredDiffusion(PHRASES[1:]), PROMPTS[1:])
+def test_a_row_does_not_depend_on_its_neighbours(one_level):
+    (both,) = controls_of(one_level, StructuredDiffusion(PHRASES))
+    (alone,) = controls_of(one_level, StructuredDiffusion(PHRASES[1:]), PROMPTS[1:])
     np.testing.assert_allclose(both.change[1], alone.change[0], atol=1e-6)
 
 
@@ -91,22 +91,22 @@ def draw(pipe, *methods, scale=3.0):
     return pipe.draw(request, methods, output="latent")
 
 
-def test_pictures_are_the_base_at_zero_and_unguided_and_no_strength_traces_again(tiny_pipeline):
-    base, on = draw(tiny_pipeline), draw(tiny_pipeline, StructuredDiffusion(PHRASES))
+def test_pictures_are_the_base_at_zero_and_unguided_and_no_strength_traces_again(one_level):
+    base, on = draw(one_level), draw(one_level, StructuredDiffusion(PHRASES))
     assert min(np.abs(on - base).max((1, 2, 3))) > 1e-4
     before = denoise._cache_size()
-    np.testing.assert_array_equal(draw(tiny_pipeline, StructuredDiffusion(PHRASES, strength=0.0)), base)
-    one = draw(tiny_pipeline, StructuredDiffusion([PHRASES[0], []], strength=[1.0, 0.7]))
+    np.testing.assert_array_equal(draw(one_level, StructuredDiffusion(PHRASES, strength=0.0)), base)
+    one = draw(one_level, StructuredDiffusion([PHRASES[0], []], strength=[1.0, 0.7]))
     np.testing.assert_allclose(one[0], on[0], atol=1e-4)  # its phrases were encoded beside others
     np.testing.assert_array_equal(one[1], base[1])
     loud = StructuredDiffusion(PHRASES, strength=9.0)
-    np.testing.assert_allclose(draw(tiny_pipeline, loud, scale=0.0), draw(tiny_pipeline, scale=0.0), atol=1e-6)
+    np.testing.assert_allclose(draw(one_level, loud, scale=0.0), draw(one_level, scale=0.0), atol=1e-6)
     assert denoise._cache_size() == before, "one trace for any strengths and numbers of phrases"
 
 
-def test_no_step_does_more_work(tiny_pipeline):
+def test_no_step_does_more_work(one_level):
     """The control is nowhere in the loop: its equations are those of the sampler without it."""
-    pipe = tiny_pipeline
+    pipe = one_level
     request = Request(prompts=PROMPTS).checked(pipe)
 
     def loop(*controls):
@@ -119,9 +119,9 @@ def test_no_step_does_more_work(tiny_pipeline):
     assert loop(*controls_of(pipe, StructuredDiffusion(PHRASES))) == loop()
 
 
-def test_further_branches_keep_their_own_words(tiny_pipeline):
+def test_further_branches_keep_their_own_words(one_level):
     """A place in the image's prompt is another word in the expert's of MagicFusion, by either model."""
-    pipe, seen = tiny_pipeline, []
+    pipe, seen = one_level, []
 
     @jaxmix.dataclass
     class Spy(StructuredControl):
@@ -148,16 +148,16 @@ def test_further_branches_keep_their_own_words(tiny_pipeline):
         ([["a", "dog"]], "expected a list of parts of its prompt"),
     ],
 )
-def test_bad_phrases_are_one_clear_line(tiny_pipeline, phrases, message):
+def test_bad_phrases_are_one_clear_line(one_level, phrases, message):
     with pytest.raises(InputError, match=message):
-        tiny_pipeline.check(Request(prompts=["a dog"]), StructuredDiffusion([phrases]))
+        one_level.check(Request(prompts=["a dog"]), StructuredDiffusion([phrases]))
 
 
-def test_bad_options_are_one_clear_line(tiny_pipeline):
+def test_bad_options_are_one_clear_line(one_level):
     for options, message in (
         ({"phrases": PHRASES[:1]}, "phrases: found 1, expected a list for each of the 2 prompts"),
         ({"strength": float("nan")}, "strength: found nan, expected finite numbers"),
         ({"sites": "attn1$"}, "matches none of the .* sites"),
     ):
         with pytest.raises(InputError, match=message):
-            tiny_pipeline.check(Request(prompts=PROMPTS), StructuredDiffusion(**{"phrases": PHRASES, **options}))
+            one_level.check(Request(prompts=PROMPTS), StructuredDiffusion(**{"phrases": PHRASES, **options}))

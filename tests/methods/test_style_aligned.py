@@ -115,42 +115,42 @@ def draw(pipe, controls=(), prompts=("a dog", "a red car", "an apple"), seeds=(1
 
 
 @pytest.mark.parametrize("norms", [True, False])
-def test_the_reference_is_drawn_as_if_alone(tiny_pipeline, norms):
-    got = draw(tiny_pipeline, (style_aligned(tiny_pipeline, [3], share_group_norm=norms, shift=0.5),))
-    alone = draw(tiny_pipeline, prompts=["a dog"], seeds=[1])
+def test_the_reference_is_drawn_as_if_alone(one_level, norms):
+    got = draw(one_level, (style_aligned(one_level, [3], share_group_norm=norms, shift=0.5),))
+    alone = draw(one_level, prompts=["a dog"], seeds=[1])
     np.testing.assert_allclose(got[:1], alone, atol=2e-5)
-    assert np.abs(got[1:] - draw(tiny_pipeline)[1:]).max() > 1e-3
+    assert np.abs(got[1:] - draw(one_level)[1:]).max() > 1e-3
 
 
-def test_a_swapped_reference_is_the_one_drawn_alone_and_equal_images_stay_equal(tiny_pipeline):
-    control = style_aligned(tiny_pipeline, [3], swap=True)
-    got = draw(tiny_pipeline, (control,))
-    np.testing.assert_array_equal(draw(tiny_pipeline, methods=(StyleAligned([3], swap=True),)), got)
-    np.testing.assert_allclose(got[:1], draw(tiny_pipeline, prompts=["a dog"], seeds=[1]), atol=2e-5)
-    same = draw(tiny_pipeline, (control,), prompts=["a dog"] * 3, seeds=[1] * 3)
+def test_a_swapped_reference_is_the_one_drawn_alone_and_equal_images_stay_equal(one_level):
+    control = style_aligned(one_level, [3], swap=True)
+    got = draw(one_level, (control,))
+    np.testing.assert_array_equal(draw(one_level, methods=(StyleAligned([3], swap=True),)), got)
+    np.testing.assert_allclose(got[:1], draw(one_level, prompts=["a dog"], seeds=[1]), atol=2e-5)
+    same = draw(one_level, (control,), prompts=["a dog"] * 3, seeds=[1] * 3)
     np.testing.assert_array_equal(same[1:], np.broadcast_to(same[:1], same[1:].shape))
 
 
 @pytest.mark.parametrize("options", [{}, {"full": True}, {"shift": 0.7}, {"shift": 0.7, "share_group_norm": False}])
-def test_equal_images_stay_equal(tiny_pipeline, options):
-    control = style_aligned(tiny_pipeline, [3], **options)
-    got = draw(tiny_pipeline, (control,), prompts=["a dog"] * 3, seeds=[1] * 3)
+def test_equal_images_stay_equal(one_level, options):
+    control = style_aligned(one_level, [3], **options)
+    got = draw(one_level, (control,), prompts=["a dog"] * 3, seeds=[1] * 3)
     np.testing.assert_allclose(got, np.broadcast_to(got[:1], got.shape), atol=2e-5)
 
 
-def test_everything_off_is_the_base_bit_for_bit(tiny_pipeline):
-    base = draw(tiny_pipeline)
+def test_everything_off_is_the_base_bit_for_bit(one_level):
+    base = draw(one_level)
     for options in ({"level": 1.0, "share_group_norm": False}, {"strength": 0.0}, {"strength": 0.0, "swap": True}):
-        np.testing.assert_array_equal(draw(tiny_pipeline, (style_aligned(tiny_pipeline, [3], **options),)), base)
+        np.testing.assert_array_equal(draw(one_level, (style_aligned(one_level, [3], **options),)), base)
 
 
-def test_at_level_one_the_norms_alone_are_shared(tiny_pipeline):
-    control = style_aligned(tiny_pipeline, [3], level=1.0)
-    reached = [s.name for s in sites(tiny_pipeline.unet.config, (8, 8)) if matches(control, s.name)]
+def test_at_level_one_the_norms_alone_are_shared(one_level):
+    control = style_aligned(one_level, [3], level=1.0)
+    reached = [s.name for s in sites(one_level.unet.config, (8, 8)) if matches(control, s.name)]
     assert not reached and control.norms and float(control.strength.min()) == 1
-    got = draw(tiny_pipeline, (control,))
-    assert np.abs(got[1:] - draw(tiny_pipeline)[1:]).max() > 1e-3
-    assert np.abs(got[1:] - draw(tiny_pipeline, (style_aligned(tiny_pipeline, [3]),))[1:]).max() > 1e-3
+    got = draw(one_level, (control,))
+    assert np.abs(got[1:] - draw(one_level)[1:]).max() > 1e-3
+    assert np.abs(got[1:] - draw(one_level, (style_aligned(one_level, [3]),))[1:]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -166,24 +166,24 @@ def test_a_level_of_less_than_a_layer_is_an_error():
         aligned.unshared(16, 0.05)
 
 
-def test_groups_batches_and_devices_draw_the_same(tiny_pipeline):
+def test_groups_batches_and_devices_draw_the_same(one_level):
     from jaxmix import data_mesh
 
     prompts, seeds = [f"a dog {i}" for i in range(4)], list(range(4))
-    pair, control = style_aligned(tiny_pipeline, [2]), style_aligned(tiny_pipeline, [2, 2])
-    whole = draw(tiny_pipeline, (control,), prompts, seeds)
-    parts = [draw(tiny_pipeline, (pair,), prompts[i : i + 2], seeds[i : i + 2]) for i in (0, 2)]
+    pair, control = style_aligned(one_level, [2]), style_aligned(one_level, [2, 2])
+    whole = draw(one_level, (control,), prompts, seeds)
+    parts = [draw(one_level, (pair,), prompts[i : i + 2], seeds[i : i + 2]) for i in (0, 2)]
     np.testing.assert_allclose(whole, np.concatenate(parts), atol=2e-5)
-    np.testing.assert_allclose(draw(tiny_pipeline, (control,), prompts, seeds, batch_size=2), whole, atol=2e-5)
-    np.testing.assert_allclose(draw(tiny_pipeline, (control,), prompts, seeds, mesh=data_mesh(2)), whole, atol=2e-5)
+    np.testing.assert_allclose(draw(one_level, (control,), prompts, seeds, batch_size=2), whole, atol=2e-5)
+    np.testing.assert_allclose(draw(one_level, (control,), prompts, seeds, mesh=data_mesh(2)), whole, atol=2e-5)
     for options in ({"batch_size": 3}, {"mesh": data_mesh(4)}):
         with pytest.raises(InputError, match="expected a batch size, and a share of each device, of whole groups"):
-            draw(tiny_pipeline, (control,), prompts, seeds, **options)
+            draw(one_level, (control,), prompts, seeds, **options)
     check_together(aligned.bind([2, 2]), 4, 2)
 
 
-def test_a_real_reference_is_held_to_its_inversion(tiny_pipeline):
-    pipe = tiny_pipeline
+def test_a_real_reference_is_held_to_its_inversion(one_level):
+    pipe = one_level
     picture = np.random.default_rng(0).integers(0, 255, (1, 16, 16, 3), np.uint8)
     found = pipe.invert(picture, ["a dog"], steps=4, guidance_scale=2.0)
     control = style_aligned(pipe, [3], shift=math.log(2))
@@ -214,25 +214,25 @@ def test_a_real_reference_is_held_to_its_inversion(tiny_pipeline):
         ([2], {"level": 0.5, "sites": "attn1"}, "expected the one or the other"),
     ],
 )
-def test_bad_groups_are_one_clear_line(tiny_pipeline, groups, options, message):
+def test_bad_groups_are_one_clear_line(one_level, groups, options, message):
     with pytest.raises(InputError, match=message):
-        style_aligned(tiny_pipeline, groups, **options)
+        style_aligned(one_level, groups, **options)
 
 
-def test_groups_must_be_those_of_the_batch(tiny_pipeline):
+def test_groups_must_be_those_of_the_batch(one_level):
     with pytest.raises(InputError, match=r"peers: found 4 rows, expected 1 or 3"):
-        draw(tiny_pipeline, (style_aligned(tiny_pipeline, [4]),))
+        draw(one_level, (style_aligned(one_level, [4]),))
 
 
-def test_a_layout_needs_the_own_keys_first(tiny_pipeline):
-    made = dense_diffusion(tiny_pipeline, ["a dog"] * 2, [[Segment("a dog", np.eye(16))]] * 2)
-    validate((style_aligned(tiny_pipeline, [2]), made.control), sites(tiny_pipeline.unet.config, (8, 8)))
+def test_a_layout_needs_the_own_keys_first(one_level):
+    made = dense_diffusion(one_level, ["a dog"] * 2, [[Segment("a dog", np.eye(16))]] * 2)
+    validate((style_aligned(one_level, [2]), made.control), sites(one_level.unet.config, (8, 8)))
     for options in ({"full": True}, {"swap": True}):
-        control = style_aligned(tiny_pipeline, [2], share_group_norm=False, **options)
+        control = style_aligned(one_level, [2], share_group_norm=False, **options)
         with pytest.raises(InputError, match=r"exclude each other at .*attn1: both set its places of the keys"):
-            validate((control, made.control), sites(tiny_pipeline.unet.config, (8, 8)))
+            validate((control, made.control), sites(one_level.unet.config, (8, 8)))
 
 
-def test_one_trace_for_any_numbers(tiny_pipeline):
-    made = [style_aligned(tiny_pipeline, [3], scale=s, strength=w) for s, w in ((1.0, 1.0), (0.4, 0.0))]
+def test_one_trace_for_any_numbers(one_level):
+    made = [style_aligned(one_level, [3], scale=s, strength=w) for s, w in ((1.0, 1.0), (0.4, 0.0))]
     assert jax.tree.structure(made[0]) == jax.tree.structure(made[1])  # static fields are in it, too

@@ -150,8 +150,8 @@ def unguided(pipe, noise, steps, **more):
     return pipe.draw(request, output="latent")
 
 
-def test_without_injection_adain_or_a_skipped_step_it_is_plain_ddim(tiny_pipeline):
-    pipe, steps = tiny_pipeline, 5
+def test_without_injection_adain_or_a_skipped_step_it_is_plain_ddim(one_level):
+    pipe, steps = one_level, 5
     kwargs = {"steps": steps, "label": "own", "record": style_id_sites(pipe)}
     found = pipe.invert(PICTURES, **kwargs)
     off = style_id(found, found, [(0, 1), (1, 0)], strength=0.0)
@@ -159,9 +159,9 @@ def test_without_injection_adain_or_a_skipped_step_it_is_plain_ddim(tiny_pipelin
     np.testing.assert_array_equal(got, plain)
 
 
-def test_the_first_step_is_skipped_as_in_the_authors_code(tiny_pipeline):
+def test_the_first_step_is_skipped_as_in_the_authors_code(one_level):
     """49 of 50 evaluations, from the noise at 999 given to timestep 961."""
-    pipe = tiny_pipeline
+    pipe = one_level
     found = pipe.invert(PICTURES[:1], steps=50, label="own")
     solver = DDIM.create(pipe.schedule, 50)
     assert int(solver.timesteps[1]) == 961 and found.states.shape[1] == 51
@@ -177,8 +177,8 @@ def test_the_first_step_is_skipped_as_in_the_authors_code(tiny_pipeline):
 
 
 @pytest.mark.parametrize("label", ["own", "next"])
-def test_the_two_modes_draw_the_same_picture(tiny_pipeline, label):
-    pipe, steps = tiny_pipeline, 5
+def test_the_two_modes_draw_the_same_picture(one_level, label):
+    pipe, steps = one_level, 5
     where = style_id_sites(pipe)
     found = pipe.invert(PICTURES, steps=steps, label=label, record=where)
     start = style_id_start(found, found, [(0, 1)])
@@ -192,8 +192,8 @@ def test_the_two_modes_draw_the_same_picture(tiny_pipeline, label):
     np.testing.assert_array_equal(both[:2], np.asarray(pipe.encode_images(PICTURES)))
 
 
-def test_recorded_features_are_those_of_the_states(tiny_pipeline):
-    pipe, site = tiny_pipeline, style_id_sites(tiny_pipeline)
+def test_recorded_features_are_those_of_the_states(one_level):
+    pipe, site = one_level, style_id_sites(one_level)
     found = pipe.invert(PICTURES, ["a dog", "a car"], steps=3, guidance_scale=2.0, record=site, label="own")
     context = pipe.encode_prompt(["a dog", "a car"]).context
     t = int(DDIMInversion.create(pipe.schedule, 3, "own").timesteps[1])
@@ -220,8 +220,8 @@ def test_the_default_sites_are_those_of_the_authors():
     assert len(style_id_sites(pipe, "diffusers").split("|")) == 5
 
 
-def test_bad_input_is_one_clear_line(tiny_pipeline):
-    pipe = tiny_pipeline
+def test_bad_input_is_one_clear_line(one_level):
+    pipe = one_level
     where = style_id_sites(pipe)
     found = pipe.invert(PICTURES[:1], steps=2, record=where)
     with pytest.raises(InputError, match="without the same recorded sites"):
