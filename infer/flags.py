@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from infer.methods.method import Flags as Base
 from infer.methods.registry import Flags
@@ -30,11 +31,14 @@ class Plain(Base):
         prompts: a .txt (one prompt per line), .jsonl (one object per line: prompt, and optionally negative_prompt,
             seed, steps, guidance_scale, guidance_rescale, sampler, height, width, image, mask, strength, id, and the
             fields of methods) or .csv file, or "builtin"; without either flag the built-in prompts are drawn
-        out: folder for the PNGs, manifest.jsonl, contact_sheet.png and gallery.html
-        negative_prompt: what to steer away from, for rows without their own
+        num_images: images of each prompt or row, with seeds that count up
+        out: folder for the PNGs, manifest.jsonl, contact_sheet.png and gallery.html; the same command goes on with what
+            it holds; default: the first of gallery, gallery-2, ... that is not there yet
+        negative_prompt: what to steer away from, for rows without their own; "" is encoded, none at all is zeros for a
+            model trained so (SDXL base)
         steps: denoising steps, from 1 to the 1000 with which models are usually trained; default: the model's own; for
             StyleID 50, or 20 with --pairing diffusers
-        guidance_scale: classifier-free guidance, 1 for none (no unit); default: the model's own
+        guidance_scale: classifier-free guidance, at most 1 for none (no unit); default: the model's own
         guidance_rescale: how far to reduce guided predictions to the unguided contrast, 0 to 1 (no unit)
         sampler: the solver, such as ddim, euler, euler_ancestral, dpmpp_2m_karras; default: the model's own, or ddim
             for StyleID
@@ -43,12 +47,14 @@ class Plain(Base):
         image: a picture to start from (image-to-image)
         mask: a picture, white where `image` is to be repainted (inpainting)
         strength: how much of `image` is drawn anew, above 0 and up to 1
-        seed: seed of row 0, 0 to 2^32 - 1; row k draws with seed + k unless it has its own
+        seed: seed of row 0, 0 to 2^64 - 1; row k draws with seed + k unless it has its own; -1 draws one at random for
+            each row, once for a folder
         batch_size: images denoised together (more are faster, but need more memory); no image depends on it
         dtype: number format of weights and computation; auto is the one in which the weights are stored
         tile: decode large images in tiles of this many pixels, in the memory of one
         devices: number of accelerators (or CPU devices) that share a batch; default: all, up to one per image
-        resume: keep the rows that this folder already holds with the same settings
+        resume: keep the rows that the folder already holds with the same settings, even if another command drew them
+        overwrite: remove what the folder holds of an earlier job, and start anew
         strict: draw nothing if any row is bad
         dry_run: check the rows, print the plan, draw nothing
     """
@@ -56,8 +62,9 @@ class Plain(Base):
     model: str = "mini"
     prompt: str | None = None
     prompts: str | None = None
-    out: str = "gallery"
-    negative_prompt: str = ""
+    num_images: int = 1
+    out: str | None = None
+    negative_prompt: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
@@ -73,21 +80,49 @@ class Plain(Base):
     tile: int | None = None
     devices: int | None = None
     resume: bool = False
+    overwrite: bool = False
     strict: bool = False
     dry_run: bool = False
+
+    #: What other tools call these flags.
+    aliases: ClassVar[Mapping[str, str]] = {
+        "num_inference_steps": "steps",
+        "ddim_steps": "steps",
+        "scheduler": "sampler",
+        "num_images_per_prompt": "num_images",
+        "num_outputs": "num_images",
+        "n_iter": "num_images",
+        "n_samples": "num_images",
+        "W": "width",
+        "H": "height",
+        "scale": "guidance_scale",
+        "cfg": "guidance_scale",
+        "cfg_scale": "guidance_scale",
+        "negative": "negative_prompt",
+        "init_image": "image",
+        "init_img": "image",
+        "mask_image": "mask",
+        "from_file": "prompts",
+        "outdir": "out",
+        "output": "out",
+        "output_dir": "out",
+        "ckpt": "model",
+        "pretrained_model_name_or_path": "model",
+        "precision": "dtype",
+    }
 
     def __post_init__(self) -> None:
         """Refuse flags out of range."""
         super().__post_init__()
         if self.prompt is not None and self.prompts is not None:
             raise InputError("--prompt and --prompts: found both, expected one of them")
-        check_text("--negative-prompt", self.negative_prompt)
         check_seed("--seed", self.seed)
         if self.steps is not None:
             check_steps("--steps", self.steps)
         if self.guidance_scale is not None:
             check_number("--guidance-scale", self.guidance_scale)
         for flag, value, check in (
+            ("--negative-prompt", self.negative_prompt, check_text),
             ("--sampler", self.sampler, check_sampler),
             ("--height", self.height, check_pixels),
             ("--width", self.width, check_pixels),
@@ -99,7 +134,10 @@ class Plain(Base):
         ):
             if value is not None:
                 check(flag, value)
-        for flag, value in (("--batch-size", self.batch_size), ("--devices", self.devices)):
+        if self.resume and self.overwrite:
+            raise InputError("--resume and --overwrite: found both, expected one of them")
+        counts = ("--batch-size", self.batch_size), ("--devices", self.devices), ("--num-images", self.num_images)
+        for flag, value in counts:
             if value is not None and value < 1:
                 raise InputError(f"{flag}: found {value}, expected at least 1")
 

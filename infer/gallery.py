@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import html
-import os
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from infer.captions import font, wrapped
 from infer.png import write_whole
 
 CELL = 208  # pixels: the width at which pictures are shown; small ones are enlarged to the nearest whole multiple
@@ -75,17 +76,17 @@ def write_contact_sheet(folder: Path, items: Sequence[Item], title: str, columns
     height = max(_shown_height(picture) for item in shown for picture in item.pictures)
     most = max(len(item.pictures) for item in shown)
     columns = columns or max(1, min(len(shown), 6 // most))
-    font, heading = ImageFont.load_default(13), ImageFont.load_default(18)
+    small, heading = font(13), font(18)
     gap, line_height = 14, 17
     cell = most * width + (most - 1) * 4
-    captions = [_wrapped(item.caption, font, cell, lines=3) for item in shown]
+    captions = [wrapped(item.caption, small, cell, lines=3) for item in shown]
     rows = [range(start, min(start + columns, len(shown))) for start in range(0, len(shown), columns)]
     heights = [height + 6 + line_height * max(len(captions[index]) for index in row) + gap for row in rows]
     sheet = Image.new("RGB", (gap + columns * (cell + gap), 2 * gap + 24 + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     hidden = f" (first {len(shown)} of {len(drawn)})" if len(drawn) > len(shown) else ""
-    heading_line = _wrapped(title + hidden, heading, sheet.width - 2 * gap, lines=1)[0]
-    draw.text((gap, gap), heading_line, fill="#111", font=heading)
+    heading_line = wrapped(title + hidden, heading, sheet.width - 2 * gap, lines=1)[0]
+    heading.draw(draw, (gap, gap), heading_line, "#111")
     top = 2 * gap + 24
     for row, row_height in zip(rows, heights, strict=True):
         for column, index in enumerate(row):
@@ -93,12 +94,12 @@ def write_contact_sheet(folder: Path, items: Sequence[Item], title: str, columns
             for place, picture in enumerate(shown[index].pictures):
                 sheet.paste(_scaled(folder / picture.file, picture), (left + place * (width + 4), top))
             for number, line in enumerate(captions[index]):
-                draw.text((left, top + height + 6 + number * line_height), line, fill="#222", font=font)
+                small.draw(draw, (left, top + height + 6 + number * line_height), line, "#222")
         top += row_height
     path = folder / "contact_sheet.png"
-    temporary = folder / f".contact_sheet.{os.getpid()}.tmp"
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
+    content = io.BytesIO()
+    sheet.save(content, format="PNG")
+    write_whole(path, content.getvalue())
     return path
 
 
@@ -117,27 +118,6 @@ def _scaled(path: Path, picture: Picture) -> Image.Image:
     with Image.open(path) as image:
         size = (_shown_width(picture), _shown_height(picture))
         return image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
-    """Break `text` at spaces (and within words too long for a line) into at most `lines` lines of `width` pixels."""
-    result = [""]
-    for word in text.split():
-        if font.getlength(f"{result[-1]} {word}".strip()) <= width:
-            result[-1] = f"{result[-1]} {word}".strip()
-            continue
-        if result[-1]:
-            result.append("")
-        for letter in word:
-            if font.getlength(result[-1] + letter) > width:
-                result.append("")
-            result[-1] += letter
-    if len(result) > lines:
-        result = result[:lines]
-        while result[-1] and font.getlength(result[-1] + "...") > width:
-            result[-1] = result[-1][:-1]
-        result[-1] += "..."
-    return result
 
 
 def _fact(key: str, value: str) -> str:

@@ -5,41 +5,26 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
+from infer.batches import plan
+from infer.drawing import Drawing, cells_of, open_pictures, request
 from infer.flags import Config
+from infer.folder import Folder, digest
 from infer.manifest import Manifest
 from infer.measure import CompileClock
-from infer.methods import method as made
-from infer.methods.registry import Bucket, Methods
-from infer.pictures import open_picture, picture_size
-from infer.png import setting_chunks, write_png
-from infer.report import Times, summary, write_overview
+from infer.methods.registry import Methods
+from infer.pictures import picture_size
+from infer.report import summary, write_overview
 from infer.rows import BadRow, Defaults, Row, check_steps, read_rows, rows_of_objects, rows_of_prompts
-from jaxmix.command import enable_compilation_cache, progress
-from jaxmix.pipeline.batching import pack
+from jaxmix.command import enable_compilation_cache
 from jaxmix.samplers import image_to_image_start, make_solver
-from jaxmix.types import InputError
+from jaxmix.types import InputError, TruncatedPromptWarning
 
 BUILTIN_PROMPTS = Path(__file__).with_name("prompts.txt")
-
-
-class FilledBatch(NamedTuple):
-    """Rows of a bucket to draw together, with repetitions to fill up the batch, and the places of those that count."""
-
-    bucket: Bucket
-    filled: list[Row]
-    kept: np.ndarray
-    groups: tuple[int, ...]
-
-    @property
-    def rows(self) -> list[Row]:
-        """The rows, each once."""
-        return [self.filled[i] for i in self.kept]
 
 
 def run_job(config: Config, wanted: str = "") -> int:
@@ -65,14 +50,15 @@ def collect_rows(config: Config, methods: Methods) -> tuple[list[Row], list[BadR
     named = next((found for m in methods.all if (found := m.objects()) is not None), None)
     if named is not None and config.prompts is None:
         prompt = {} if config.prompt is None else {"prompt": config.prompt}
-        rows, bad = rows_of_objects([(where, {**prompt, **held}) for where, held in named], defaults, fields)
+        objects = [(where, {**prompt, **held}) for where, held in named]
+        rows, bad = rows_of_objects(objects, defaults, fields, config.num_images)
     elif config.prompt is not None:
-        rows, bad = rows_of_prompts([config.prompt], defaults, fields)
+        rows, bad = rows_of_prompts([config.prompt], defaults, fields, config.num_images)
     elif config.prompts is None and methods.wanted is not None:
         raise InputError(methods.wanted.needs_rows)
     else:
         chosen = BUILTIN_PROMPTS if config.prompts in (None, "builtin") else Path(config.prompts)
-        rows, bad = read_rows(chosen, defaults, fields)
+        rows, bad = read_rows(chosen, defaults, fields, config.num_images)
     rows = methods.arrange(rows)
     if not bad:  # a bad row may be the one a flag is meant for
         methods.check_flags(rows)
@@ -102,67 +88,60 @@ def draw(
     mesh: Any = None,
     methods: Methods | None = None,
 ) -> int:
-    """Draw all good rows with the pipeline that `load` returns, and write everything into config.out.
+    """Draw all good rows with the pipeline that `load` returns, and write everything into the job's folder.
 
-    Returns 2 if there were bad rows, else 0. Raises InputError if nothing can be drawn.
+    Returns 2 if there were bad rows, 130 if the job was interrupted, else 0. Raises InputError if nothing can be drawn.
     """
     started = time.monotonic()
     methods = methods or Methods(config)
     refuse(config, rows, bad)
+    folder = Folder(config, methods.wanted.name if methods.wanted is not None else "")
+    rows = folder.seeded(rows)
     cache = enable_compilation_cache()
     clock = CompileClock()
-    with clock:
+    with clock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncatedPromptWarning)  # `warn_of_cuts` names the rows
         pipe = load()
         for method in methods.all:
             method.open(pipe)
-        rows, unfit = complete(rows, pipe, methods)
+        common = {"model": config.model, "dtype": config.dtype}
+        rows, unfit = complete(rows, pipe, methods, config.tile, common)
         bad = sorted([*bad, *unfit], key=lambda row: row.number)
         refuse(config, rows, bad)
         report(bad)
         cuts = warn_of_cuts(pipe, rows)
-
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
-        common = {"model": config.model, "dtype": config.dtype}
-        manifest = Manifest(out, resume=config.resume)
-        done = [manifest.holds(row.file_name, {**methods.settings(row), **common}) for row in rows]
-        todo = methods.undone(rows, done)
-        batches = plan(config, rows, todo, mesh, methods, pipe)
-        if config.dry_run:
-            return 2 if bad else 0
-        for failed in bad:
-            manifest.add_error(failed.number, failed.where, failed.reason)
-        times = Times()
-        drawing_from, compiled_before = time.monotonic(), clock.seconds
-        with progress(len(todo), "draw", "images") as bar:
-            for part in batches:
-                images, shape = render(pipe, part, mesh, config.tile, times, clock)
-                begun = time.monotonic()
-                for row, image in zip(part.rows, images, strict=True):
-                    settings = {**methods.settings(row), **common}
-                    height, width = image.shape[:2]
-                    chunks = setting_chunks(settings, (width, height))
-                    size_bytes = write_png(out / row.file_name, image, chunks)
-                    for method in methods.of(row):
-                        method.write_inputs(row, out)
-                    extra = {"width": width, "height": height, "latents": shape, "bytes": size_bytes}
-                    manifest.add_image(row.file_name, settings, extra | ({"cut": cuts[row]} if row in cuts else {}))
-                times.png += time.monotonic() - begun
-                times.images += len(part.rows)
-                bar.update(len(part.rows))
-    times.drawing = time.monotonic() - drawing_from - (clock.seconds - compiled_before)
+        if not config.dry_run:
+            folder.claim()
+        with Manifest(folder.path) as manifest:
+            done = [manifest.holds(row.file_name, {**methods.settings(row), **common}) for row in rows]
+            todo = methods.undone(rows, done)
+            batches = plan(config, folder.path, rows, todo, mesh, methods, pipe)
+            if config.dry_run:
+                return 2 if bad else 0
+            for failed in bad:
+                manifest.add_error(failed.number, failed.where, failed.reason)
+            drawing = Drawing(pipe, mesh, config.tile, methods, folder.path, manifest, cuts, common)
+            interrupted = drawing.run(batches, len(todo), clock)
+    bad = sorted([*bad, *drawing.failed], key=lambda row: row.number)
+    times = drawing.times
     times.compile = clock.seconds
     times.whole = time.monotonic() - started
-    write_overview(out, config.model, rows, bad, manifest, times, cuts, methods)
-    print(f"wrote {out / 'gallery.html'}, contact_sheet.png, manifest.jsonl and {times.images} PNGs")
+    write_overview(folder.path, config.model, rows, bad, manifest, times, cuts, methods)
+    print(f"wrote {folder.path / 'gallery.html'}, contact_sheet.png, manifest.jsonl and {times.images} PNGs")
     print(summary(times, clock, cached=cache is not None))
+    if interrupted:
+        print(f"interrupted after {times.images} of {len(todo)} images; go on with: {folder.again()}", file=sys.stderr)
+        return 130
     return 2 if bad else 0
 
 
-def complete(rows: Sequence[Row], pipe: Any, methods: Methods) -> tuple[list[Row], list[BadRow]]:
+def complete(
+    rows: Sequence[Row], pipe: Any, methods: Methods, tile: int | None = None, common: Mapping[str, Any] | None = None
+) -> tuple[list[Row], list[BadRow]]:
     """Fill in what follows from the model and the rows' pictures, and sort out rows that this model cannot draw."""
     good, bad = [], []
     most, factor = pipe.schedule.num_train_timesteps, pipe.vae.config.factor
+    cells = cells_of(tile, factor)
     for row in rows:
         try:
             height, width = (side * factor for side in pipe.latent_shape[:2])
@@ -175,11 +154,14 @@ def complete(rows: Sequence[Row], pipe: Any, methods: Methods) -> tuple[list[Row
             for key in ("height", "width"):
                 if (pixels := getattr(whole, key)) % factor:
                     raise InputError(f"{key}: found {pixels}, expected a multiple of {factor} pixels")
+            pipe.check_size(whole.height // factor, whole.width // factor, cells, row.image is not None)
             if row.image is not None:
                 image_to_image_start(whole.steps, row.strength)
             open_pictures([whole])
             make_solver(whole.sampler, pipe.schedule, whole.steps)
             whole = methods.complete(whole, pipe)
+            mark = digest({**methods.settings(whole), **(common or {}), "row": None})
+            whole = dataclasses.replace(whole, mark=mark)
         except InputError as error:
             bad.append(BadRow(row.number, row.where, str(error)))
             continue
@@ -193,110 +175,13 @@ def warn_of_cuts(pipe: Any, rows: Sequence[Row]) -> dict[Row, str]:
     """Print a line for each prompt too long for the text encoder; return the words that each row lost."""
     cuts: dict[Row, str] = {}
     prompts = [(row, text) for row in rows for text in row.texts]
-    for key, read in (("prompt", prompts), ("negative_prompt", [(row, row.negative_prompt) for row in rows])):
+    for key, read in (("prompt", prompts), ("negative_prompt", [(row, row.negative_prompt or "") for row in rows])):
         _, cut = pipe.tokenize([text for _, text in read])
         for (row, _), words in zip(read, cut, strict=True):
             if words:
                 print(f"warning: {row.where}: {key} is too long for the model; cut off: {words!r}", file=sys.stderr)
                 cuts[row] = "; ".join(filter(None, (cuts.get(row), words)))
     return cuts
-
-
-def request(rows: Sequence[Row]) -> Any:
-    """Return the `jaxmix.Request` of completed rows that share their program, before methods extend it."""
-    import jaxmix
-
-    first = rows[0]
-    return jaxmix.Request(
-        prompts=[row.texts[0] for row in rows],
-        negatives=[row.negative_prompt or None for row in rows],
-        seeds=[row.seed for row in rows],
-        guidance_scale=[row.guidance_scale for row in rows],  # type: ignore[misc]
-        guidance_rescale=[row.guidance_rescale for row in rows],
-        steps=first.steps,
-        sampler=first.sampler,
-        height=first.height,
-        width=first.width,
-        **open_pictures(rows),
-    )
-
-
-def open_pictures(rows: Sequence[Any]) -> dict[str, Any]:
-    """Return the start pictures of rows that share their program, as arguments of a request."""
-    first = rows[0]
-    pictures: dict[str, Any] = {}
-    if first.image is not None:
-        pictures["images"] = np.stack([open_picture(row.image, row.height, row.width) for row in rows])
-        pictures["strength"] = first.strength
-    if first.mask is not None:
-        pictures["masks"] = np.stack([open_picture(row.mask, row.height, row.width, mask=True) for row in rows])
-    return pictures
-
-
-def render(
-    pipe: Any, batch: FilledBatch, mesh: Any, tile: int | None, times: Times, clock: CompileClock
-) -> tuple[np.ndarray, list[int]]:
-    """Draw rows that share their program; return images (b, H, W, 3) uint8 and the latents' shape of one image."""
-    asked = request(batch.filled)
-    latents = pipe.draw(asked, build(pipe, asked, batch), mesh=mesh, output="latent")
-    begun, compiled_before = time.monotonic(), clock.seconds
-    cells = None if tile is None else max(1, tile // pipe.vae.config.factor)
-    images = np.asarray(pipe.decode(latents, mesh=mesh, tile=cells))
-    times.decode += time.monotonic() - begun - (clock.seconds - compiled_before)
-    return images[batch.kept], list(latents.shape[1:])
-
-
-def build(pipe: Any, asked: Any, batch: FilledBatch) -> list[Any]:
-    """Return the `jaxmix.Method`s of a batch; their inversions use the weights of the batch."""
-    from jaxmix.pipeline.request import WEIGHTS
-
-    methods, weights = batch.bucket.methods, batch.bucket.weights
-    rows = made.BatchRows(batch.filled, batch.groups, frozenset(method.name for method in methods), weights)
-    of_model = [one for method in methods if method.part_of_model for one in method.build(pipe, rows)]
-    for one in of_model:
-        if one.when == WEIGHTS:
-            asked = one.apply(pipe, asked)
-    pipe = pipe.merged(asked.weights) if of_model else pipe  # cached, so that drawing need not merge again
-    return [*of_model, *(one for method in methods if not method.part_of_model for one in method.build(pipe, rows))]
-
-
-def plan(
-    config: Config, rows: Sequence[Row], todo: Sequence[Row], mesh: Any, methods: Methods, pipe: Any
-) -> list[FilledBatch]:
-    """Return the batches, after printing what each program will draw, before anything is compiled."""
-    held = []
-    kept = len(rows) - len(todo)
-    devices = 1 if mesh is None else mesh.size
-    print(
-        f"plan: {len(todo)} images with {config.model} into {config.out}/"
-        + (f", {kept} kept from before" if kept else "")
-        + f", {devices} device{'s' * (devices > 1)}"
-    )
-    for bucket in methods.buckets(todo):
-        first = bucket.rows[0]
-        parts = list(batches_of(bucket, config.batch_size, devices))
-        held += parts
-        size, batches = len(parts[0].filled), len(parts)
-        start = "" if first.image is None else f", strength {first.strength:g}" + ", masked" * (first.mask is not None)
-        row_of = {m: next(row for row in bucket.rows if m in methods.of(row)) for m in bucket.methods}
-        start += "".join(f", {method.plan(row)}" for method, row in row_of.items())
-        note = "".join(method.note(pipe, bucket.rows, size) for method in bucket.methods)
-        print(
-            f"  {first.steps} steps of {first.sampler}, {first.width}x{first.height}{start}: {len(bucket.rows)} images "
-            f"in {batches} batch{'es' * (batches > 1)} of {size}{note}",
-            flush=True,
-        )
-    return held
-
-
-def batches_of(bucket: Bucket, size: int, devices: int) -> Iterator[FilledBatch]:
-    """Cut a bucket into batches of one size: a multiple of the devices, no more than needed, and whole groups."""
-    n = len(bucket.rows)
-    size = -(-min(size, n) // devices) * devices
-    if bucket.groups is not None:  # a group is drawn on one device, whatever the size
-        size = max(size, devices * max(bucket.groups))
-    for batch in pack(n, size, devices, bucket.groups):
-        yield FilledBatch(bucket, [bucket.rows[i] for i in batch.rows], batch.kept, batch.groups)
 
 
 def refuse(config: Config, rows: Sequence[Row], bad: Sequence[BadRow]) -> None:

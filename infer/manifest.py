@@ -1,45 +1,66 @@
-"""manifest.jsonl: one line per image or bad row, appended as they come, so that an interrupted run can be resumed."""
+"""Manifests: one line per image or bad row, appended as they come, so that an interrupted run can be resumed.
+
+Each process writes a file of its own, `manifest-HOST-PID.jsonl`. When it ends, and when another run begins, the files
+of processes that have ended are merged into `manifest.jsonl`. No picture depends on a manifest alone: a PNG has its
+settings inside, so one without a line is found again.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from infer.png import read_settings
+from infer.png import read_settings, size_of_png, write_whole
+
+try:
+    import fcntl
+except ImportError:  # Windows: files of other processes are read, and stay
+    fcntl = None  # type: ignore[assignment]
+
+MERGED = "manifest.jsonl"
+_LARGEST = 1 << 20  # pixels of a side
 
 
 class Manifest:
-    """The manifest of one output folder.
+    """The manifests of one output folder, read; lines are added to this process's own.
 
     A line holds `status` ("ok" or "error") and, for an image, `file` and its settings; the last line about a file wins.
-    With `resume` the old lines are kept and read; without it the manifest is replaced when the first line is added.
+    Use it in a `with`, which merges at the end.
     """
 
-    def __init__(self, folder: Path, resume: bool = False) -> None:
-        self.path = folder / "manifest.jsonl"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname()) or "host"
+        self.path = folder / f"manifest-{host}-{os.getpid()}.jsonl"
+        self._file: Any = None
         self._images: dict[str, dict[str, Any]] = {}
         self._errors: set[tuple[int, str]] = set()
-        self._fresh = not resume
-        if resume and self.path.exists():
-            text = self.path.read_text(encoding="utf-8", errors="replace")
-            for line in text.split("\n"):
-                self._remember(line)
-            if text and not text.endswith("\n"):  # truncated when an earlier run ended: keep it off the next line
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write("\n")
+        merge(folder)
+        for record in read_records(folder):
+            self._remember(record)
 
     def holds(self, file: str, settings: Mapping[str, Any]) -> bool:
-        """Return whether `file` is recorded with exactly these settings and the PNG is whole and says the same."""
-        record, path = self._images.get(file), self.path.parent / file
-        if record is None or any(record.get(key) != value for key, value in settings.items()):
+        """Return whether the PNG `file` is there, whole, with exactly these settings; it may lack its line."""
+        path = self.folder / file
+        record = self._images.get(file)
+        if not path.is_file() or (record is not None and path.stat().st_size != record.get("bytes")):
             return False
-        return path.exists() and path.stat().st_size == record.get("bytes") and read_settings(path) == dict(settings)
+        if read_settings(path) != json.loads(json.dumps(settings)):
+            return False
+        if record is None:
+            width, height = size_of_png(path)
+            self.add_image(file, settings, {"width": width, "height": height, "bytes": path.stat().st_size})
+        return True
 
-    def record(self, file: str) -> dict[str, Any]:
-        """Return the line about `file`."""
-        return self._images[file]
+    def record(self, file: str) -> dict[str, Any] | None:
+        """Return the line about `file`, None if there is none."""
+        return self._images.get(file)
 
     def add_image(self, file: str, settings: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Append the line of an image whose PNG has been written."""
@@ -50,21 +71,130 @@ class Manifest:
         if (row, reason) not in self._errors:
             self._append({"row": row, "status": "error", "where": where, "error": reason})
 
-    def _append(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, ensure_ascii=False)
-        with self.path.open("w" if self._fresh else "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        self._fresh = False
-        self._remember(line)
+    def close(self) -> None:
+        """Merge this process's lines with those of others that have ended."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        merge(self.folder, self.path)
 
-    def _remember(self, line: str) -> None:
+    def __enter__(self) -> Manifest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+            _lock(self._file)  # says that this process is at work
+        before = self._file.tell()
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(28, os.strerror(28))  # a disk that is full takes what it can
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self._remember(record)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        if record["status"] == "ok":
+            self._images[record["file"]] = record
+        else:
+            self._errors.add((record["row"], record["error"]))
+
+
+def manifest_files(folder: Path) -> Iterator[Path]:
+    """Yield the manifests of a folder, the merged one first."""
+    if (folder / MERGED).is_file():
+        yield folder / MERGED
+    yield from sorted(folder.glob("manifest-*.jsonl"))
+
+
+def read_records(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of all manifests of a folder that can be read."""
+    for path in manifest_files(folder):
+        with contextlib.suppress(FileNotFoundError):  # merged by another process meanwhile
+            yield from _records(path.read_bytes())
+
+
+def merge(folder: Path, own: Path | None = None) -> None:
+    """Write the lines of processes that have ended into `manifest.jsonl`, the last about each file, by row.
+
+    `own` is the file of this process, which has ended in any case.
+    """
+    with _locked(folder) as alone, contextlib.ExitStack() as opened:
+        ended = []
+        for path in sorted(folder.glob("manifest-*.jsonl")) if alone else [own] if own is not None else []:
+            if path.is_file():
+                file = opened.enter_context(path.open("rb"))
+                if path == own or _lock(file):
+                    ended.append((path, file.read()))
+        if ended:
+            lines = [*(_records((folder / MERGED).read_bytes()) if (folder / MERGED).is_file() else ())]
+            for _, content in ended:
+                lines += _records(content)
+            images = {record["file"]: record for record in lines if record["status"] == "ok"}
+            drawn = {record["row"] for record in images.values() if "row" in record}
+            errors = {(r["row"], r["error"]): r for r in lines if r["status"] == "error" and r["row"] not in drawn}
+            whole = sorted([*images.values(), *errors.values()], key=lambda record: record.get("row", 0))
+            content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in whole)
+            write_whole(folder / MERGED, content.encode("utf-8", "replace"))
+        for path, _ in ended:
+            path.unlink(missing_ok=True)
+
+
+def _records(content: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the lines that are what this module writes; damaged ones are lost, and no others."""
+    for line in content.decode("utf-8", "replace").split("\n"):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and _good(record):
+            yield record
+
+
+def _good(record: dict[str, Any]) -> bool:
+    def counts(key: str, most: int) -> bool:
+        return type(record.get(key)) is int and 0 <= record[key] <= most
+
+    if record.get("status") == "error":
+        return counts("row", 1 << 62) and all(isinstance(record.get(key), str) for key in ("where", "error"))
+    file = record.get("file")
+    if record.get("status") != "ok" or not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.png", file):
+        return False
+    sides = all(counts(key, _LARGEST) and record[key] for key in ("width", "height"))
+    return sides and counts("bytes", 1 << 62) and ("row" not in record or counts("row", 1 << 62))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock: one process at a time merges. Yields False where folders cannot be locked."""
+    if fcntl is None or not folder.is_dir():
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            yield False
             return
-        if not isinstance(record, dict):
-            return
-        if record.get("status") == "ok":
-            self._images[record["file"]] = record
-        elif record.get("status") == "error":
-            self._errors.add((record["row"], record["error"]))
+        yield True
+    finally:
+        os.close(handle)
+
+
+def _lock(file: Any) -> bool:
+    """Lock a manifest, as a process does while it is at work; return whether nobody else has."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,15 @@ def write_png(path: Path, image: np.ndarray, texts: Mapping[str, str]) -> int:
 def write_whole(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name beside `path`, then rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:  # a full disk: leave nothing half-written, and say where
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _viewer_name(sampler: str) -> str:
@@ -65,11 +73,19 @@ def setting_chunks(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[s
 def read_settings(path: Path) -> dict[str, Any] | None:
     """Return the settings in a PNG's `jaxmix` chunk, or None if the file is missing, damaged or not ours."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of decoders, about a file that may be anything
             image.load()  # the chunk may be anywhere, and a truncated file must not count as drawn
-            return json.loads(image.info["jaxmix"])
-    except (OSError, KeyError, ValueError, SyntaxError):
+            held = json.loads(image.info["jaxmix"])
+    except Exception:  # whatever a decoder raises, and JSON that is nested too deeply
         return None
+    return held if isinstance(held, dict) else None
+
+
+def size_of_png(path: Path) -> tuple[int, int]:
+    """Return the (width, height) of a PNG that `read_settings` could read."""
+    with Image.open(path) as image:
+        return image.size
 
 
 def _quoted(value: str) -> str:

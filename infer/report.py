@@ -42,9 +42,12 @@ def write_overview(
     methods: Methods,
 ) -> None:
     """Write gallery.html and contact_sheet.png of all rows of the job, drawn now or earlier."""
-    items = []
+    items: list[Item] = []
+    failed = {row.number for row in bad}
     for row in rows:
         record = manifest.record(row.file_name)
+        if record is None:  # not drawn, or not yet
+            continue
         shown = {"seed": str(row.seed), "steps": f"{row.steps} {row.sampler}", "guidance": f"{row.guidance_scale:g}"}
         if row.negative_prompt:
             shown["negative"] = row.negative_prompt
@@ -62,8 +65,11 @@ def write_overview(
         picture = Picture(row.file_name, record["width"], record["height"], label)
         caption = row.prompt or next(filter(None, (method.caption(row) for method in here)), "")
         items.append(Item(caption, [*inputs, picture], shown))
-    items += [Item("", error=str(failed)) for failed in bad]
-    facts = {"model": model, "images": str(len(rows))}
+    drawn = len(items)
+    items += [Item("", error=str(row)) for row in bad]
+    facts = {"model": model, "images": str(drawn)}
+    if missing := sum(row.number not in failed for row in rows) - drawn:
+        facts["not drawn yet"] = str(missing)
     if bad:
         facts["rows not drawn"] = str(len(bad))
     facts["date"] = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -71,7 +77,7 @@ def write_overview(
         facts["speed"] = f"{times.rate:.3g} images/s"
         facts["compile"] = f"{times.compile:.1f} s"
     write_gallery(out, items, f"Drawn by {Path(model).name}", facts)
-    write_contact_sheet(out, items, f"{Path(model).name}: {len(rows)} images")
+    write_contact_sheet(out, items, f"{Path(model).name}: {drawn} images")
 
 
 def summary(times: Times, clock: CompileClock, cached: bool) -> str:

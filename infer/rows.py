@@ -6,17 +6,21 @@ import csv
 import functools
 import io
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxmix.command import near_misses
 from jaxmix.samplers import SAMPLERS
-from jaxmix.types import InputError
+from jaxmix.samplers.noise import MAX_SEED
+from jaxmix.types import InputError, shown, whole
 
-MAX_SEED = 2**32 - 1
+FRESH = -1
+"""The seed that stands for one drawn at random, once for a job."""
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class Defaults:
     None is the model's own. `image` and `mask` are paths of pictures.
     """
 
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     seed: int = 0
     steps: int | None = None
     guidance_scale: float | None = None
@@ -61,7 +65,8 @@ class Row(Defaults):
 
     `number` is the row's place in its file, from 0; `where` names it in messages. `complete` fills in what is None.
     `extra` holds the fields that methods added, and `named` says which fields the row itself sets. `parts` are the
-    prompts that a completed row's `prompt` is composed of, if any.
+    prompts that a completed row's `prompt` is composed of, if any. `mark` stands for everything that its picture
+    depends on.
     """
 
     number: int
@@ -71,6 +76,7 @@ class Row(Defaults):
     extra: tuple[tuple[str, Any], ...] = ()
     named: frozenset[str] = field(default=frozenset(), compare=False)
     parts: tuple[str, ...] = ()
+    mark: str = field(default="", compare=False)
 
     def __getitem__(self, key: str) -> Any:
         """Return a field that a method added."""
@@ -97,13 +103,13 @@ class Row(Defaults):
 
     @property
     def file_name(self) -> str:
-        """The name of the row's PNG: row number and seed, so that a run can be resumed and two seeds never clash."""
-        return f"{self.number:04d}_seed{self.seed}.png"
+        """The name of the row's PNG: row number, seed and `mark`, so that no two different pictures share one."""
+        return f"{self.number:04d}_seed{self.seed}_{self.mark}.png"
 
     def settings(self) -> dict[str, Any]:
         """Return the plain fields on which the image depends, as written into the PNG and the manifest."""
         held = asdict(self)
-        for key in ("where", "extra", "named", "parts"):
+        for key in ("where", "extra", "named", "parts", "mark"):
             del held[key]
         if self.image is None:
             del held["strength"]
@@ -130,10 +136,13 @@ class BadRow:
 FIELDS = ("prompt", "id", *(field.name for field in fields(Defaults)))
 
 
-def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None) -> tuple[list[Row], list[BadRow]]:
+def read_rows(
+    path: str | Path, defaults: Defaults, added: Fields | None = None, times: int = 1
+) -> tuple[list[Row], list[BadRow]]:
     """Read a .txt (one prompt per line), .jsonl (one object per line) or .csv file into good and bad rows.
 
-    An object's keys, or the names in the first line of a .csv file, are FIELDS and those that methods `added`.
+    Each is drawn so many `times`. An object's keys, or the names in the first line of a .csv file, are FIELDS and those
+    that methods `added`.
 
     Raises InputError if the file as a whole is of no use: missing, empty, not text, or of another kind.
     """
@@ -156,7 +165,7 @@ def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None)
             raise InputError(f"{path}: found the first line {','.join(names)!r}, expected one field name per column")
         cells = ((f"{path.name}:{table.line_num}", line) for line in table)
         try:
-            return _collect(cells, functools.partial(_from_cells, names), defaults, added or {})
+            return _collect(cells, functools.partial(_from_cells, names), defaults, added or {}, times)
         except csv.Error as error:
             raise InputError(f"{path}: line {table.line_num}: not a table: {error}") from None
     lines = text.split("\n")  # splitlines() would also split at U+2028, which JSON strings may hold
@@ -165,7 +174,7 @@ def read_rows(path: str | Path, defaults: Defaults, added: Fields | None = None)
     if not lines:
         raise InputError(f"{path}: the prompt file is empty")
     contents = ((f"{path.name}:{number + 1}", line.removesuffix("\r")) for number, line in enumerate(lines))
-    return _collect(contents, kinds[path.suffix], defaults, added or {})
+    return _collect(contents, kinds[path.suffix], defaults, added or {}, times)
 
 
 class Cell(str):
@@ -173,28 +182,30 @@ class Cell(str):
 
 
 def rows_of_prompts(
-    prompts: Iterable[str], defaults: Defaults, added: Fields | None = None
+    prompts: Iterable[str], defaults: Defaults, added: Fields | None = None, times: int = 1
 ) -> tuple[list[Row], list[BadRow]]:
     """Return rows for prompts given on the command line, under the same rules as the lines of a .txt file."""
-    return _collect((("--prompt", prompt) for prompt in prompts), _from_text, defaults, added or {})
+    return _collect((("--prompt", prompt) for prompt in prompts), _from_text, defaults, added or {}, times)
 
 
 def rows_of_objects(
-    objects: Iterable[tuple[str, Mapping[str, Any]]], defaults: Defaults, added: Fields | None = None
+    objects: Iterable[tuple[str, Mapping[str, Any]]], defaults: Defaults, added: Fields | None = None, times: int = 1
 ) -> tuple[list[Row], list[BadRow]]:
     """Return rows for (where, fields), under the same rules as the lines of a .jsonl file."""
-    return _collect(objects, dict, defaults, added or {})
+    return _collect(objects, dict, defaults, added or {}, times)
 
 
 def _collect(
-    contents: Iterable[tuple[str, Any]], parse: Any, defaults: Defaults, added: Fields
+    contents: Iterable[tuple[str, Any]], parse: Any, defaults: Defaults, added: Fields, times: int
 ) -> tuple[list[Row], list[BadRow]]:
     good: list[Row] = []
     bad: list[BadRow] = []
     owners: dict[str, str] = {}
-    for number, (where, line) in enumerate(contents):
+    for place, (where, line) in enumerate(contents):
+        number = place * times
         try:
             row = _row(number, where, parse(line), defaults, added)
+            again = [_again(row, k) for k in range(1, times)]
             if row.id is not None and row.id in owners:
                 raise InputError(f"id: found '{row.id}', which is already the id of {owners[row.id]}")
         except InputError as error:
@@ -202,8 +213,14 @@ def _collect(
             continue
         if row.id is not None:
             owners[row.id] = where
-        good.append(row)
+        good += [row, *again]
     return good, bad
+
+
+def _again(row: Row, k: int) -> Row:
+    """Return the k-th repetition of a row, with the seed that is k further on."""
+    seed = row.seed if row.seed == FRESH else check_seed("seed", row.seed + k)
+    return replace(row, number=row.number + k, seed=seed, id=None if row.id is None else f"{row.id}-{k + 1}")
 
 
 def _from_text(line: str) -> dict[str, Any]:
@@ -221,6 +238,8 @@ def _from_json(line: str) -> dict[str, Any]:
         raise InputError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise InputError("not a row: nested too deeply") from None
+    except ValueError:  # what Python says of a number with more than 4300 digits
+        raise InputError("not a row: holds a number with thousands of digits") from None
     if not isinstance(content, dict):
         raise InputError(f'expected an object like {{"prompt": "..."}}, found {kind_of(content)}')
     return content
@@ -245,7 +264,8 @@ def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults, a
         if "prompt" not in content:
             raise InputError("no field 'prompt'")
         given["prompt"] = content["prompt"]  # null is not a prompt; elsewhere it means that nothing is set
-    flags = {"prompt": "", **vars(defaults), "seed": defaults.seed + number}
+    seed = FRESH if defaults.seed == FRESH else defaults.seed + number
+    flags = {"prompt": "", **vars(defaults), "seed": seed}
     values: dict[str, Any] = {key: given[key] if key in given else flags.get(key) for key in FIELDS}
     checked: dict[str, Any] = {
         key: _checked(_CHECKS[key], key, value) for key, value in values.items() if value is not None or key == "prompt"
@@ -264,7 +284,7 @@ def _checked(check: Callable[[str, Any], Any], key: str, value: Any) -> Any:
     except InputError as error:
         try:
             read = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise error from None
         return check(key, read)
 
@@ -279,24 +299,20 @@ def check_text(key: str, value: Any) -> str:
 
 
 def check_seed(key: str, value: Any) -> int:
-    """Return `value` if it is a whole number from 0 to 2^32 - 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SEED:
-        raise InputError(f"{key}: found {kind_of(value)}, expected a whole number from 0 to {MAX_SEED}")
-    return value
+    """Return `value` if it is a whole number from 0 to 2^64 - 1, or -1 for one drawn at random."""
+    return _whole(key, value, FRESH, MAX_SEED, f"a whole number from 0 to {MAX_SEED}, or -1 for a fresh one")
 
 
 def check_steps(key: str, value: Any, most: int | None = None) -> int:
     """Return `value` if it is a whole number of denoising steps, at least 1 and at most `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
-        expected = "of at least 1" if most is None else f"from 1 to {most}"
-        raise InputError(f"{key}: found {kind_of(value)}, expected a whole number {expected}")
-    return value
+    return _whole(key, value, 1, most, f"a whole number {'of at least 1' if most is None else f'from 1 to {most}'}")
 
 
 def check_number(key: str, value: Any) -> float:
-    """Return `value` as a float if it is a finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{key}: found {kind_of(value)}, expected a number")
+    """Return `value` as a float if it is a number that float32 can hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= LARGEST:
+        finite = "" if not isinstance(value, (int, float)) or isinstance(value, bool) else " that float32 can hold"
+        raise InputError(f"{key}: found {kind_of(value)}, expected a number{finite}")
     return float(value)
 
 
@@ -309,9 +325,7 @@ def check_share(key: str, value: Any) -> float:
 
 def check_pixels(key: str, value: Any) -> int:
     """Return `value` if it is a whole number of pixels; the model's own limits are checked once it is known."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{key}: found {kind_of(value)}, expected a whole number of pixels")
-    return value
+    return _whole(key, value, 1, None, "a whole number of pixels")
 
 
 def check_sampler(key: str, value: Any) -> str:
@@ -337,6 +351,13 @@ def check_id(key: str, value: Any) -> str:
     return check_text(key, value)
 
 
+def _whole(key: str, value: Any, least: int, most: int | None, expected: str) -> int:
+    try:
+        return whole(key, value, least, most)
+    except InputError:
+        raise InputError(f"{key}: found {kind_of(value)}, expected {expected}") from None
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": check_text,
     "id": check_id,
@@ -357,9 +378,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 def kind_of(value: Any) -> str:
     names = {bool: "a truth value", str: "text", list: "a list", dict: "an object", type(None): "null"}
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return repr(value)
+        return shown(value)
     name = names.get(type(value), type(value).__name__)
     if isinstance(value, (bool, str)):
-        shown = json.dumps(value)
-        return f"{name} {shown if len(shown) <= 40 else shown[:37] + '...'}"
+        text = json.dumps(value)
+        return f"{name} {text if len(text) <= 40 else text[:37] + '...'}"
     return name

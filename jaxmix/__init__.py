@@ -18,7 +18,7 @@ from jaxmix.pipeline.request import Method, Request, Sizes, WeightEdit
 from jaxmix.rows import Text, dataclass, gate, per_row, static
 from jaxmix.samplers import Guidance, LatentEdit
 from jaxmix.sharding import data_mesh
-from jaxmix.types import InputError
+from jaxmix.types import InputError, TruncatedPromptWarning
 
 __version__ = "0.2.0"
 
@@ -46,6 +46,7 @@ __all__ = [
     "StyleAligned",
     "StyleID",
     "Text",
+    "TruncatedPromptWarning",
     "VMix",
     "WeightEdit",
     "apply_loras",

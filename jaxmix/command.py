@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import inspect
+import json
 import os
 import re
+import shlex
 import sys
 import time
 import typing
@@ -18,6 +21,9 @@ from jaxmix.types import InputError
 
 _BOOLEANS = ("true", "false", "yes", "no")
 _OWN_KEYS = ("config", "print_config", "help", "version")
+PROGRAM: list[str] = []
+"""How the user calls the command, if not as ``python -m MODULE``: ``["jaxmix", "generate"]``."""
+_given: list[str] = []
 
 
 def run(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -28,21 +34,40 @@ def run(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) ->
     the file, wherever they come. A user's mistake (InputError, an unreadable path) becomes one `error:` line on stderr
     and status 2; Ctrl-C becomes status 130.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # we use its tokenizer only, which needs no torch
+    argv = sys.argv[1:] if argv is None else argv
+    _given[:] = [*_program_name(main).split(), *argv]
     try:
-        status = main(parse(main, sys.argv[1:] if argv is None else argv))
+        status = main(parse(main, argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise  # not a path the user named: a traceback says more
-        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # from a write, which does not say to what
+
+
+def command_words(drop: Sequence[str] = ()) -> list[str]:
+    """Return the words of the command that `run` runs, quoted for a shell, without the switches named in ``drop``."""
+    words, out = list(_given), []
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name.replace("-", "_") in drop:
+            if not equals and words and words[0].lower() in _BOOLEANS:
+                words.pop(0)
+            continue
+        out.append(shlex.quote(word))
+    return out
 
 
 def parse(main: Callable[[Any], int | None], argv: Sequence[str]) -> Any:
@@ -59,13 +84,15 @@ def parse(main: Callable[[Any], int | None], argv: Sequence[str]) -> Any:
         prog=_program_name(main),
         description=(inspect.getdoc(inspect.getmodule(main)) or "").split("\n\n")[0],
         exit_on_error=False,
-        version=_version(),
+        version=version(),
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags override it.")
     parser.add_class_arguments(config_type, nested_key=None, fail_untyped=True)
     known = {action.dest for action in parser._actions}.difference(_OWN_KEYS)
-    switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
-    arguments, files = _normalise(argv, known, switches)
+    hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    switches = {name for name, hint in hints.items() if hint is bool}
+    lists = {name: hint for name, hint in hints.items() if _is_list(hint)}
+    arguments, files = _normalise(argv, known, switches, lists, getattr(config_type, "aliases", {}))
     for file in files:
         _check_file(file, known)
     try:
@@ -203,6 +230,8 @@ def _config_type(main: Callable[[Any], int | None]) -> type:
 
 
 def _program_name(main: Callable[[Any], int | None]) -> str:
+    if PROGRAM:
+        return " ".join(PROGRAM)
     module = inspect.getmodule(main)
     spec = getattr(module, "__spec__", None)  # under `python -m` __name__ is '__main__', the spec keeps the real name
     if spec is None:
@@ -210,7 +239,8 @@ def _program_name(main: Callable[[Any], int | None]) -> str:
     return "python -m " + spec.name.removesuffix(".__main__")  # appended when a package is run by its name
 
 
-def _version() -> str:
+def version() -> str:
+    """Return the version of the installed package."""
     from importlib import metadata
 
     try:
@@ -219,13 +249,22 @@ def _version() -> str:
         return "not installed (a checkout)"
 
 
-def _normalise(argv: Sequence[str], known: set[str], switches: set[str]) -> tuple[list[str], list[str]]:
+def _normalise(
+    argv: Sequence[str],
+    known: set[str],
+    switches: set[str],
+    lists: Mapping[str, Any] = {},
+    aliases: Mapping[str, str] = {},
+) -> tuple[list[str], list[str]]:
     """Split argv into canonical flags and config files, refusing flags that match no field.
 
-    `--a-b 1` becomes `--a_b=1`; a bare `--strict` of a bool field becomes `--strict=true`.
+    `--a-b 1` becomes `--a_b=1`; a bare `--strict` of a bool field becomes `--strict=true`; what other tools call a flag
+    becomes our name for it. A flag of a list may be repeated, with one value or a JSON list each time; of any other
+    flag the last one counts.
     """
     arguments: list[str] = []
     files: list[str] = []
+    listed: dict[str, list[Any]] = {}
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -236,6 +275,7 @@ def _normalise(argv: Sequence[str], known: set[str], switches: set[str]) -> tupl
             raise InputError(f"'{word}' is not a flag; every value needs one, as in --key {word}")
         name, equals, value = word[2:].partition("=")
         key = name.replace("-", "_")
+        key = aliases.get(key, key) if key not in known else key
         if key not in known and key != "config":
             raise InputError(f"unknown flag --{name}{near_misses(key, known | {'config'})}")
         if not equals:
@@ -247,9 +287,36 @@ def _normalise(argv: Sequence[str], known: set[str], switches: set[str]) -> tupl
                 raise InputError(f"--{name} needs a value")
         if key == "config":
             files.append(value)
+        elif key in lists and value.lower() not in ("null", "none"):
+            listed.setdefault(key, []).extend(_items(value, lists[key]))
         else:
             arguments.append(f"--{key}={value}")
+    arguments += [f"--{key}={json.dumps(values)}" for key, values in listed.items()]
     return arguments, files
+
+
+def _is_list(hint: Any) -> bool:
+    """Return whether a flag takes a list: `list[...]`, or a union with one."""
+    return typing.get_origin(hint) is list or any(_is_list(part) for part in typing.get_args(hint) if part is not hint)
+
+
+def _items(value: str, hint: Any) -> list[Any]:
+    """Return what one value of a list's flag adds to the list: a JSON list, or one item."""
+    import yaml
+
+    if value.strip().startswith("["):
+        try:
+            found = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError):
+            found = None
+        if isinstance(found, list):
+            return found
+    if "str" in repr(hint):
+        return [value]
+    try:
+        return [yaml.safe_load(value)]
+    except (yaml.YAMLError, RecursionError):
+        return [value]
 
 
 def _check_file(path: str, known: set[str]) -> None:

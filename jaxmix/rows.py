@@ -178,11 +178,16 @@ def like(value: Float[Array, " b"], x: Array) -> Array:
 def numbers(name: str, value: Any, n: int, what: str = "rows", least: float | None = None) -> np.ndarray:
     """Return a number, or one per row, as float32 (n,).
 
-    Raises `InputError`, which calls the rows ``what``, for a wrong length and for numbers that are not finite or are
-    below ``least``.
+    Raises `InputError`, which calls the rows ``what``, for a wrong length and for numbers that float32 cannot hold or
+    that are below ``least``.
     """
+    if isinstance(value, (str, bytes)):
+        raise InputError(f"{name}: found {value!r}, expected a number, or one for each of the {n} {what}")
     try:
-        found = np.asarray(value, np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is found below
+            found = np.asarray(value, np.float32)
+    except OverflowError:
+        found = np.full((), np.inf)  # a whole number with hundreds of digits
     except (TypeError, ValueError):
         raise InputError(f"{name}: found {value!r}, expected a number, or one for each of the {n} {what}") from None
     if found.shape not in ((), (n,)):

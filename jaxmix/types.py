@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -29,3 +30,38 @@ class InputError(ValueError):
 
     Commands print it after ``error:`` and exit with status 2; library users get it as a ``ValueError``.
     """
+
+
+class TruncatedPromptWarning(UserWarning):
+    """A prompt is longer than the text encoder reads; what follows is not drawn."""
+
+
+def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """Return a whole number as an int; 7.0 is one, and so is an array without axes that holds one.
+
+    Raises `InputError`, which calls it ``name``, for anything else and outside of ``least`` to ``most``.
+    """
+    held = value.item() if isinstance(value, (np.ndarray, np.generic, jax.Array)) and np.ndim(value) == 0 else value
+    number = isinstance(held, (int, float)) and not isinstance(held, bool) and math.isfinite(_float(held))
+    if (
+        number
+        and held == int(held)
+        and not ((least is not None and held < least) or (most is not None and held > most))
+    ):
+        return int(held)
+    ends = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+    raise InputError(f"{name}: found {shown(value)}, expected a whole number{ends}")
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """Return a value as it is shown in messages, in one line of at most ``most`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more than 4300 digits
+        text = type(value).__name__
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _float(value: float) -> float:
+    return 0.0 if isinstance(value, int) else value  # an int of any size is finite, though it may be no float

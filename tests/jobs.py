@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import re
 import shutil
 from pathlib import Path
 
 import jax
 
+from jaxmix import Guidance, Method, dataclass
 from jaxmix.pipeline.job import Denoiser, Job
 from jaxmix.rows import Text, tile
 from jaxmix.samplers import ClassifierFree
@@ -27,6 +29,31 @@ def plain_job(unet, params, noise, context, scale, controls=(), guidance=()):
     return Job(
         noise, Denoiser(unet, params, Text(context), tile(tuple(controls), n)), (ClassifierFree(scale), *guidance)
     )
+
+
+@dataclass
+class _Unconditional(Guidance):
+    def __call__(self, model, solver, hw):
+        both = model.branches((0, 1), hw)
+        return lambda x, t, step: both(x, t, step)[:, 0]
+
+
+class Unconditional(Method):
+    """Draw by the unconditional branch alone, which what acts on the prompt must leave as it is."""
+
+    def apply(self, pipe, request):
+        return request.add(guidance=(_Unconditional(),))
+
+
+def unmarked(name):
+    """Return the name of a picture without what stands in it for its settings: 0001_seed7.png."""
+    return re.sub(r"(?<=\d)_[0-9a-f]{8}(?=[._])", "", name)
+
+
+def only(folder, name):
+    """Return the one picture of a folder that is called so, `unmarked`."""
+    (path,) = (path for path in folder.glob("*.png") if unmarked(path.name) == name)
+    return path
 
 
 def with_context(pipe, request, context):

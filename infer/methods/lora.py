@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
-from infer.rows import Field, Row, check_text, kind_of
+from infer.rows import LARGEST, Field, Row, check_text, kind_of
 from jaxmix.types import InputError
 
 Merges = tuple[tuple[str, float], ...]
@@ -21,11 +21,11 @@ class Flags(Base):
     """LoRAs for rows that name none.
 
     Attributes:
-        lora: LoRA: files (diffusers, PEFT or kohya) to merge into the model, PATH[:STRENGTH][,PATH[:STRENGTH]...]; the
-            strength (no unit) is 1, as trained, by default
+        lora: LoRA: a file (diffusers, PEFT or kohya) to merge into the model, PATH[:STRENGTH], where the strength (no
+            unit) is 1, as trained, by default; the flag may be repeated, or given a JSON list
     """
 
-    lora: str | None = None
+    lora: list[str] | str | None = None
 
     def __post_init__(self) -> None:
         """Refuse strengths that are not numbers."""
@@ -62,7 +62,9 @@ class LoRA(Method):
             try:
                 self._opened[path] = jaxmix.LoRA.load(path)
             except InputError as error:
-                raise InputError(f"lora: {error}") from None
+                several = "," in path and not Path(path).exists()
+                hint = "; commas do not separate files: give --lora for each, or a JSON list" if several else ""
+                raise InputError(f"lora: {error}{hint}") from None
         return self._opened[path]
 
     def open(self, pipe: Any) -> None:
@@ -100,21 +102,26 @@ def _texts(loras: Merges) -> list[str]:
 
 
 def check_loras(key: str, value: Any) -> Merges:
-    """Read "PATH[:STRENGTH][,PATH[:STRENGTH]...]", or a list of such texts; the default strength is 1."""
+    """Read "PATH[:STRENGTH]", or a list of such texts, which may be JSON; the default strength is 1."""
     if isinstance(value, (list, tuple)):
         return tuple(one for item in value for one in check_loras(key, item))
     if not isinstance(value, str):
         raise InputError(f'{key}: found {kind_of(value)}, expected text such as "style.safetensors:0.8", or a list')
-    found = []
-    for item in check_text(key, value).split(","):
-        if not item.strip():
-            continue
-        path, colon, strength = item.strip().rpartition(":")
+    text = check_text(key, value).strip()
+    if text.startswith("[") and text.endswith("]"):
         try:
-            number = float(strength) if colon else 1.0
-        except ValueError:
-            path, number = item.strip(), 1.0  # a colon that belongs to the path
-        if not math.isfinite(number):
-            raise InputError(f"{key}: found {item.strip()!r}, expected a finite strength after the colon")
-        found.append((path if colon and path else item.strip(), number))
-    return tuple(found)
+            listed = json.loads(text)
+        except (ValueError, RecursionError):
+            pass  # a file with such a name
+        else:
+            return check_loras(key, listed)
+    if not text:
+        return ()
+    path, colon, strength = text.rpartition(":")
+    try:
+        number = float(strength) if colon else 1.0
+    except ValueError:
+        path, number = text, 1.0  # a colon that belongs to the path
+    if not abs(number) <= LARGEST:
+        raise InputError(f"{key}: found {text!r}, expected a finite strength after the colon")
+    return ((path if colon and path else text, number),)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxmix.pipeline.given import mask_values
 from jaxmix.types import AnyArray, Array, InputError
 
 
@@ -24,30 +27,33 @@ class Batch(NamedTuple):
     groups: tuple[int, ...]
 
 
-def pack(n: int, batch_size: int | None, devices: int, groups: Sequence[int] | None = None) -> Iterator[Batch]:
+def pack(
+    n: int, batch_size: int | None, devices: int, groups: Sequence[int] | None = None, fixed: int | None = None
+) -> Iterator[Batch]:
     """Cut ``n`` images into batches of ``batch_size`` (None: all), rounded up to a multiple of the devices.
 
     ``groups`` are the sizes of consecutive groups of images that stay together, in one batch and on one device. A
-    device's share is filled up by repeating its last group as often as it fits, and then the last image. Raises
+    device's share is filled up by repeating its last group as often as it fits, and then the last image. ``fixed`` is
+    the number of rows of a device, whatever the images need: that of a program that is compiled already. Raises
     `InputError` for groups that do not add up to the ``n`` images, or are too large for a share.
     """
     if groups is None:
-        together = -(-min(batch_size or n, n) // devices) * devices
+        together = -(-min(batch_size or n, n) // devices) * devices if fixed is None else fixed * devices
         for first in range(0, n, together):
             some = np.minimum(np.arange(first, first + together), n - 1)
             yield Batch(some, np.arange(min(together, n - first)), (1,) * together)
         return
     if sum(groups) != n or min(groups) < 1:
         raise InputError(f"groups: found sizes {list(groups)}, expected sizes that add up to the {n} images")
-    share = -(-(batch_size or n) // devices)
+    share = -(-(batch_size or n) // devices) if fixed is None else fixed
     if max(groups) > share:
-        if batch_size is not None:
+        if batch_size is not None or fixed is not None:
             raise InputError(
-                f"batch_size: found {batch_size} images on {devices} device(s), expected room for a group of "
+                f"batch_size: found {batch_size or share} images on {devices} device(s), expected room for a group of "
                 f"{max(groups)} on each"
             )
         share = max(groups)
-    if len(set(groups)) == 1:
+    if len(set(groups)) == 1 and fixed is None:
         share -= share % groups[0]  # whole groups only
     starts = np.cumsum([0, *groups[:-1]])
     shares: list[list[int]] = [[]]  # of groups
@@ -55,7 +61,8 @@ def pack(n: int, batch_size: int | None, devices: int, groups: Sequence[int] | N
         if shares[-1] and sum(groups[k] for k in shares[-1]) + groups[g] > share:
             shares.append([])
         shares[-1].append(g)
-    share = max(sum(groups[k] for k in held) for held in shares)  # no larger than needed
+    if fixed is None:
+        share = max(sum(groups[k] for k in held) for held in shares)  # no larger than needed
     counted = len(shares)
     shares += [shares[-1]] * (-len(shares) % devices)
     for first in range(0, len(shares), devices):
@@ -96,11 +103,39 @@ def shrink_masks(masks: AnyArray, shape: tuple[int, ...], factor: int) -> Float[
 
 def inside(mask: AnyArray) -> np.ndarray:
     """Return where a mask is set (bool): at half its full value or more, which is 255 for bytes above 1, else 1."""
-    mask = np.asarray(mask)
-    whole = 255 if mask.dtype == np.uint8 and mask.max(initial=0) > 1 else 1
-    return mask >= whole / 2
+    mask = mask_values("mask", mask)
+    return mask >= (255 if mask.dtype == np.uint8 else 1) / 2
 
 
-def to_uint8(images: Array) -> np.ndarray:
-    """Return images in [0, 1] as bytes."""
-    return np.asarray(jnp.round(images * 255.0).astype(jnp.uint8))
+def to_bytes(images: Float[Array, "n H W 3"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return images in [0, 1] as uint8, and which of them (n,) hold finite numbers only: the others are black there."""
+    made, finite = _to_bytes(images)
+    return np.asarray(made), np.asarray(finite)
+
+
+@jax.jit
+def _to_bytes(images: Array) -> tuple[Array, Array]:
+    return jnp.round(jnp.nan_to_num(images) * 255.0).astype(jnp.uint8), jnp.isfinite(images).all((1, 2, 3))
+
+
+def on_host(x: Array, kept: np.ndarray, output: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images to keep, as `Pipeline.draw` outputs them, and which of them (n,) are finite."""
+    if output == "uint8":
+        images, finite = to_bytes(x)
+    else:
+        images = np.asarray(x)
+        finite = np.isfinite(images).all((1, 2, 3))
+    return images[kept], finite[kept]
+
+
+def warn_of_broken(finite: np.ndarray) -> None:
+    """Warn of images with numbers that are not finite, given which (n,) have none."""
+    if not finite.all():
+        rows = ", ".join(map(str, np.flatnonzero(~finite)))
+        warnings.warn(
+            f"images {rows}: found numbers that are not finite where the picture should be; a guidance scale, a "
+            "strength or weights are too large, or the dtype is too small (float16 decoders of SDXL overflow: try "
+            "bfloat16)",
+            RuntimeWarning,
+            stacklevel=4,
+        )

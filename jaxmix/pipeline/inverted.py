@@ -18,6 +18,7 @@ from jaxmix.models.unet import subtree
 from jaxmix.pipeline.job import Denoiser, added, flat, over_rows
 from jaxmix.rows import specs, to_branches
 from jaxmix.samplers import DDIMInversion, Pin, invert
+from jaxmix.samplers.guidance import guide
 from jaxmix.sharding import DATA
 from jaxmix.types import Array, InputError
 
@@ -109,7 +110,7 @@ def invert_rows(
             pred = pred.reshape(n, count, *pred.shape[1:])
             if scale is None:
                 return pred[:, 0], kept
-            return pred[:, 0] + scale[:, None, None, None] * (pred[:, 1] - pred[:, 0]), kept
+            return guide(pred[:, 0], pred[:, 1], scale), kept
 
         states, kept = invert(predict, inversion, latents)
         return jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1), (states, kept))

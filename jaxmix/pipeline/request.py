@@ -18,11 +18,12 @@ from jaxtyping import Float
 from jaxmix import rows as over
 from jaxmix.control import Control
 from jaxmix.pipeline.batching import Batch, shrink_masks
+from jaxmix.pipeline.given import mask_values, pictures, prompt_list, seed_list, text_list
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.text import encode_branches, join
 from jaxmix.rows import Text
-from jaxmix.samplers import Guidance, LatentEdit, image_to_image_start, make_solver, seed_array
-from jaxmix.types import AnyArray, Array, InputError, Params
+from jaxmix.samplers import Guidance, LatentEdit, image_to_image_start, make_solver
+from jaxmix.types import AnyArray, Array, InputError, Params, whole
 
 T = TypeVar("T")
 
@@ -104,47 +105,48 @@ class Request:
     @property
     def n(self) -> int:
         """The number of rows."""
-        return len(self.prompts)
+        return 1 if isinstance(self.prompts, str) else len(self.prompts)
 
     def checked(self, parts: Parts) -> Request:
         """Return the request with everything filled in for a model, one row per image.
 
         Raises `InputError` for lists of different lengths, and steps, sizes or numbers out of range.
         """
-        n = len(self.prompts)
-        if isinstance(self.prompts, str) or n == 0:
-            raise InputError(f"prompts: found {self.prompts!r}, expected a list of at least one prompt")
-        solver = make_solver(
-            self.sampler or parts.sampler, parts.schedule, parts.default_steps if self.steps is None else self.steps
-        )
-        seeds = list(range(n)) if self.seeds is None else self.seeds
-        negatives = [None] * n if self.negatives is None else self.negatives
-        lists: list[tuple[str, Any]] = [("seeds", seeds), ("negative_prompts", negatives)]
-        lists += [(f"branches[{i}]", branch) for i, branch in enumerate(self.branches)]
-        for name, found in lists:
-            if isinstance(found, str) or len(found) != n:
-                raise InputError(f"{name}: found {len(found)}, expected one for each of the {n} prompts")
-        seed_array(seeds)
+        prompts = prompt_list(self.prompts)
+        n = len(prompts)
+        steps = parts.default_steps if self.steps is None else whole("steps", self.steps, 1)
+        solver = make_solver(self.sampler or parts.sampler, parts.schedule, steps)
+        seeds = seed_list(self.seeds, n)
+        negatives = text_list("negative_prompts", self.negatives, n)
+        branches = tuple(text_list(f"branches[{i}]", branch, n) for i, branch in enumerate(self.branches))
         scale = parts.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
         first, last = self.span
-        height, width = self.height, self.width
+        height, width = (
+            None if side is None else whole(name, side, 1)
+            for name, side in (("height", self.height), ("width", self.width))
+        )
         latents = None if self.latents is None else jnp.asarray(self.latents, jnp.float32)
-        if self.images is not None:
+        images = None if self.images is None else pictures("images", self.images, n)
+        masks = None if self.masks is None else mask_values("masks", self.masks)
+        if images is not None:
             if first:
                 raise InputError(f"start: found step {first} with images, expected strength to say where they start")
-            shape = np.shape(self.images)
-            if len(shape) != 4 or shape[-1] != 3 or shape[0] != n:
-                raise InputError(f"images: found shape {shape}, expected ({n}, H, W, 3)")
             first = image_to_image_start(solver.steps, self.strength)
+            shape = images.shape
             height, width = shape[1:3]
-            if self.masks is not None and np.shape(self.masks) != shape[:3]:
-                raise InputError(f"masks: found shape {np.shape(self.masks)}, expected that of the images, {shape[:3]}")
-        elif self.masks is not None:
+            same = [(*shape[:3], 1), *([shape[1:3], (*shape[1:3], 1)] if n == 1 else [])]
+            if masks is not None and masks.shape in same:
+                masks = masks.reshape(shape[:3])  # a channel of its own, or one mask without the first axis
+            if masks is not None and masks.shape != shape[:3]:
+                raise InputError(f"masks: found shape {np.shape(self.masks)}, expected that of the images, {shape[:3]}")  # type: ignore[arg-type]
+        elif masks is not None:
             raise InputError("masks: found masks alone, expected also the images to repaint")
         if not 0 <= first < solver.steps:
             raise InputError(f"start: found step {first}, expected 0 to {solver.steps - 1}")
         if last is not None and not first < last <= solver.steps:
             raise InputError(f"stop: found step {last}, expected {first + 1} to {solver.steps}")
+        if latents is not None and not bool(jnp.isfinite(latents).all()):
+            raise InputError("latents: found numbers that are not finite")
         hw, factor, channels = parts.latent_hw(height, width), parts.vae.config.factor, parts.latent_shape[-1]
         if latents is not None:
             if latents.ndim != 4 or latents.shape[0] != n or latents.shape[-1] != channels:
@@ -157,9 +159,12 @@ class Request:
         size = (hw[0] * factor, hw[1] * factor)
         return dataclasses.replace(
             self,
-            prompts=list(self.prompts),
-            negatives=list(negatives),
-            seeds=list(seeds),
+            prompts=prompts,
+            negatives=negatives,
+            seeds=seeds,
+            branches=branches,
+            images=images,
+            masks=masks,
             guidance_scale=over.numbers("guidance_scale", scale, n, "prompts"),
             guidance_rescale=over.numbers("guidance_rescale", self.guidance_rescale, n, "prompts"),
             steps=solver.steps,
@@ -231,10 +236,10 @@ class Request:
 
 
 def _controls(controls: Sequence[Any]) -> tuple[Control, ...]:
-    for control in controls:
+    for control in (controls,) if isinstance(controls, Control) or not hasattr(controls, "__iter__") else controls:
         if not isinstance(control, Control):
             raise InputError(f"controls: found {type(control).__name__}, expected Control objects")
-    return tuple(controls)
+    return (controls,) if isinstance(controls, Control) else tuple(controls)
 
 
 WEIGHTS, ATTENTION, NOISE, BLEND = 0, 1, 2, 3

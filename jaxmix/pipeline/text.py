@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.programs import encode_ids
 from jaxmix.pipeline.tokens import tokenize
 from jaxmix.rows import Text
-from jaxmix.types import Params
+from jaxmix.types import Params, TruncatedPromptWarning, shown
 
 
 def encode(tokenizer: Any, encoder: CLIPTextModel, params: Params, prompts: Sequence[str]) -> TextStates:
@@ -47,7 +48,15 @@ def encode_branches(parts: Parts, branches: Sequence[Sequence[str | None]], size
 
 
 def _encode_branch(parts: Parts, prompts: Sequence[str | None], sizes: Sequence[int]) -> Text:
-    text = encode_prompts(parts, [prompt or "" for prompt in prompts])
+    texts = [prompt or "" for prompt in prompts]
+    for prompt, cut in zip(texts, parts.tokenize(texts)[1], strict=True):
+        if cut:
+            warnings.warn(
+                f"prompt {shown(prompt)} is too long for the model; cut off: {cut!r}",
+                TruncatedPromptWarning,
+                stacklevel=2,
+            )
+    text = encode_prompts(parts, texts)
     context, pooled = text.context, text.pooled
     if parts.zeros_for_empty_prompt:
         keep = np.asarray([prompt is not None for prompt in prompts])

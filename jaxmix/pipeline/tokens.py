@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ def open_tokenizer(tokenizer: Any) -> Any:
     """Return a tokenizer: the object itself, or the transformers CLIPTokenizer of a folder."""
     if not isinstance(tokenizer, (str, Path)):
         return tokenizer
+    # Only its tokenizer is used: that it found no torch is no news to anybody.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import CLIPTokenizer
 
     if not any((Path(tokenizer) / name).is_file() for name in ("vocab.json", "tokenizer.json")):

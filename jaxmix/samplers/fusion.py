@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 
 from jaxmix.rows import dataclass, per_row, static
 from jaxmix.samplers.composable import Composed
-from jaxmix.samplers.guidance import Branches, ClassifierFree, Guidance
+from jaxmix.samplers.guidance import Branches, ClassifierFree, Guidance, guide
 from jaxmix.samplers.loop import Solver
 from jaxmix.types import Array, ModelFn
 
@@ -72,11 +72,12 @@ def blend(
     """Blend the (unconditional, conditional) predictions of two models, float32.
 
     ``per_eps`` times a difference of predictions is one of eps: 1, or sqrt(abar) for v. ``strength`` 0 is the general
-    model's own guided prediction, bit for bit; anything above lets the expert in where it wins.
+    model's own guided prediction, bit for bit; anything above lets the expert in where it wins. A scale of at most 1 is
+    1 (`jaxmix.samplers.guidance.guide`).
     """
-    scale_ = scale[:, None, None, None]
+    scale_ = jnp.maximum(scale, 1.0)[:, None, None, None]
     (u_g, c_g), (u_e, c_e) = ((x[:, 0], x[:, 1]) for x in (general, expert))
-    g, e = u_g + scale_ * (c_g - u_g), u_e + scale_ * (c_e - u_e)
+    g, e = guide(u_g, c_g, scale), guide(u_e, c_e, scale)
     s_g = saliency(scale_ * per_eps * (c_g - u_g))
     s_e = saliency(scale_ * per_eps * (c_e - (u_e if own_uncond else u_g)))
     mask = expert_mask(s_g, s_e, k_general, k_expert, underflow) & (strength > 0)[:, None, None]

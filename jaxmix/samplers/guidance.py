@@ -72,7 +72,7 @@ class Unguided(Guidance):
 
 @dataclass
 class ClassifierFree(Guidance):
-    """u + scale (c - u), and the rescaling of `classifier_free_guidance`; ``rescale`` None is 0 and costs nothing."""
+    """`guide`, and the rescaling of `classifier_free_guidance`; ``rescale`` None is 0 and costs nothing."""
 
     scale: Float[Array, " n"] = per_row()
     rescale: Float[Array, " n"] | None = per_row(default=None)
@@ -126,11 +126,10 @@ def by_branch(rows_fn: ModelFn, branches: int) -> BranchFn:
 
 
 def classifier_free_guidance(predict: BranchFn, scale: jax.Array | float, rescale: jax.Array | float = 0.0) -> ModelFn:
-    """Return the guided model function u + scale (c - u), one row per image.
+    """Return the guided model function, `guide` of both branches, one row per image.
 
     `predict` returns the unconditional and the conditional branch, as `by_branch` does. `scale` is a scalar or (n,),
-    traced; 1 is the conditional and 0 the unconditional prediction. Guidance is computed in float32, whatever dtype the
-    model runs in.
+    traced. Guidance is computed in float32, whatever dtype the model runs in.
 
     `rescale`, a scalar or (n,) from 0 to 1, brings the standard deviation of each guided row back towards that of its
     conditional one (arXiv 2305.08891, eq. 14-16). It is traced; 0 changes no bit, and as a Python number costs nothing.
@@ -145,10 +144,20 @@ def classifier_free_guidance(predict: BranchFn, scale: jax.Array | float, rescal
                 raise ValueError(f"guidance {name} has shape {value.shape}, expected () or {x.shape[:1]}")
         rows = predict(x, t, step)
         uncond, cond = rows[:, 0], rows[:, 1]
-        mixed = uncond + _per_row(scale, uncond) * (cond - uncond)
+        mixed = guide(uncond, cond, scale)
         return _rescaled(mixed, cond, _per_row(rescale, uncond)) if rescaling else mixed
 
     return guided
+
+
+def guide(uncond: jax.Array, cond: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return u + scale (c - u) where ``scale``, () or (n,), is above 1, and elsewhere the conditional prediction alone.
+
+    So a scale of at most 1 is no guidance, as in diffusers: 0 is the documented setting of SDXL Turbo and of other
+    models whose guidance is distilled into them.
+    """
+    scale = _per_row(scale, uncond)
+    return jnp.where(scale > 1, uncond + scale * (cond - uncond), cond)
 
 
 def _rescaled(mixed: jax.Array, cond: jax.Array, rescale: jax.Array) -> jax.Array:

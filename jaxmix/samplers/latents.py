@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from jaxmix.rows import dataclass, per_row
@@ -22,7 +23,8 @@ def image_to_image_start(steps: int, strength: float) -> int:
     Strength 1 runs all steps and keeps almost nothing of the image; a lower one runs the last int(steps * strength)
     steps. Raises InputError for a strength outside (0, 1], or so low that no step is left.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+    number = isinstance(strength, (int, float, np.integer, np.floating)) and not isinstance(strength, bool)
+    if not number or not 0 < strength <= 1:
         raise InputError(f"strength is {strength!r}, expected a number above 0 and at most 1")
     run = min(int(steps * strength), steps)
     if run < 1:

@@ -191,7 +191,7 @@ def test_the_sampler_compiles_once_for_any_numbers(one_level):
     before = denoise._cache_size()
     for i in range(3):
         strengths = [make(case, [0.3 * i, 1.0]) for case in CASES]
-        one_level.generate([f"a car {i}", "a dog"], [i, 5], 4, 1.0 + i, controls=strengths, output="latent")
+        one_level.generate([f"a car {i}", "a dog"], [i, 5], 4, 2.0 + i, controls=strengths, output="latent")
     assert denoise._cache_size() == before + 1
 
 

@@ -17,7 +17,7 @@ from jaxmix.pipeline.job import denoise
 from jaxmix.testing import moved, normal
 from jaxmix.tuning import lora
 from jaxmix.weights import read_header
-from tests.jobs import predict
+from tests.jobs import Unconditional, predict
 
 LABELS = {"color": ("vibrant color", "[V]"), "light": ("bright light", "[S]"), "focus": ("sharp focus", "[T]")}
 
@@ -44,8 +44,9 @@ def with_lora(one_level, trained):
     return dataclasses.replace(trained, lora=LoRA({"unet": factors}))
 
 
-def draw(pipe, *controls, scale=4.0):
-    return pipe.generate(["a red apple", "a car"], [3, 4], 3, scale, controls=controls, output="latent")
+def draw(pipe, *controls, methods=()):
+    prompts = ["a red apple", "a car"]
+    return pipe.generate(prompts, [3, 4], 3, 4.0, controls=controls, methods=methods, output="latent")
 
 
 @pytest.mark.parametrize(("labels", "scale"), [("all", 1.0), ("none", 2.0), ("color,focus", 0.7)])
@@ -74,10 +75,10 @@ def test_one_label_set_and_scale_an_image(one_level, trained):
 
 
 def test_unconditional_rows_are_untouched(one_level, trained):
-    """With guidance 0 only the unconditional branch is left, so the adapter must not show at all."""
+    """Where only the unconditional branch is left, the adapter must not show at all."""
     pipe = one_level
     control = trained.bind(pipe, "all", 1.0)
-    drawn = [draw(pipe, *controls, scale=0.0) for controls in ((control,), ())]
+    drawn = [draw(pipe, *controls, methods=[Unconditional()]) for controls in ((control,), ())]
     np.testing.assert_array_equal(*drawn)
 
 

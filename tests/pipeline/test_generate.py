@@ -99,7 +99,7 @@ def test_tiles_reach_every_pixel(tiny_pipeline):
     [
         ({"sampler": "eular"}, "eular"),
         ({"height": 15}, "height: found 15 pixels, expected a multiple of 2"),
-        ({"width": 0}, "width: found 0 pixels, expected a multiple of 2"),
+        ({"width": 0}, "width: found 0, expected a whole number of at least 1"),
         ({"images": pictures(3), "strength": 0.1}, "strength is 0.1 with 4 steps"),
         ({"images": pictures(2)}, r"images: found shape \(2, 16, 16, 3\), expected \(3, H, W, 3\)"),
         ({"images": pictures(3, 15, 16)}, "height: found 15 pixels, expected a multiple of 2"),
@@ -110,7 +110,7 @@ def test_tiles_reach_every_pixel(tiny_pipeline):
             {"guidance_rescale": [0.1, 0.2]},
             "guidance_rescale: found 2 values, expected 1 or one for each",
         ),
-        ({"tile": 0}, "tile: found 0 with overlap 0"),
+        ({"tile": 0}, "tile: found 0, expected a whole number of at least 1"),
     ],
 )
 def test_a_mistake_is_one_line(tiny_pipeline, settings, message):

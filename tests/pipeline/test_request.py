@@ -122,7 +122,7 @@ def test_methods_that_cannot_be_are_one_line_before_anything_compiles(tiny_pipel
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompts": "a dog"}, "expected a list of at least one prompt"),
+        ({"prompts": []}, "expected a list of at least one prompt"),
         ({"span": (2, 2)}, "stop: found step 2, expected 3 to 4"),
         ({"span": (4, None)}, "start: found step 4, expected 0 to 3"),
         ({"guidance_scale": [1.0]}, "guidance_scale: found 1 values, expected 1 or one for each of the 2 prompts"),

@@ -16,6 +16,7 @@ from jaxmix.samplers import (
     seed_array,
     step_noise,
 )
+from jaxmix.samplers.noise import MAX_SEED
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.testing import normal
 from jaxmix.types import InputError
@@ -51,10 +52,23 @@ def test_step_noise_differs_by_step_and_from_the_start():
     assert all(not np.allclose(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "7", True])
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "7", True])
 def test_bad_seeds_are_named(seed):
-    with pytest.raises(InputError, match=f"seed of row 1 is {seed!r}, expected an integer from 0 to 4294967295"):
+    with pytest.raises(
+        InputError, match=f"seed of row 1: found {seed!r}, expected a whole number from 0 to {MAX_SEED}"
+    ):
         seed_array([3, seed])
+
+
+def test_seeds_have_64_bits_and_are_those_of_32_where_they_fit():
+    seeds = [7, 2**32 - 1, 2**32 + 7, 2**64 - 1, 7.0, np.uint64(2**63)]
+    rows = np.asarray(initial_noise(seeds, (4, 4, 2)))
+    np.testing.assert_array_equal(rows[:2], initial_noise(jnp.asarray(seeds[:2], jnp.uint32), (4, 4, 2)))
+    np.testing.assert_array_equal(rows[4], rows[0])
+    assert len(np.unique(rows[[0, 1, 2, 3, 5], 0, 0, 0])) == 5
+    for row, seed in enumerate(seeds[:2]):  # and as they were when a seed was 32 bits
+        key = jax.random.fold_in(jax.random.key(jnp.uint32(seed), impl="threefry2x32"), 0)
+        np.testing.assert_array_equal(rows[row], jax.random.normal(key, (4, 4, 2)))
 
 
 def test_guidance_rows_are_branch_minor():
@@ -70,13 +84,14 @@ def test_guidance_rows_are_branch_minor():
     assert seen[0].tolist() == [10, 10, 20, 20]
 
 
-def test_guidance_scales_0_and_1_are_the_branches():
+def test_a_guidance_scale_of_at_most_1_is_the_prompts_branch_alone():
     def rows_fn(x, t, step):
         return x * jnp.array([2.0, 5.0, 2.0, 5.0])[:, None]
 
     x = jnp.array([[1.0], [3.0]])
-    guided = classifier_free_guidance(by_branch(rows_fn, 2), jnp.array([0.0, 1.0]))
-    assert guided(x, 0, 0).tolist() == [[2.0], [15.0]]
+    for scales in ([0.0, 1.0], [-3.0, 0.9]):
+        guided = classifier_free_guidance(by_branch(rows_fn, 2), jnp.array(scales))
+        assert guided(x, 0, 0).tolist() == [[5.0], [15.0]]
 
 
 def test_guidance_repeats_timesteps_per_row_and_works_in_float32():

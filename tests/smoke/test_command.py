@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import subprocess
+import sys
 
 import pytest
 
@@ -151,3 +153,43 @@ def test_a_default_that_a_trainer_inherits_is_what_its_own_module_says(name):
         given |= {"pretrained_model_name_or_path": "mini", "train_data_dir": "pictures"}
     parsed = parse(module.main, [f"--{key}={value}" for key, value in given.items()])
     assert parsed == module.Config(**given)
+
+
+def test_flags_of_lists_may_be_repeated_and_of_others_the_last_counts(tmp_path):
+    from infer.flags import Config as Generate
+
+    def parsed(*words):
+        return parse(_generate, words)
+
+    def _generate(config: Generate) -> None: ...
+
+    _generate.__annotations__ = {"config": Generate, "return": None}
+    assert parsed("--lora", "a:0.8", "--lora", "b,c").lora == ["a:0.8", "b,c"]
+    assert parsed("--lora", '["a", "b:2"]', "--lora=c").lora == ["a", "b:2", "c"]
+    assert parsed("--lora", "a").lora == ["a"] and parsed("--lora", "null").lora is None
+    assert parsed("--steps", "3", "--steps", "5").steps == 5
+    known = parsed(
+        "--num_inference_steps", "7", "--scheduler=euler", "--W", "64", "--H=32", "--n_iter", "2", "--cfg", "3"
+    )
+    assert (known.steps, known.sampler, known.width, known.height) == (7, "euler", 64, 32)
+    assert (known.num_images, known.guidance_scale) == (2, 3.0)
+    file = tmp_path / "c.yaml"
+    file.write_text("lora: [a, b]\nsteps: 9\n")
+    assert parsed("--config", str(file)).lora == ["a", "b"] and parsed("--config", str(file), "--steps", "1").steps == 1
+    with pytest.raises(InputError, match="unknown flag --num_image; did you mean 'num_images'"):
+        parsed("--num_image", "3")
+
+
+def test_the_command_jaxmix_names_the_tools_and_runs_them():
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "jaxmix", *words], capture_output=True, text=True, timeout=120)
+
+    listed = run()
+    assert listed.returncode == 0 and "  generate " in listed.stdout and "  train vmix " in listed.stdout
+    assert "style-transfer" in listed.stdout and "Draw images from prompts" in listed.stdout
+    wrong = run("generat")
+    assert wrong.returncode == 2 and "error: unknown command 'generat'; did you mean 'generate'" in wrong.stderr
+    bad = run("train", "vmix", "--rank", "x")
+    assert bad.returncode == 2 and "error: --rank: found x" in bad.stderr
+    helped = run("style-transfer", "--help")
+    assert helped.returncode == 0 and "usage: jaxmix style-transfer" in helped.stdout

@@ -19,6 +19,7 @@ from jaxmix.pipeline.loading import ASSETS
 from jaxmix.testing import moved
 from jaxmix.tuning import lora
 from jaxmix.types import InputError
+from tests.jobs import only
 
 LABELS = {"color": ("vivid colors", "[V]"), "light": ("bright", "[S]")}
 NAME = "0000_seed0.png"
@@ -78,11 +79,11 @@ def test_other_labels_scales_and_lora_strengths_compile_nothing(files, tmp_path)
 def test_the_settings_in_a_picture_say_what_made_it(files, tmp_path):
     path = str(files / "vmix.safetensors")
     drawn(files, tmp_path / "out", vmix=path, labels="light", lora=f"{files / 'style.safetensors'}:0.5")
-    found = read_settings(tmp_path / "out" / NAME)
+    found = read_settings(only(tmp_path / "out", NAME))
     assert (found["vmix"], found["vmix_lora"], found["labels"], found["vmix_scale"]) == (path, "on", "light", 1.0)
     assert found["lora"] == [f"{files / 'style.safetensors'}:0.5"]
     drawn(files, tmp_path / "plain")
-    assert not {"vmix", "labels", "vmix_scale", "lora"} & set(read_settings(tmp_path / "plain" / NAME))
+    assert not {"vmix", "labels", "vmix_scale", "lora"} & set(read_settings(only(tmp_path / "plain", NAME)))
 
 
 def test_a_scale_is_filled_in_for_rows_that_resume(files, tmp_path, capsys):
@@ -122,7 +123,8 @@ def test_a_mistake_is_one_line_and_status_two(files, tmp_path, capsys, flags, wo
 
 def test_loras_are_read_as_path_and_strength():
     both = (("a.safetensors", 0.5), ("b.safetensors", 1.0))
-    assert check_loras("lora", "a.safetensors:0.5, b.safetensors") == both
+    assert check_loras("lora", '["a.safetensors:0.5", "b.safetensors"]') == both
+    assert check_loras("lora", "a,b.safetensors:2") == (("a,b.safetensors", 2.0),)
     assert check_loras("lora", ["a.safetensors:0.5", "b.safetensors"]) == both
     assert check_loras("lora", "gs://bucket/a.safetensors") == (("gs://bucket/a.safetensors", 1.0),)
     assert check_loras("lora", "") == check_loras("lora", []) == ()

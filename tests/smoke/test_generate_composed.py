@@ -13,6 +13,7 @@ from infer.job import collect_rows, complete, draw, warn_of_cuts
 from infer.methods.method import BatchRows
 from infer.methods.registry import Methods
 from infer.png import read_settings
+from tests.jobs import only, unmarked
 
 AND = "a red car :1.1 AND a dog <b> :-0.5"
 
@@ -51,13 +52,13 @@ def test_composed_rows_are_drawn_said_and_kept(tiny_pipeline, tmp_path, capsys):
         "2 steps of ddim, 16x16: 1 images in 1 batch of 1\n",
     ):
         assert line in said.out
-    got = {p.name: np.asarray(Image.open(p), np.int16) for p in out.glob("0*.png")}
+    got = {unmarked(p.name): np.asarray(Image.open(p), np.int16) for p in out.glob("0*.png")}
     prompts, method = jaxmix.ComposableDiffusion.parse([AND, "a boat AND fog"])
     drawn = tiny_pipeline.generate(prompts, [3, 4], 2, methods=(method,))
     np.testing.assert_array_equal(got["0000_seed3.png"], drawn[0])
     np.testing.assert_array_equal(got["0003_seed4.png"], drawn[1])
     np.testing.assert_array_equal(got["0001_seed3.png"], tiny_pipeline.generate([AND], [3], 2)[0])
-    first, word = (read_settings(out / f"000{i}_seed3.png") for i in (0, 1))
+    first, word = (read_settings(only(out, f"000{i}_seed3.png")) for i in (0, 1))
     assert (first["prompt"], first["method"], first["compose"]) == (AND, "compose", "on")
     assert word["prompt"] == AND and not {"method", "compose", "parts"} & {*word}
     page = (out / "gallery.html").read_text()

@@ -14,6 +14,7 @@ from jaxmix.command import run
 from jaxmix.pipeline.loading import ASSETS
 from jaxmix.testing import random_params
 from jaxmix.types import InputError
+from tests.jobs import only, unmarked
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def go(module, files, out, rows=None, **flags):
     status = module.main(
         module.Config(**{"model": str(files / "model"), "out": str(out), "steps": 2, "devices": 1, **flags})
     )
-    return status, {p.name: np.asarray(Image.open(p), np.int16) for p in sorted(out.glob("*.png"))}
+    return status, {unmarked(p.name): np.asarray(Image.open(p), np.int16) for p in sorted(out.glob("*.png"))}
 
 
 def test_layouts_are_drawn_written_and_shown(files, tmp_path, capsys):
@@ -76,7 +77,7 @@ def test_layouts_are_drawn_written_and_shown(files, tmp_path, capsys):
         ":9: segments: found it with layout 'paint', expected 'dense'",
     ):
         assert line in said
-    settings = read_settings(tmp_path / "out" / "0002_seed3.png")
+    settings = read_settings(only(tmp_path / "out", "0002_seed3.png"))
     assert settings["segments"][0] == {"phrase": "a red car", "box": [0.5, 0.0, 1.0, 1.0]}
     assert (settings["cross"], settings["self_attention"], settings["part"], settings["method"]) == (
         2.0,
@@ -84,7 +85,7 @@ def test_layouts_are_drawn_written_and_shown(files, tmp_path, capsys):
         1.0,
         "dense",
     )
-    assert "0002_seed3_layout.png" in (tmp_path / "out" / "gallery.html").read_text()
+    assert "0002_seed3_layout.png" in unmarked((tmp_path / "out" / "gallery.html").read_text())
 
 
 def test_painted_words_and_phrases_are_drawn_written_and_shown(files, tmp_path):
@@ -103,11 +104,11 @@ def test_painted_words_and_phrases_are_drawn_written_and_shown(files, tmp_path):
     assert status == 0 and {*names, "0000_seed3_layout.png"} <= {*got} and "0003_seed3_layout.png" not in got
     assert np.abs(got[names[1]] - got[names[2]]).max() <= 1
     assert np.abs(got[names[0]] - got[names[1]]).max() > 0 and np.abs(got[names[3]] - got[names[1]]).max() > 0
-    first, last = (read_settings(tmp_path / "out" / names[i]) for i in (0, 3))
+    first, last = (read_settings(only(tmp_path / "out", names[i])) for i in (0, 3))
     assert first["segments"][0] == {"phrase": "a red car", "box": [0.0, 0.0, 0.5, 1.0], "weight": 0.5}
     assert (first["method"], first["paint"], first["paint_by"]) == ("paint", 0.8, "max") and "cross" not in first
     assert (last["method"], last["phrases"]) == ("structured", ["a red car", "the snow"])
-    page = (tmp_path / "out" / "gallery.html").read_text()
+    page = unmarked((tmp_path / "out" / "gallery.html").read_text())
     assert "0000_seed3_layout.png" in page and "a red car; the snow" in page
 
 
@@ -151,7 +152,7 @@ def test_groups_are_drawn_in_one_batch_and_resumed_whole(files, tmp_path, capsys
     status, first = go(style_aligned, files, out, rows, batch_size=3)
     assert status == 0 and len([n for n in first if n[0] == "0"]) == 6
     assert "6 images in 3 batches of 2" in capsys.readouterr().out  # two groups do not fit
-    (out / "0003_seed3.png").unlink()
+    only(out, "0003_seed3.png").unlink()
     status, again = go(style_aligned, files, out, rows, batch_size=3, resume=True)
     assert "2 images with" in capsys.readouterr().out  # its group alone
     assert all((first[name] == again[name]).all() for name in first)
@@ -172,7 +173,7 @@ def test_a_picture_as_reference_is_reconstructed_and_shown(files, tmp_path, caps
     assert status == 0 and {"0002_seed0.png", "0002_seed0_reference.png", "0000_seed0.png", "0001_seed1.png"} <= set(
         got
     )
-    assert read_settings(tmp_path / "out" / "0000_seed0.png")["score_shift"] == 0.7
+    assert read_settings(only(tmp_path / "out", "0000_seed0.png"))["score_shift"] == 0.7
     with pytest.raises(InputError, match="no row can be drawn"):
         go(style_aligned, files, tmp_path / "bad", rows, sampler="euler", dry_run=True, **flags | {"offset": 0})
     said = capsys.readouterr().err
@@ -232,7 +233,7 @@ def test_two_models_and_two_prompts_are_fused(files, tmp_path):
     ]
     status, got = go(fuse, files, tmp_path / "two", rows, expert=str(files / "expert"), switch=0)
     assert status == 0 and np.abs(got["0000_seed1.png"] - got["0001_seed1.png"]).max() > 0
-    settings = read_settings(tmp_path / "two" / "0000_seed1.png")
+    settings = read_settings(only(tmp_path / "two", "0000_seed1.png"))
     assert settings["expert_prompt"] == "a red car" and settings["switch"] == 0
     status, one = go(fuse, files, tmp_path / "one", rows[:1], switch=0)
     assert status == 0 and np.abs(one["0000_seed1.png"] - got["0000_seed1.png"]).max() > 0

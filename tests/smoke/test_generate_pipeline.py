@@ -13,6 +13,7 @@ from infer.generate import main
 from jaxmix.command import run
 from jaxmix.pipeline.job import denoise
 from jaxmix.pipeline.loading import ASSETS
+from tests.jobs import only
 
 QUICK = ["--steps", "1", "--devices", "1"]
 
@@ -43,7 +44,7 @@ def test_a_row_in_a_batch_is_the_image_it_is_alone(folder, tiny_pipeline, tmp_pa
     assert main(Config(**shared, prompts=file, out=str(out))) == 0
     arguments = {"seeds": [9], "steps": 2, "guidance_scale": 300.0, "negative_prompts": ["snow"]}
     alone = tiny_pipeline.generate(["a dog"], **arguments)[0]
-    drawn = [np.asarray(Image.open(out / name)).astype(int) for name in ("0001_seed9.png", "0002_seed9.png")]
+    drawn = [np.asarray(Image.open(only(out, name))).astype(int) for name in ("0001_seed9.png", "0002_seed9.png")]
     assert np.abs(drawn[0] - alone).max() <= 1
     assert np.abs(drawn[1] - alone).max() > 1
 
@@ -77,7 +78,7 @@ def test_the_command_draws_at_another_size_from_pictures_and_in_tiles(folder, tm
         settings |= {"tile": 8}
     config = Config(model=str(folder), prompt="a cat", steps=4, devices=1, out=str(tmp_path / "out"), **settings)
     assert main(config) == 0
-    drawn = np.asarray(Image.open(tmp_path / "out" / "0000_seed0.png"))
+    drawn = np.asarray(Image.open(only(tmp_path / "out", "0000_seed0.png")))
     assert drawn.shape == (12, 20, 3) and drawn.std() > 1
 
 
@@ -88,7 +89,7 @@ def test_the_command_warns_of_words_cut_off_and_draws(folder, tmp_path, capsys):
     assert end.value.code == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert warnings == [f"warning: --prompt: prompt is too long for the model; cut off: {' '.join(['apple'] * 10)!r}"]
-    assert (tmp_path / "out" / "0000_seed0.png").exists()
+    assert only(tmp_path / "out", "0000_seed0.png").exists()
 
 
 def truncate(folder):

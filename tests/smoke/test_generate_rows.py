@@ -50,7 +50,12 @@ def test_a_row_of_jsonl_overrides_every_flag(tmp_path):
         ('{"prompt": "x", "steps": 0}', "steps: found 0, expected a whole number of at least 1"),
         ('{"prompt": "x", "steps": 2.5}', "steps: found 2.5, expected a whole number of at least 1"),
         ('{"prompt": "x", "steps": true}', "found a truth value true"),
-        ('{"prompt": "x", "seed": -1}', "expected a whole number from 0 to"),
+        ('{"prompt": "x", "seed": -2}', "seed: found -2, expected a whole number from 0 to"),
+        ('{"prompt": "x", "seed": 1e400}', "seed: found inf, expected a whole number from 0 to"),
+        ('{"prompt": "x", "seed": 18446744073709551616}', "or -1 for a fresh one"),
+        ('{"prompt": "x", "guidance_scale": 1e308}', "guidance_scale: found 1e+308, expected a number that float32"),
+        ('{"prompt": "x", "guidance_scale": 1' + "0" * 400 + "}", "guidance_scale: found 1000"),
+        ('{"prompt": "x", "guidance_scale": 1' + "0" * 5000 + "}", "a number with thousands of digits"),
         ('{"prompt": "x", "seed": "7"}', 'found text "7"'),
         ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale: found nan, expected a number"),
         ('{"prompt": "\\ud800"}', "not text"),
@@ -160,5 +165,5 @@ def test_a_table_holds_text_and_what_json_writes_and_an_empty_cell_names_nothing
     assert [str(row) for row in bad] == [
         "p.csv:4: found 0 cells, expected one for each of the 6 columns",
         "p.csv:5: found 7 cells, expected one for each of the 6 columns",
-        'p.csv:6: seed: found text "seven", expected a whole number from 0 to 4294967295',
+        f'p.csv:6: seed: found text "seven", expected a whole number from 0 to {2**64 - 1}, or -1 for a fresh one',
     ]

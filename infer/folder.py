@@ -1,0 +1,182 @@
+"""The folder of results of a job: which job it holds, and that no other writes into it unasked.
+
+`job.json` says which command the folder belongs to. The same command goes on where it stopped, in any number of
+processes at once; another one is refused. It also holds the number from which fresh seeds follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import json
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from infer.manifest import manifest_files, read_records
+from infer.png import write_whole
+from infer.rows import FRESH, Row
+from jaxmix.command import command_words
+from jaxmix.types import InputError
+
+OWN = ("job.json", "manifest.jsonl", "gallery.html", "contact_sheet.png")
+NOT_PICTURES = ("out", "resume", "overwrite", "strict", "dry_run", "batch_size", "devices")
+"""Flags on which no picture depends: a job is the same with others."""
+
+
+def digest(held: Any) -> str:
+    """Return 8 hexadecimal digits that stand for what JSON can hold."""
+    text = json.dumps(held, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+
+def job_of(config: Any, wanted: str = "") -> str:
+    """Return what identifies the job of some flags: all of them on which pictures depend, and the command's method."""
+    held = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_PICTURES}
+    for key in ("prompts", "image", "mask"):
+        if held[key] not in (None, "builtin"):
+            held[key] = str(Path(held[key]).resolve())
+    return digest({"method": wanted, **held})
+
+
+class Folder:
+    """The folder of a job. It is found, and refused if it holds another job, when it is made; `claim` writes to it."""
+
+    def __init__(self, config: Any, wanted: str = "") -> None:
+        self.job = job_of(config, wanted)
+        self._config = config
+        self._claimed = False
+        self._fresh = secrets.randbits(64)
+        if config.out is not None:
+            _check_local(config.out)
+        self.path = Path(config.out) if config.out is not None else self._numbered()
+        held = _read(self.path)
+        there = held is not None or next(manifest_files(self.path), None) is not None
+        if there and not config.overwrite and not config.resume and (held or {}).get("job") != self.job:
+            raise InputError(
+                f"--out {self.path}: found the pictures of another job there"
+                + (f" ({held['command']})" if held is not None and held.get("command") else "")
+                + ", expected --overwrite to replace them, --resume to keep those that this job would draw, too, or "
+                "another folder"
+            )
+        if held is not None and not config.overwrite:
+            self._fresh = held["fresh"]
+
+    def claim(self) -> None:
+        """Make the folder, and write down there whose it is; with --overwrite, remove what it held."""
+        if self._claimed:
+            return
+        self._claimed = True
+        if self._config.out is None and not self._config.resume:
+            self.path = self._made()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._config.overwrite:
+            self._clear()
+        held = _read(self.path)
+        if held is None or held["job"] != self.job:
+            self._write(replace=held is not None)
+        else:  # as this process found it, or as another has made it since
+            self._fresh = held["fresh"]
+
+    def again(self) -> str:
+        """Return the command that goes on with this folder."""
+        words = command_words(drop=("overwrite", "resume"))
+        named = self._config.out is not None
+        return " ".join(words if named else [*words, "--out", str(self.path)]) or "the same command"
+
+    def seeded(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows, those that asked for a fresh seed with one: the same whenever this job goes on."""
+        if any(row.seed == FRESH for row in rows) and not self._config.dry_run:
+            self.claim()  # another process of this job must not draw others
+        return [dataclasses.replace(row, seed=self._seed(row.number)) if row.seed == FRESH else row for row in rows]
+
+    def _seed(self, number: int) -> int:
+        made = hashlib.sha256(f"{self._fresh} {number}".encode()).digest()
+        return int.from_bytes(made[:4], "big")  # 32 bits, which every other tool can draw with, too
+
+    def _numbered(self) -> Path:
+        """Return the first of gallery, gallery-2, ... that is not there, or the last of this job to go on with."""
+        names = (Path("gallery" if number == 1 else f"gallery-{number}") for number in itertools.count(1))
+        if not self._config.resume:
+            return next(path for path in names if not path.exists())
+        mine = [path for path in itertools.takewhile(Path.exists, names) if (_read(path) or {}).get("job") == self.job]
+        if not mine:
+            raise InputError("--resume: found no folder gallery, gallery-2, ... of this command, expected --out FOLDER")
+        return mine[-1]
+
+    def _made(self) -> Path:
+        """Make the first numbered folder that no other process has made meanwhile."""
+        while True:
+            path = self._numbered()
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                continue
+
+    def _write(self, replace: bool) -> None:
+        """Write job.json; of several processes that do so at once one succeeds, and all take what it has written."""
+        began = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        held = {"job": self.job, "fresh": self._fresh, "command": " ".join(command_words()), "began": began}
+        content = json.dumps(held, ensure_ascii=False) + "\n"
+        path = self.path / "job.json"
+        if replace or not hasattr(os, "link"):
+            write_whole(path, content.encode())
+            return
+        temporary = self.path / f".job.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        write_whole(temporary, content.encode())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            other = _read(self.path)
+            if other is not None and other["job"] != self.job:
+                raise InputError(
+                    f"--out {self.path}: another job has just begun there, expected another folder"
+                ) from None
+            if other is None:  # damaged
+                write_whole(path, content.encode())
+            else:
+                self._fresh = other["fresh"]
+        except OSError:  # a file system without links
+            write_whole(path, content.encode())
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        """Remove what earlier jobs wrote here, and nothing else."""
+        names = {record["file"] for record in read_records(self.path) if "file" in record}
+        stems = tuple(Path(name).stem for name in names)
+        for path in list(self.path.iterdir()):
+            inputs = path.suffix == ".png" and any(path.stem.startswith(f"{stem}_") for stem in stems)
+            if path.name in names or path.name in OWN or inputs:
+                path.unlink(missing_ok=True)
+        for path in manifest_files(self.path):
+            path.unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """Return what job.json holds, None if it is missing or damaged."""
+    try:
+        held = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    good = isinstance(held, dict) and isinstance(held.get("job"), str) and type(held.get("fresh")) is int
+    return held if good and isinstance(held.get("command", ""), str) else None
+
+
+def _check_local(out: str) -> None:
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", out)
+    if found:
+        raise InputError(
+            f"--out: found {out!r}, expected a local folder; nothing is written to {found[1]}: yet, so draw into a "
+            "folder and copy it"
+        )
+    if not out.strip() or "\x00" in out:
+        raise InputError(f"--out: found {out!r}, expected the name of a folder")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise InputError(f"--out: found {out!r}, which is a file, expected a folder")
