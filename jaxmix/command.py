@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxmix.types import InputError
+from jaxmix.types import InputError, shown
 
 _BOOLEANS = ("true", "false", "yes", "no")
 _OWN_KEYS = ("config", "print_config", "help", "version")
@@ -272,12 +272,12 @@ def _normalise(
             arguments.append(word)
             continue
         if not word.startswith("--"):
-            raise InputError(f"'{word}' is not a flag; every value needs one, as in --key {word}")
+            raise InputError(f"{shown(word)} is not a flag; every value needs one, as in --key VALUE")
         name, equals, value = word[2:].partition("=")
         key = name.replace("-", "_")
         key = aliases.get(key, key) if key not in known else key
         if key not in known and key != "config":
-            raise InputError(f"unknown flag --{name}{near_misses(key, known | {'config'})}")
+            raise InputError(f"unknown flag {shown('--' + name)[1:-1]}{near_misses(key[:60], known | {'config'})}")
         if not equals:
             if key in switches and (not rest or rest[0].lower() not in _BOOLEANS):
                 value = "true"

@@ -20,6 +20,6 @@ if ! cmp -s pyproject.toml "$venv/.installed-demo"; then
   cp pyproject.toml "$venv/.installed-demo"
 fi
 echo "==> drawing"
-"$venv/bin/python" -m infer.generate --model mini --out gallery "$@"
+"$venv/bin/python" -m infer.generate --model mini --out gallery --resume "$@"
 echo
 echo "==> look at $PWD/gallery/gallery.html in a browser, or at $PWD/gallery/contact_sheet.png"
