@@ -78,6 +78,8 @@ class Folder:
         if self._config.overwrite:
             self._clear()
         held = _read(self.path)
+        if held is not None and held["job"] != self.job and not self._config.resume:
+            raise self._taken()
         if held is None or held["job"] != self.job:
             self._write(replace=held is not None)
         else:  # as this process found it, or as another has made it since
@@ -135,9 +137,7 @@ class Folder:
         except FileExistsError:
             other = _read(self.path)
             if other is not None and other["job"] != self.job:
-                raise InputError(
-                    f"--out {self.path}: another job has just begun there, expected another folder"
-                ) from None
+                raise self._taken() from None
             if other is None:  # damaged
                 write_whole(path, content.encode())
             else:
@@ -146,6 +146,9 @@ class Folder:
             write_whole(path, content.encode())
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _taken(self) -> InputError:
+        return InputError(f"--out {self.path}: another job has just begun there, expected another folder")
 
     def _clear(self) -> None:
         """Remove what earlier jobs wrote here, and nothing else."""

@@ -59,6 +59,14 @@ def test_the_same_command_goes_on_and_another_is_refused_by_name(tmp_path):
     assert seeds(pipe) == [1, 2, 3] and len(list(out.glob("0*.png"))) == 6
 
 
+def test_of_two_jobs_that_begin_at_once_the_second_is_refused(tmp_path):
+    out = str(tmp_path / "out")
+    first, second, same = (Folder(Config(prompt=prompt, out=out)) for prompt in "aba")  # none is there yet
+    first.claim(), same.claim()
+    with pytest.raises(InputError, match="another job has just begun there"):
+        second.claim()
+
+
 def test_overwriting_removes_what_jobs_wrote_and_nothing_else(tmp_path):
     _, _, out = go(tmp_path)
     (out / "holiday.png").write_bytes(b"mine")
