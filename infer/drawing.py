@@ -109,9 +109,9 @@ class Drawing:
     def _write(self, row: Row, image: np.ndarray, shape: list[int]) -> None:
         settings = {**self.methods.settings(row), **self.common}
         height, width = image.shape[:2]
-        size_bytes = write_png(self.out / row.file_name, image, setting_chunks(settings, (width, height)))
-        for method in self.methods.of(row):
+        for method in self.methods.of(row):  # first: a picture that is there has them beside it
             method.write_inputs(row, self.out)
+        size_bytes = write_png(self.out / row.file_name, image, setting_chunks(settings, (width, height)))
         extra: dict[str, Any] = {"width": width, "height": height, "latents": shape, "bytes": size_bytes}
         if row in self.cuts:
             extra["cut"] = self.cuts[row]
@@ -155,7 +155,7 @@ def open_pictures(rows: Sequence[Any]) -> dict[str, Any]:
         pictures["images"] = np.stack([open_picture(row.image, row.height, row.width) for row in rows])
         pictures["strength"] = first.strength
     if first.mask is not None:
-        pictures["masks"] = np.stack([open_picture(row.mask, row.height, row.width, mask=True) for row in rows])
+        pictures["masks"] = np.stack([open_picture(row.mask, row.height, row.width, mask=True) > 127 for row in rows])
     return pictures
 
 

@@ -25,6 +25,8 @@ from jaxmix.command import command_words
 from jaxmix.types import InputError
 
 OWN = ("job.json", "manifest.jsonl", "gallery.html", "contact_sheet.png")
+INPUTS = ("layout", "reference", "content", "style")
+"""What methods call the pictures that they write beside a result."""
 NOT_PICTURES = ("out", "resume", "overwrite", "strict", "dry_run", "batch_size", "devices")
 """Flags on which no picture depends: a job is the same with others."""
 
@@ -56,7 +58,7 @@ class Folder:
             _check_local(config.out)
         self.path = Path(config.out) if config.out is not None else self._numbered()
         held = _read(self.path)
-        there = held is not None or next(manifest_files(self.path), None) is not None
+        there = (self.path / "job.json").exists() or next(manifest_files(self.path), None) is not None
         if there and not config.overwrite and not config.resume and (held or {}).get("job") != self.job:
             raise InputError(
                 f"--out {self.path}: found the pictures of another job there"
@@ -88,12 +90,15 @@ class Folder:
     def again(self) -> str:
         """Return the command that goes on with this folder."""
         words = command_words(drop=("overwrite", "resume"))
+        if self._config.overwrite and any(word.startswith("--config") for word in words):
+            words.append("--overwrite=false")
         named = self._config.out is not None
         return " ".join(words if named else [*words, "--out", str(self.path)]) or "the same command"
 
     def seeded(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows, those that asked for a fresh seed with one: the same whenever this job goes on."""
-        if any(row.seed == FRESH for row in rows) and not self._config.dry_run:
+        shared = self._config.out is not None and not self._config.overwrite and not self._config.dry_run
+        if shared and any(row.seed == FRESH for row in rows):
             self.claim()  # another process of this job must not draw others
         return [dataclasses.replace(row, seed=self._seed(row.number)) if row.seed == FRESH else row for row in rows]
 
@@ -105,7 +110,7 @@ class Folder:
         """Return the first of gallery, gallery-2, ... that is not there, or the last of this job to go on with."""
         names = (Path("gallery" if number == 1 else f"gallery-{number}") for number in itertools.count(1))
         if not self._config.resume:
-            return next(path for path in names if not path.exists())
+            return next(path for path in names if not os.path.lexists(path))
         mine = [path for path in itertools.takewhile(Path.exists, names) if (_read(path) or {}).get("job") == self.job]
         if not mine:
             raise InputError("--resume: found no folder gallery, gallery-2, ... of this command, expected --out FOLDER")
@@ -125,7 +130,7 @@ class Folder:
         """Write job.json; of several processes that do so at once one succeeds, and all take what it has written."""
         began = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         held = {"job": self.job, "fresh": self._fresh, "command": " ".join(command_words()), "began": began}
-        content = json.dumps(held, ensure_ascii=False) + "\n"
+        content = json.dumps(held) + "\n"
         path = self.path / "job.json"
         if replace or not hasattr(os, "link"):
             write_whole(path, content.encode())
@@ -153,10 +158,10 @@ class Folder:
     def _clear(self) -> None:
         """Remove what earlier jobs wrote here, and nothing else."""
         names = {record["file"] for record in read_records(self.path) if "file" in record}
-        stems = tuple(Path(name).stem for name in names)
+        stems = {Path(name).stem for name in names}
         for path in list(self.path.iterdir()):
-            inputs = path.suffix == ".png" and any(path.stem.startswith(f"{stem}_") for stem in stems)
-            if path.name in names or path.name in OWN or inputs:
+            stem, _, kind = path.stem.rpartition("_")
+            if path.name in names or path.name in OWN or (path.suffix == ".png" and stem in stems and kind in INPUTS):
                 path.unlink(missing_ok=True)
         for path in manifest_files(self.path):
             path.unlink(missing_ok=True)

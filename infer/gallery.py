@@ -59,7 +59,7 @@ def write_gallery(folder: Path, items: Sequence[Item], title: str, facts: Mappin
     }
     page = re.sub("@(" + "|".join(parts) + ")@", lambda match: parts[match[1]], template)
     path = folder / "gallery.html"
-    write_whole(path, page.encode("utf-8"))
+    write_whole(path, page.encode("utf-8", "replace"))
     return path
 
 
@@ -115,9 +115,12 @@ def _shown_height(picture: Picture) -> int:
 
 def _scaled(path: Path, picture: Picture) -> Image.Image:
     enlarge = picture.width <= CELL
-    with Image.open(path) as image:
-        size = (_shown_width(picture), _shown_height(picture))
-        return image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
+    size = (_shown_width(picture), _shown_height(picture))
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError, ValueError):  # damaged since it was written: an empty place
+        return Image.new("RGB", size, "#ddd")
 
 
 def _fact(key: str, value: str) -> str:

@@ -154,21 +154,32 @@ def complete(
             for key in ("height", "width"):
                 if (pixels := getattr(whole, key)) % factor:
                     raise InputError(f"{key}: found {pixels}, expected a multiple of {factor} pixels")
-            pipe.check_size(whole.height // factor, whole.width // factor, cells, row.image is not None)
+            guided = whole.guidance_scale > 1
+            pipe.check_size(whole.height // factor, whole.width // factor, cells, row.image is not None, guided)
             if row.image is not None:
                 image_to_image_start(whole.steps, row.strength)
             open_pictures([whole])
             make_solver(whole.sampler, pipe.schedule, whole.steps)
             whole = methods.complete(whole, pipe)
-            mark = digest({**methods.settings(whole), **(common or {}), "row": None})
-            whole = dataclasses.replace(whole, mark=mark)
         except InputError as error:
             bad.append(BadRow(row.number, row.where, str(error)))
             continue
         good.append(whole)
+    good = marked(good, methods, common or {})
     bad += methods.check(pipe, good, request)
     failed = {row.number for row in bad}
     return [row for row in good if row.number not in failed], bad
+
+
+def marked(rows: Sequence[Row], methods: Methods, common: Mapping[str, Any]) -> list[Row]:
+    """Return the rows with marks of what their pictures depend on: their settings, and those of rows in their group."""
+    companies = methods.companies(rows)
+    rows = [
+        dataclasses.replace(row, company=digest([methods.settings(other) for other in others])) if others else row
+        for row, others in zip(rows, companies, strict=True)
+    ]
+    held = [digest({**methods.settings(row), **common, "row": None}) for row in rows]
+    return [dataclasses.replace(row, mark=mark) for row, mark in zip(rows, held, strict=True)]
 
 
 def warn_of_cuts(pipe: Any, rows: Sequence[Row]) -> dict[Row, str]:

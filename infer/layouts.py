@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from infer.gallery import CELL
-from infer.pictures import levels_of, mask_of
+from infer.pictures import levels_of, mask_of, write_picture
 from infer.rows import check_file, check_number, check_text
 from jaxmix.types import InputError
 
@@ -164,4 +164,4 @@ def picture(places: Sequence[Place], height: int, width: int) -> Image.Image:
 
 def save(places: Sequence[Place], height: int, width: int, path: Path) -> None:
     """Write the layout's picture."""
-    picture(places, height, width).save(path)
+    write_picture(np.asarray(picture(places, height, width)), path)

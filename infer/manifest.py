@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ class Manifest:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname()) or "host"
-        self.path = folder / f"manifest-{host}-{os.getpid()}.jsonl"
+        self.path = folder / f"manifest-{host}-{os.getpid()}-{secrets.token_hex(3)}.jsonl"
         self._file: Any = None
         self._images: dict[str, dict[str, Any]] = {}
         self._errors: set[tuple[int, str]] = set()
@@ -87,8 +88,7 @@ class Manifest:
     def _append(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         if self._file is None:
-            self._file = self.path.open("ab", buffering=0)
-            _lock(self._file)  # says that this process is at work
+            self._file = self._opened()
         before = self._file.tell()
         try:
             written = self._file.write(line)
@@ -99,6 +99,17 @@ class Manifest:
                 self._file.truncate(before)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         self._remember(record)
+
+    def _opened(self) -> Any:
+        """Open this process's file and lock it, which says that it is at work."""
+        while True:
+            file = self.path.open("ab", buffering=0)
+            _lock(file, wait=True)
+            # Another process may have taken it for that of one that has ended, in between, and removed it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.path), os.fstat(file.fileno())):
+                    return file
+            file.close()
 
     def _remember(self, record: dict[str, Any]) -> None:
         if record["status"] == "ok":
@@ -124,11 +135,12 @@ def read_records(folder: Path) -> Iterator[dict[str, Any]]:
 def merge(folder: Path, own: Path | None = None) -> None:
     """Write the lines of processes that have ended into `manifest.jsonl`, the last about each file, by row.
 
-    `own` is the file of this process, which has ended in any case.
+    `own` is the file of this process, which has ended in any case. Where nothing can be locked, the files stay as they
+    are: together they say the same.
     """
     with _locked(folder) as alone, contextlib.ExitStack() as opened:
         ended = []
-        for path in sorted(folder.glob("manifest-*.jsonl")) if alone else [own] if own is not None else []:
+        for path in sorted(folder.glob("manifest-*.jsonl")) if alone else ():
             if path.is_file():
                 file = opened.enter_context(path.open("rb"))
                 if path == own or _lock(file):
@@ -137,10 +149,18 @@ def merge(folder: Path, own: Path | None = None) -> None:
             lines = [*(_records((folder / MERGED).read_bytes()) if (folder / MERGED).is_file() else ())]
             for _, content in ended:
                 lines += _records(content)
-            images = {record["file"]: record for record in lines if record["status"] == "ok"}
-            drawn = {record["row"] for record in images.values() if "row" in record}
-            errors = {(r["row"], r["error"]): r for r in lines if r["status"] == "error" and r["row"] not in drawn}
-            whole = sorted([*images.values(), *errors.values()], key=lambda record: record.get("row", 0))
+            images: dict[str, dict[str, Any]] = {}
+            errors: dict[int, dict[str, dict[str, Any]]] = {}
+            for record in lines:
+                if record["status"] == "error":
+                    errors.setdefault(record["row"], {})[record["error"]] = record
+                else:
+                    images[record["file"]] = record
+                    errors.pop(record.get("row", -1), None)  # drawn since
+            whole = sorted(
+                [*images.values(), *(record for of_row in errors.values() for record in of_row.values())],
+                key=lambda record: record.get("row", 0),
+            )
             content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in whole)
             write_whole(folder / MERGED, content.encode("utf-8", "replace"))
         for path, _ in ended:
@@ -181,20 +201,25 @@ def _locked(folder: Path) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
+        except OSError:  # NFS locks nothing that is not open for writing
+            os.close(handle)
+            handle = os.open(folder / ".manifest.lock", os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError:
+                yield False
+                return
         yield True
     finally:
         os.close(handle)
 
 
-def _lock(file: Any) -> bool:
+def _lock(file: Any, wait: bool = False) -> bool:
     """Lock a manifest, as a process does while it is at work; return whether nobody else has."""
     if fcntl is None:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         return False
     return True

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from infer.png import write_png
 from jaxmix import pictures
 from jaxmix.types import InputError
 
@@ -44,8 +45,8 @@ def _checked(path: str, mask: bool = False) -> Image.Image:
 
 
 def write_picture(image: np.ndarray, out: Path) -> None:
-    """Write an input beside the result, for the gallery."""
-    Image.fromarray(image).save(out)
+    """Write an input beside the result, for the gallery: whole, or not at all."""
+    write_png(out, image, {})
 
 
 def levels_of(path: str, height: int, width: int) -> np.ndarray:

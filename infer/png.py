@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_png(path: Path, image: np.ndarray, texts: Mapping[str, str]) -> int:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name beside `path`, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

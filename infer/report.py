@@ -46,7 +46,7 @@ def write_overview(
     failed = {row.number for row in bad}
     for row in rows:
         record = manifest.record(row.file_name)
-        if record is None:  # not drawn, or not yet
+        if record is None or not (out / row.file_name).is_file():  # not drawn, or not yet
             continue
         shown = {"seed": str(row.seed), "steps": f"{row.steps} {row.sampler}", "guidance": f"{row.guidance_scale:g}"}
         if row.negative_prompt:
@@ -59,6 +59,7 @@ def write_overview(
             shown["from"] = f"{Path(row.image).name}, strength {row.strength:g}"
         here = methods.of(row)
         inputs = [picture for method in here for picture in method.inputs(row, out)]
+        inputs = [picture for picture in inputs if (out / picture.file).is_file()]
         for method in here:
             shown |= method.shown(row)
         label = "result" if inputs else ""
@@ -83,7 +84,7 @@ def write_overview(
 def summary(times: Times, clock: CompileClock, cached: bool) -> str:
     """Return the last line; its images/s are for drawing alone, without loading and compiling."""
     if not times.images:
-        return f"0 images drawn in {times.whole:.1f} s (all kept from before)"
+        return f"0 images drawn in {times.whole:.1f} s"
     hits = f" ({clock.hits} of {clock.programs} programs from the cache)" if cached else ""
     return (
         f"{times.images} images in {times.whole:.1f} s: {times.rate:.3g} images/s; "

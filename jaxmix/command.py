@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import shlex
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +35,9 @@ def run(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) ->
     the file, wherever they come. A user's mistake (InputError, an unreadable path) becomes one `error:` line on stderr
     and status 2; Ctrl-C becomes status 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold what no encoding can say
     argv = sys.argv[1:] if argv is None else argv
     _given[:] = [*_program_name(main).split(), *argv]
     try:
@@ -92,7 +96,8 @@ def parse(main: Callable[[Any], int | None], argv: Sequence[str]) -> Any:
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     switches = {name for name, hint in hints.items() if hint is bool}
     lists = {name: hint for name, hint in hints.items() if _is_list(hint)}
-    arguments, files = _normalise(argv, known, switches, lists, getattr(config_type, "aliases", {}))
+    whole = {name for name, hint in hints.items() if hint is int or int in typing.get_args(hint)}
+    arguments, files = _normalise(argv, known, switches, lists, getattr(config_type, "aliases", {}), whole)
     for file in files:
         _check_file(file, known)
     try:
@@ -255,6 +260,7 @@ def _normalise(
     switches: set[str],
     lists: Mapping[str, Any] = {},
     aliases: Mapping[str, str] = {},
+    whole: Collection[str] = (),
 ) -> tuple[list[str], list[str]]:
     """Split argv into canonical flags and config files, refusing flags that match no field.
 
@@ -287,6 +293,8 @@ def _normalise(
                 raise InputError(f"--{name} needs a value")
         if key == "config":
             files.append(value)
+        elif key in whole and re.fullmatch(r"[+-]?\d+\.0*", value):
+            arguments.append(f"--{key}={value.partition('.')[0]}")  # 7.0 is 7
         elif key in lists and value.lower() not in ("null", "none"):
             listed.setdefault(key, []).extend(_items(value, lists[key]))
         else:

@@ -111,7 +111,7 @@ $run ruff format --check .
 log=$(mktemp) status=0
 $run mypy >"$log" 2>&1 &
 mypy=$!
-trap 'kill $mypy 2>/dev/null; rm -f "$log"' EXIT
+trap 'kill $mypy 2>/dev/null || true; rm -f "$log"' EXIT
 echo "==> pytest, and mypy beside it"
 $run $pytest "$@" || status=$?
 echo "==> mypy"

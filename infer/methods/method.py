@@ -104,6 +104,10 @@ class Method:
         """Return the key that rows share if they must be drawn together, None for a row on its own."""
         return None
 
+    def looks_at(self, row: Row, members: Sequence[Row]) -> Sequence[Row]:
+        """Return the rows of a row's group on which its picture depends."""
+        return ()
+
     def check_groups(self, rows: Sequence[Row]) -> list[tuple[Row, str]]:
         """Return the rows that cannot be drawn because of others in their group, and why."""
         return []

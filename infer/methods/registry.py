@@ -173,6 +173,20 @@ class Methods:
                 refuse(members, f"group {name}: {error}")
         return bad
 
+    def companies(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Return for each row the others of its group on which its picture depends, those of all methods' groups."""
+        groups: dict[tuple[str, Hashable], list[Row]] = {}
+        names = [self._group(row) for row in rows]
+        for name, row in zip(names, rows, strict=True):
+            if name is not None:
+                groups.setdefault(name, []).append(row)
+        found: list[list[Row]] = []
+        for name, row in zip(names, rows, strict=True):
+            members = [] if name is None else groups[name]
+            some = {other for method in self.of(row) for other in method.looks_at(row, members)}
+            found.append([other for other in members if other in some and other is not row])
+        return found
+
     def _unfit(
         self, pipe: Any, rows: Sequence[Row], methods: Sequence[Method], request: Callable[[Sequence[Row]], Any]
     ) -> Iterator[tuple[Row, str]]:

@@ -105,6 +105,10 @@ class StyleAligned(Method):
             return row["group"]
         return row.number // self.flags.group_size if self.flags.group_size else 0
 
+    def looks_at(self, row: Row, members: Sequence[Row]) -> Sequence[Row]:
+        """Return the reference, or all of the group if they all look at each other."""
+        return members if self.flags.full else members[:1]
+
     def arrange(self, rows: Sequence[Row], alone: Mapping[str, None]) -> list[Row]:
         """Return the rows with the flag's picture as the first row of each group, numbered after all others."""
         self._leads = {}

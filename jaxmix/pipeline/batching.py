@@ -103,7 +103,7 @@ def shrink_masks(masks: AnyArray, shape: tuple[int, ...], factor: int) -> Float[
 
 def inside(mask: AnyArray) -> np.ndarray:
     """Return where a mask is set (bool): at half its full value or more, which is 255 for bytes above 1, else 1."""
-    mask = mask_values("mask", mask)
+    mask = mask_values("masks", mask)
     return mask >= (255 if mask.dtype == np.uint8 else 1) / 2
 
 

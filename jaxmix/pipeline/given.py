@@ -95,9 +95,9 @@ def _numbers(name: str, value: Any) -> np.ndarray:
 
 def _listed(value: Any) -> list[Any] | None:
     """Return a sequence or an array with an axis as a list, None for what is neither."""
-    if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__") or np.ndim(value) == 0:
+    if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__"):
         return None
-    return list(value)
+    return None if getattr(value, "ndim", 1) == 0 else list(value)
 
 
 def _one_each(name: str, made: Sequence[Any] | None, value: Any, n: int) -> None:

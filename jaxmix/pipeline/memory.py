@@ -25,10 +25,12 @@ _SMALL = 512 * 512  # pixels up to which nobody needs to ask
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
-def least_bytes(parts: Parts, hw: tuple[int, int], tile: int | None = None, encodes: bool = False) -> int:
+def least_bytes(
+    parts: Parts, hw: tuple[int, int], tile: int | None = None, encodes: bool = False, branches: int = 2
+) -> int:
     """Return the bytes that drawing an image with latents of size ``hw`` takes at least, the weights included.
 
-    Both branches of guidance run together. ``tile`` (latent cells) is that of the decoder; ``encodes`` says whether a
+    The ``branches`` of guidance run together. ``tile`` (latent cells) is that of the decoder, ``encodes`` whether a
     picture of that size is encoded, too.
     """
     cfg, (h, w) = parts.unet.config, hw
@@ -36,9 +38,10 @@ def least_bytes(parts: Parts, hw: tuple[int, int], tile: int | None = None, enco
     if cfg.addition_embed_type is not None:
         assert cfg.projection_class_embeddings_input_dim is not None and cfg.addition_time_embed_dim is not None
         pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
-        shapes: tuple[Any, Any] = (_shape(2, pooled), _shape(2, 6))
+        shapes: tuple[Any, Any] = (_shape(branches, pooled), _shape(branches, 6))
         added = AddedCond(*shapes)
-    context, latents = _shape(2, parts.text_length, cfg.cross_attention_dim), _shape(2, h, w, cfg.in_channels)
+    context = _shape(branches, parts.text_length, cfg.cross_attention_dim)
+    latents = _shape(branches, h, w, cfg.in_channels)
 
     def predict(params: Any, x: Any, context: Any, added: Any) -> Any:
         return parts.unet.apply({"params": params}, x, 0, context, (), added)
@@ -58,19 +61,25 @@ def least_bytes(parts: Parts, hw: tuple[int, int], tile: int | None = None, enco
 
 
 def check_size(
-    parts: Parts, known: dict[Any, int], hw: tuple[int, int], tile: int | None = None, encodes: bool = False
+    parts: Parts,
+    known: dict[Any, int],
+    hw: tuple[int, int],
+    tile: int | None = None,
+    encodes: bool = False,
+    branches: int = 2,
 ) -> None:
     """Raise `InputError` if an image needs more than a device has; ``known`` keeps what was found for each size."""
     if is_small(parts, hw) or (there := device_bytes()) is None:
         return
-    asked = hw, tile, encodes
+    asked = hw, tile, encodes, branches
     height, width = (side * parts.vae.config.factor for side in hw)
     needed = height * width * 3 * 4  # the picture alone: no program is traced for a size of which that is too much
     if needed <= there:
         if asked not in known:
-            known[asked] = least_bytes(parts, hw, tile, encodes)
+            known[asked] = least_bytes(parts, hw, tile, encodes, branches)
         needed = known[asked]
     if needed > there:
+        needed = min(needed, 2**80)
         raise InputError(
             f"height and width: found {height} x {width} pixels, which take at least {needed / 2**30:.1f} GiB of "
             f"memory, expected no more than the {there / 2**30:.1f} GiB here ({jax.local_devices()[0].platform})"

@@ -23,7 +23,7 @@ from jaxmix.models.unet import join_sites, norm_sites, sites
 from jaxmix.pipeline import memory, programs
 from jaxmix.pipeline import text as words
 from jaxmix.pipeline.batching import Batch, of_shape, on_host, pack, to_bytes, warn_of_broken
-from jaxmix.pipeline.given import pictures
+from jaxmix.pipeline.given import pictures, prompt_list
 from jaxmix.pipeline.inverted import Inverted, invert_rows
 from jaxmix.pipeline.job import Denoiser, Job, denoise
 from jaxmix.pipeline.parts import Parts
@@ -197,7 +197,8 @@ class Pipeline(Parts):
         tile = None if tile is None else whole("tile", tile, 1)
         methods = ordered(methods)
         request = self.check(request, methods)
-        self.check_size(*request.hw(self), tile if output != "latent" else 1, request.images is not None)
+        guided = bool(np.max(request.guidance_scale) > 1)  # type: ignore[arg-type]
+        self.check_size(*request.hw(self), tile if output != "latent" else 1, request.images is not None, guided)
         done: list[tuple[np.ndarray, np.ndarray]] = []
         waiting: tuple[Array, np.ndarray] | None = None
         for batch in self._batches(request, methods, mesh, batch_size):
@@ -241,13 +242,13 @@ class Pipeline(Parts):
                 of_shape("pinned.states", edit.states, shape)
         return request
 
-    def check_size(self, h: int, w: int, tile: int | None = None, encodes: bool = False) -> None:
+    def check_size(self, h: int, w: int, tile: int | None = None, encodes: bool = False, guided: bool = True) -> None:
         """Raise `InputError` if drawing one image with latents of (h, w) cells takes more memory than a device has.
 
-        ``tile`` (latent cells) is that of the decoder; ``encodes`` says whether a picture is encoded first. Nothing is
-        compiled, and nothing of that size is made.
+        ``tile`` (latent cells) is that of the decoder; ``encodes`` says whether a picture is encoded first, ``guided``
+        whether its scale is above 1. Nothing is compiled, and nothing of that size is made.
         """
-        memory.check_size(self, self._least, (h, w), tile, encodes)
+        memory.check_size(self, self._least, (h, w), tile, encodes, 1 + guided)
 
     @functools.cached_property
     def _least(self) -> dict[Any, int]:
@@ -356,8 +357,8 @@ class Pipeline(Parts):
         if x0.ndim != 4 or x0.shape[-1] != self.latent_shape[-1]:
             raise InputError(f"latents: found shape {x0.shape}, expected (n, h, w, {self.latent_shape[-1]})")
         n, hw, factor = x0.shape[0], (x0.shape[1], x0.shape[2]), self.vae.config.factor
-        prompts = [""] * n if prompts is None else prompts
-        if isinstance(prompts, str) or len(prompts) != n:
+        prompts = [""] * n if prompts is None else prompt_list(prompts)
+        if len(prompts) != n:
             raise InputError(f"prompts: found {len(prompts)}, expected one for each of the {n} images")
         self.check_controls(controls, hw)
         there = sites(self.unet.config, hw)

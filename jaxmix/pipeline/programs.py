@@ -37,7 +37,8 @@ def decode(
         z = latents / vae.config.scaling_factor
         one_by_one = n > 1 and h * w * vae.config.factor**2 >= _LARGE
         x = jax.lax.map(lambda row: images(row[None])[0], z) if one_by_one else images(z)
-        return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
+        x = x / 2 + 0.5
+        return jnp.where(jnp.isfinite(x), jnp.clip(x, 0.0, 1.0), jnp.nan)  # an infinity is no black or white
 
     return over_rows(run, mesh, (PartitionSpec(), PartitionSpec(DATA)))(params, latents)
 

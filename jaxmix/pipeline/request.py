@@ -17,13 +17,13 @@ from jaxtyping import Float
 
 from jaxmix import rows as over
 from jaxmix.control import Control
-from jaxmix.pipeline.batching import Batch, shrink_masks
-from jaxmix.pipeline.given import mask_values, pictures, prompt_list, seed_list, text_list
+from jaxmix.pipeline.batching import Batch, inside, shrink_masks
+from jaxmix.pipeline.given import pictures, prompt_list, seed_list, text_list
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.text import encode_branches, join
 from jaxmix.rows import Text
 from jaxmix.samplers import Guidance, LatentEdit, image_to_image_start, make_solver
-from jaxmix.types import AnyArray, Array, InputError, Params, whole
+from jaxmix.types import AnyArray, Array, InputError, Params, shown, whole
 
 T = TypeVar("T")
 
@@ -120,6 +120,9 @@ class Request:
         negatives = text_list("negative_prompts", self.negatives, n)
         branches = tuple(text_list(f"branches[{i}]", branch, n) for i, branch in enumerate(self.branches))
         scale = parts.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
+        rescale = over.numbers("guidance_rescale", self.guidance_rescale, n, "prompts", least=0.0)
+        if rescale.max() > 1:
+            raise InputError(f"guidance_rescale: found {shown(self.guidance_rescale)}, expected numbers from 0 to 1")
         first, last = self.span
         height, width = (
             None if side is None else whole(name, side, 1)
@@ -127,12 +130,17 @@ class Request:
         )
         latents = None if self.latents is None else jnp.asarray(self.latents, jnp.float32)
         images = None if self.images is None else pictures("images", self.images, n)
-        masks = None if self.masks is None else mask_values("masks", self.masks)
+        masks = None if self.masks is None else inside(self.masks)
         if images is not None:
             if first:
                 raise InputError(f"start: found step {first} with images, expected strength to say where they start")
             first = image_to_image_start(solver.steps, self.strength)
             shape = images.shape
+            for name, side, own in (("height", height, shape[1]), ("width", width, shape[2])):
+                if side not in (None, own):
+                    raise InputError(
+                        f"{name}: found {side} with images of {shape[1]} x {shape[2]} pixels, expected {own}"
+                    )
             height, width = shape[1:3]
             same = [(*shape[:3], 1), *([shape[1:3], (*shape[1:3], 1)] if n == 1 else [])]
             if masks is not None and masks.shape in same:
@@ -166,7 +174,7 @@ class Request:
             images=images,
             masks=masks,
             guidance_scale=over.numbers("guidance_scale", scale, n, "prompts"),
-            guidance_rescale=over.numbers("guidance_rescale", self.guidance_rescale, n, "prompts"),
+            guidance_rescale=rescale,
             steps=solver.steps,
             sampler=self.sampler or parts.sampler,
             height=size[0],

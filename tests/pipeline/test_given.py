@@ -66,6 +66,10 @@ def test_what_has_one_meaning_is_accepted(tiny_pipeline, fields, name, expected)
         ({"guidance_scale": 10**400}, "guidance_scale: found 1"),
         ({"guidance_scale": float("inf")}, "expected finite numbers"),
         ({"guidance_scale": "7"}, "guidance_scale: found '7', expected a number"),
+        ({"guidance_rescale": 5.0}, "guidance_rescale: found 5.0, expected numbers from 0 to 1"),
+        ({"prompts": [["a", "b"], ["c"]]}, r"prompts\[0\]: found \['a', 'b'\], expected text"),
+        ({"seeds": [[1, 2], [3]]}, r"seed of row 0: found \[1, 2\]"),
+        ({"images": BYTES, "height": 24}, "height: found 24 with images of 16 x 16 pixels, expected 16"),
         ({"controls": 3}, "controls: found int, expected Control objects"),
         ({"latents": np.full((2, 8, 8, 4), np.nan)}, "latents: found numbers that are not finite"),
         ({"images": BYTES.astype(float)}, r"images: found floats from \S+ to 255, expected them from 0 to 1"),
@@ -126,6 +130,14 @@ def test_a_control_by_itself_and_a_mask_by_itself_are_enough(one_level):
     options = {"images": BYTES[0], "masks": np.ones((16, 16, 1)), "strength": 1.0, "seeds": 3, "output": "latent"}
     one = one_level.generate("a dog", steps=1, controls=control, **options)
     assert one.shape == (1, 8, 8, 4) and np.isfinite(one).all()
+
+
+def test_a_mask_means_the_same_in_any_batch(one_level):
+    """The darkest mask of bytes is empty, whatever is drawn beside it."""
+    masks = np.zeros((2, 16, 16), np.uint8)
+    masks[0], masks[1] = 255, 1
+    asked = Request(prompts=["a", "b"], images=BYTES, masks=masks).checked(one_level)
+    assert [bool(asked.take([row]).latent_masks(one_level).any()) for row in range(2)] == [True, False]
 
 
 # Guidance of at most 1 ------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The folder of results: what goes on, what is refused, what damage costs, and that nothing is lost."""
 
+import contextlib
 import json
 import os
 import resource
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infer import manifest
 from infer.flags import Config
 from infer.folder import Folder
 from infer.generate import main
-from infer.job import collect_rows, draw
+from infer.job import collect_rows, draw, marked
 from infer.manifest import Manifest, merge, read_records
 from infer.methods.registry import Methods
 from infer.png import read_settings, write_whole
+from infer.rows import Defaults, rows_of_objects
 from jaxmix import command
 from jaxmix.types import InputError
 from tests.jobs import only
@@ -69,12 +72,14 @@ def test_of_two_jobs_that_begin_at_once_the_second_is_refused(tmp_path):
 
 def test_overwriting_removes_what_jobs_wrote_and_nothing_else(tmp_path):
     _, _, out = go(tmp_path)
-    (out / "holiday.png").write_bytes(b"mine")
     old = only(out, "0000_seed0.png")
+    mine = [out / "holiday.png", old.with_stem(f"{old.stem}_upscaled"), out / "0009_seed1_layout.png"]
+    for path in mine:
+        path.write_bytes(b"mine")
     shutil.copy(old, old.with_stem(f"{old.stem}_layout"))  # a picture beside a result
     _, pipe, _ = go(tmp_path, seed=7, overwrite=True)
     assert seeds(pipe) == [7, 8, 9] and len(lines_of(out)) == 3
-    assert len(list(out.glob("0*.png"))) == 3 and (out / "holiday.png").read_bytes() == b"mine"
+    assert len(list(out.glob("0*.png"))) == 3 + 2 and all(path.read_bytes() == b"mine" for path in mine)
     with pytest.raises(InputError, match="--resume and --overwrite: found both"):
         Config(resume=True, overwrite=True)
 
@@ -90,6 +95,9 @@ def test_without_out_a_new_numbered_folder_is_taken_and_resume_finds_it(tmp_path
     assert not (tmp_path / "gallery-3").exists()
     with pytest.raises(InputError, match="--resume: found no folder gallery"):
         go(tmp_path, out=None, resume=True, steps=3)
+    (tmp_path / "gallery-3").symlink_to(tmp_path / "gone")
+    _, _, _ = go(tmp_path, out=None)
+    assert (tmp_path / "gallery-4" / "gallery.html").exists()
 
 
 @pytest.mark.parametrize("out", ["gs://bucket/out", "s3://b", "file:///tmp/x", "gs:/b", "", "a\0b"])
@@ -117,6 +125,12 @@ def test_a_fresh_seed_is_drawn_once_for_a_folder_and_every_process_takes_it(tmp_
     assert set(seeds(again)) == {first}
     _, other, _ = go(tmp_path, text, name="p.jsonl", overwrite=True)
     assert set(seeds(other)) - {4} and not {first, third} & set(seeds(other))
+    # Nothing is removed before the model is there.
+    with pytest.raises(ZeroDivisionError):
+        config = Config(prompts=str(tmp_path / "p.jsonl"), out=str(out), seed=-1, overwrite=True)
+        methods = Methods(config)
+        draw(config, *collect_rows(config, methods), lambda: 1 / 0, None, methods)
+    assert len(list(out.glob("0*.png"))) == 3
     # Of processes that begin at once, all take the number of the one that was first.
     config = Config(prompt="x", seed=-1, out=str(tmp_path / "new"))
     folders = [Folder(config) for _ in range(8)]
@@ -181,6 +195,62 @@ def test_a_damaged_manifest_costs_nothing_for_the_pictures_know_their_settings(t
     assert (tmp_path / "p.txt").exists()
 
 
+def test_a_row_that_was_drawn_and_is_bad_now_is_an_error_until_it_is_drawn_again(tmp_path):
+    texts = ['{"prompt": "a"}\n', "[]\n", '{"prompt": "a"}\n', "[]\n", '{"prompt": "b"}\n']
+    for text, expected in zip(texts, ("ok", "error", "error", "error", "ok"), strict=True):
+        _, _, out = go(tmp_path, f'{{"prompt": "x"}}\n{text}', name="p.jsonl")
+        of_row = [line["status"] for line in lines_of(out) if line["row"] == 1]
+        assert of_row[-1] == expected, text
+
+
+def test_a_folder_that_is_no_jobs_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "job.json").write_text('{"name": "of another program"}')
+    with pytest.raises(InputError, match="found the pictures of another job"):
+        go(tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["job.json"]
+
+
+def test_where_nothing_can_be_locked_the_files_of_all_processes_stay(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def unlocked(folder):
+        yield False
+
+    monkeypatch.setattr(manifest, "_locked", unlocked)
+    with Manifest(tmp_path) as one, Manifest(tmp_path) as other:
+        one.add_image("a.png", {"row": 1}, {"width": 1, "height": 1, "bytes": 3})
+        other.add_image("b.png", {"row": 2}, {"width": 1, "height": 1, "bytes": 3})
+    assert {record["file"] for record in read_records(tmp_path)} == {"a.png", "b.png"}
+    monkeypatch.undo()
+    merge(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.jsonl"] and len(lines_of(tmp_path)) == 2
+
+
+def test_a_picture_of_a_group_depends_on_the_first_of_it(tmp_path):
+    def marks(*prompts, **flags):
+        rows = [{"prompt": prompt, "group": "g", "seed": 1} for prompt in prompts] + [{"prompt": "alone", "seed": 1}]
+        methods = Methods(Config(**flags))
+        read, _ = rows_of_objects([("r", row) for row in rows], Defaults(), methods.fields)
+        return [row.mark for row in marked(read, methods, {})]
+
+    first, other, last = marks("a", "b", "c"), marks("x", "b", "c"), marks("a", "b", "x")
+    assert [a == b for a, b in zip(first, other, strict=True)] == [False, False, False, True]
+    assert [a == b for a, b in zip(first, last, strict=True)] == [True, True, False, True]
+    whole = [marks("a", "b", c, full=True) for c in "cx"]
+    assert [a == b for a, b in zip(*whole, strict=True)] == [False, False, False, True]
+
+
+def test_pictures_that_are_gone_or_damaged_stop_no_gallery(tmp_path):
+    _, _, out = go(tmp_path)
+    only(out, "0000_seed0.png").unlink()
+    only(out, "0001_seed1.png").write_bytes(b"\x89PNG")
+    pipe = Interrupted()
+    pipe.calls = [None, None]  # interrupted at once
+    status, _, _ = go(tmp_path, pipe=pipe)
+    assert status == 130 and (out / "gallery.html").read_text().count("<article>") == 2
+    assert go(tmp_path)[0] == 0 and (out / "gallery.html").read_text().count("<article>") == 3
+
+
 def test_damaged_pictures_are_drawn_again_and_no_others(tmp_path):
     _, _, out = go(tmp_path, "a\nb\nc\nd\n")
     whole = only(out, "0000_seed0.png").read_bytes()
@@ -202,6 +272,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
 import sys
 import resource
 from tests.smoke.test_folder import StandIn, collect_rows, draw
+from infer import manifest
 from infer.flags import Config
 from infer.methods.registry import Methods
 from jaxmix.command import run
@@ -212,7 +283,7 @@ def main(config: Config) -> int:
     return draw(config, rows, bad, StandIn, None, methods)
 run(main, ["--prompt", "x" * 400, "--out", sys.argv[1]])
 """
-    for limit in (300, 700, 1500):  # bytes of a file: job.json, a PNG, a line of the manifest or the gallery
+    for limit in (300, 1500):  # bytes of a file: job.json, a PNG, a line of the manifest or the gallery
         out = tmp_path / str(limit)
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
         done = subprocess.run(
@@ -332,12 +403,13 @@ def test_whole_numbers_may_be_written_as_floats(tmp_path):
 
 def test_a_size_beyond_the_memory_is_a_bad_row_before_anything_is_made(tmp_path, capsys):
     rows = [{"prompt": "a", "height": 800000, "width": 800000}, {"prompt": "b", "height": 10**30}]
+    rows.append({"prompt": "c", "height": 1e308, "width": 1e308})
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match="no row can be drawn"):
         main(Config(prompts=str(tmp_path / "p.jsonl"), out=str(tmp_path / "out")))
     said = capsys.readouterr().err
     assert "p.jsonl:1: height and width: found 800000 x 800000 pixels, which take at least" in said
-    assert "GiB here (cpu)" in said and "p.jsonl:2: height" in said
+    assert "GiB here (cpu)" in said and "p.jsonl:2: height" in said and "p.jsonl:3: height" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -48,7 +48,7 @@ class StandIn:
         self.request = request
         return np.array([np.full((4, 4, 2), (seed * 7 + request.steps) % 256) for seed in request.seeds], np.float32)
 
-    def check_size(self, h, w, tile, encodes):
+    def check_size(self, h, w, tile, encodes, guided):
         pass
 
     def decode(self, latents, mesh, tile, output):
