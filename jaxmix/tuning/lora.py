@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmix.types import Array, InputError, Params
 
@@ -61,10 +62,25 @@ def init(key: Array, params: Params, pattern: str, rank: int, alpha: float | Non
     for i, name in enumerate(chosen):
         *space, fan, o = modules[name][1].shape
         bound = (math.prod(space) * fan) ** -0.5
-        drawn = jax.random.uniform(jax.random.fold_in(key, i), (*space, fan, rank), jnp.float32, -bound, bound)
+        drawn = _uniform(jax.random.fold_in(key, i), (*space, fan, rank), bound)
         up = jnp.zeros((*[1] * len(space), rank, o), jnp.float32)
         out[name] = {"down": drawn, "up": up, "alpha": jnp.asarray(rank if alpha is None else alpha, jnp.float32)}
     return out
+
+
+def _uniform(key: Array, shape: tuple[int, ...], bound: float) -> Array:
+    """Return `jax.random.uniform` within ``bound``, from a program for every shape of about that size.
+
+    A UNet has dozens of shapes, and a program for each takes longer to compile than all of them to run. JAX draws each
+    number from its index alone, so those of a longer array begin with those of a shorter one.
+    """
+    if isinstance(key, jax.core.Tracer):
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    size = math.prod(shape)
+    longer = max(1024, 1 << (size - 1).bit_length())
+    with jax.ensure_compile_time_eval():  # also where only shapes are asked for
+        drawn = np.asarray(jax.random.uniform(key, (longer,), jnp.float32, -bound, bound))
+    return jnp.asarray(drawn[:size].reshape(shape))
 
 
 def with_alpha(factors: Mapping[str, Mapping[str, Array]], alpha: float | None = None) -> dict[str, dict[str, Any]]:

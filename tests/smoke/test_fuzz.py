@@ -125,7 +125,7 @@ lines = st.one_of(
 )
 
 
-@settings(max_examples=100 * TIMES, **QUICK)
+@settings(max_examples=60 * TIMES, **QUICK)
 @given(st.lists(lines, max_size=5), st.lists(lines, max_size=2), st.one_of(values, st.none()))
 def test_no_manifest_stops_a_job_or_loses_a_picture(tmp_path_factory, merged, part, job):
     folder = tmp_path_factory.mktemp("m")
@@ -169,7 +169,7 @@ def damaged(kind, seed):
     return bytes(content)
 
 
-@settings(max_examples=300 * TIMES, **QUICK)
+@settings(max_examples=380 * TIMES, **QUICK)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"]), st.integers(0, 2**32), st.booleans())
 def test_damaged_pictures_are_read_or_refused(folder, kind, seed, mask):
     path = folder / "damaged"
@@ -192,7 +192,7 @@ flags = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=100 * TIMES, **QUICK)
+@settings(max_examples=60 * TIMES, **QUICK)
 @given(st.lists(flags, max_size=5))
 def test_flags_of_any_kind_are_taken_or_refused(words):
     try:

@@ -1,5 +1,6 @@
 """LoRA as the weights seam: merged and attached alike, nothing at strength 0, one program for any numbers."""
 
+import math
 import re
 
 import chex
@@ -185,3 +186,13 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_pipeline, pair):
         LoRA({"vae": {}})
     with pytest.raises(InputError, match="lora strengths: found 1, expected one for each of the 2"):
         low_rank.merge(pipe.params["unet"], pair, [1.0])
+
+
+def test_factors_are_the_draws_of_jax_whatever_their_shape(tiny_pipeline):
+    made = low_rank.init(jax.random.key(5), tiny_pipeline.params["unet"], r"attn1\.to_q$|conv1$", 2)
+    modules = low_rank.targets(tiny_pipeline.params["unet"])
+    for i, name in list(enumerate(sorted(made)))[:3]:
+        *space, fan, _ = modules[name][1].shape
+        bound, key = (math.prod(space) * fan) ** -0.5, jax.random.fold_in(jax.random.key(5), i)
+        own = jax.random.uniform(key, (*space, fan, 2), jnp.float32, -bound, bound)
+        np.testing.assert_array_equal(made[name]["down"], own)
