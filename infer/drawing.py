@@ -23,11 +23,7 @@ from infer.png import setting_chunks, write_png
 from infer.report import Times
 from infer.rows import BadRow, Row
 from jaxmix.command import progress
-
-NOT_FINITE = (
-    "the result holds numbers that are not finite: a guidance scale, a strength or weights are too large, or the dtype "
-    "is too small (float16 decoders of SDXL overflow: try --dtype bfloat16)"
-)
+from jaxmix.types import NOT_FINITE
 
 
 class Drawing:
@@ -88,7 +84,7 @@ class Drawing:
         began = time.monotonic()
         for row, image in zip(batch.rows, images, strict=True):
             if not np.isfinite(image).all():
-                self._fail(row, NOT_FINITE, bar)
+                self._fail(row, f"the result {NOT_FINITE}", bar)
                 continue
             self._write(row, np.round(image * np.float32(255)).astype(np.uint8), shape)
             self.times.images += 1

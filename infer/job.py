@@ -22,7 +22,7 @@ from infer.report import summary, write_overview
 from infer.rows import BadRow, Defaults, Row, check_steps, read_rows, rows_of_objects, rows_of_prompts
 from jaxmix.command import enable_compilation_cache
 from jaxmix.samplers import image_to_image_start, make_solver
-from jaxmix.types import InputError, TruncatedPromptWarning
+from jaxmix.types import InputError, NotFiniteWarning, TruncatedPromptWarning
 
 BUILTIN_PROMPTS = Path(__file__).with_name("prompts.txt")
 
@@ -100,7 +100,8 @@ def draw(
     cache = enable_compilation_cache()
     clock = CompileClock()
     with clock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", TruncatedPromptWarning)  # `warn_of_cuts` names the rows
+        for told in (TruncatedPromptWarning, NotFiniteWarning):  # with their rows, by this job itself
+            warnings.simplefilter("ignore", told)
         pipe = load()
         for method in methods.all:
             method.open(pipe)
@@ -127,7 +128,8 @@ def draw(
     times.compile = clock.seconds
     times.whole = time.monotonic() - started
     write_overview(folder.path, config.model, rows, bad, manifest, times, cuts, methods)
-    print(f"wrote {folder.path / 'gallery.html'}, contact_sheet.png, manifest.jsonl and {times.images} PNGs")
+    sheet = ", contact_sheet.png" if (folder.path / "contact_sheet.png").exists() else ""
+    print(f"wrote {folder.path / 'gallery.html'}{sheet}, manifest.jsonl and {times.images} PNGs")
     print(summary(times, clock, cached=cache is not None))
     if interrupted:
         print(f"interrupted after {times.images} of {len(todo)} images; go on with: {folder.again()}", file=sys.stderr)
@@ -175,7 +177,7 @@ def marked(rows: Sequence[Row], methods: Methods, common: Mapping[str, Any]) -> 
     """Return the rows with marks of what their pictures depend on: their settings, and those of rows in their group."""
     companies = methods.companies(rows)
     rows = [
-        dataclasses.replace(row, company=digest([methods.settings(other) for other in others])) if others else row
+        dataclasses.replace(row, group_mark=digest([methods.settings(other) for other in others])) if others else row
         for row, others in zip(rows, companies, strict=True)
     ]
     held = [digest({**methods.settings(row), **common, "row": None}) for row in rows]

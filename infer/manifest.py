@@ -8,6 +8,7 @@ settings inside, so one without a line is found again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -93,7 +94,7 @@ class Manifest:
         try:
             written = self._file.write(line)
             if written != len(line):
-                raise OSError(28, os.strerror(28))  # a disk that is full takes what it can
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a disk that is full takes what it can
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(before)
@@ -197,21 +198,18 @@ def _locked(folder: Path) -> Iterator[bool]:
     if fcntl is None or not folder.is_dir():
         yield False
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # NFS locks nothing that is not open for writing
-            os.close(handle)
-            handle = os.open(folder / ".manifest.lock", os.O_RDWR | os.O_CREAT)
+    # NFS locks nothing that is not open for writing, which a folder cannot be.
+    for path, how in ((folder, os.O_RDONLY), (folder / ".manifest.lock", os.O_RDWR | os.O_CREAT)):
+        with contextlib.ExitStack() as stack:
             try:
+                handle = os.open(path, how)
+                stack.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError:
-                yield False
-                return
-        yield True
-    finally:
-        os.close(handle)
+                continue
+            yield True
+            return
+    yield False
 
 
 def _lock(file: Any, wait: bool = False) -> bool:

@@ -65,8 +65,8 @@ class Row(Defaults):
 
     `number` is the row's place in its file, from 0; `where` names it in messages. `complete` fills in what is None.
     `extra` holds the fields that methods added, and `named` says which fields the row itself sets. `parts` are the
-    prompts that a completed row's `prompt` is composed of, if any. `company` stands for the rows of its group on which
-    its picture depends, `mark` for everything on which it does.
+    prompts that a completed row's `prompt` is composed of, if any. `group_mark` stands for the rows of its group on
+    which its picture depends, `mark` for everything on which it does.
     """
 
     number: int
@@ -77,7 +77,7 @@ class Row(Defaults):
     named: frozenset[str] = field(default=frozenset(), compare=False)
     parts: tuple[str, ...] = ()
     mark: str = field(default="", compare=False)
-    company: str = field(default="", compare=False)
+    group_mark: str = field(default="", compare=False)
 
     def __getitem__(self, key: str) -> Any:
         """Return a field that a method added."""
@@ -110,14 +110,14 @@ class Row(Defaults):
     def settings(self) -> dict[str, Any]:
         """Return the plain fields on which the image depends, as written into the PNG and the manifest."""
         held = asdict(self)
-        for key in ("where", "extra", "named", "parts", "mark", "company"):
+        for key in ("where", "extra", "named", "parts", "mark", "group_mark"):
             del held[key]
         if self.image is None:
             del held["strength"]
         if not held["guidance_rescale"]:
             del held["guidance_rescale"]
-        if self.company:
-            held["company"] = self.company
+        if self.group_mark:
+            held["group_mark"] = self.group_mark
         for key in ("image", "mask"):  # only if they are used
             if held[key] is None:
                 del held[key]

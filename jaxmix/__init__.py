@@ -18,7 +18,7 @@ from jaxmix.pipeline.request import Method, Request, Sizes, WeightEdit
 from jaxmix.rows import Text, dataclass, gate, per_row, static
 from jaxmix.samplers import Guidance, LatentEdit
 from jaxmix.sharding import data_mesh
-from jaxmix.types import InputError, TruncatedPromptWarning
+from jaxmix.types import InputError, NotFiniteWarning, TruncatedPromptWarning
 
 __version__ = "0.2.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "MagicFusion",
     "Method",
     "Moments",
+    "NotFiniteWarning",
     "PaintWithWords",
     "Pipeline",
     "Request",

@@ -25,21 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: found no folder infer beside {HERE} or in it, expected a checkout or a wheel", file=sys.stderr)
         return 2
     known = commands(folder)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage(known))
+    asked = ("-h", "--help", "help")
+    if not words or words[0] in asked or (words[0] == "train" and (len(words) == 1 or words[1] in asked)):
+        print(usage(folder, known))
         return 0
     if words[0] == "--version":
         print(command.version())
         return 0
     name = words.pop(0)
-    if name == "train" and words and words[0] not in ("-h", "--help"):
+    if name == "train" and words:
         name = f"train {words.pop(0)}"
     module = known.get(name.replace("_", "-"))
     if module is None:
-        print(usage(known), file=sys.stderr)
-        if name != "train":
-            print(f"error: unknown command '{name}'{command.near_misses(name, known)}", file=sys.stderr)
-        return 0 if name == "train" and words else 2
+        print(f"error: unknown command '{name}'{command.near_misses(name, known)}", file=sys.stderr)
+        return 2
     command.PROGRAM[:] = ["jaxmix", *name.split()]
     sys.path.insert(0, str(folder))
     sys.argv[1:] = words
@@ -63,10 +62,8 @@ def commands(folder: Path) -> dict[str, str]:
     return found
 
 
-def usage(known: dict[str, str]) -> str:
+def usage(folder: Path, known: dict[str, str]) -> str:
     """Return the list of commands with a line about each."""
-    folder = tools()
-    assert folder is not None
     width = max(map(len, known))
     lines = ["usage: jaxmix COMMAND [FLAGS], see jaxmix COMMAND --help", ""]
     for name, module in known.items():

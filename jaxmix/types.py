@@ -36,6 +36,16 @@ class TruncatedPromptWarning(UserWarning):
     """A prompt is longer than the text encoder reads; what follows is not drawn."""
 
 
+class NotFiniteWarning(RuntimeWarning):
+    """A picture holds numbers that are not finite, where it would be black."""
+
+
+NOT_FINITE = (
+    "holds numbers that are not finite: a guidance scale, a strength or weights are too large, or the dtype is too "
+    "small (float16 decoders of SDXL overflow: try bfloat16)"
+)
+
+
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Return a whole number as an int; 7.0 is one, and so is an array without axes that holds one.
 

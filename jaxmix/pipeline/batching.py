@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmix.pipeline.given import mask_values
-from jaxmix.types import AnyArray, Array, InputError
+from jaxmix.types import NOT_FINITE, AnyArray, Array, InputError, NotFiniteWarning
 
 
 class Batch(NamedTuple):
@@ -132,10 +132,4 @@ def warn_of_broken(finite: np.ndarray) -> None:
     """Warn of images with numbers that are not finite, given which (n,) have none."""
     if not finite.all():
         rows = ", ".join(map(str, np.flatnonzero(~finite)))
-        warnings.warn(
-            f"images {rows}: found numbers that are not finite where the picture should be; a guidance scale, a "
-            "strength or weights are too large, or the dtype is too small (float16 decoders of SDXL overflow: try "
-            "bfloat16)",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        warnings.warn(f"images {rows}: each {NOT_FINITE}", NotFiniteWarning, stacklevel=4)

@@ -130,11 +130,11 @@ class Pipeline(Parts):
     ) -> np.ndarray:
         """Draw one image per prompt: `draw` of a `Request` with these fields, under ``methods``.
 
-        ``seeds`` (0, 1, ... if None) fix the noise of each image, whatever the batch, the order or the number of
-        devices; ``latents`` (n, h, w, c) are the start noise itself. ``height`` and ``width`` are in pixels, the
-        model's own if None. ``sampler`` is one of `jaxmix.samplers.SAMPLERS`. ``guidance_scale`` and
+        ``seeds`` (0, 1, ... if None; one number counts up from it) fix the noise of each image, whatever the batch, the
+        order or the number of devices; ``latents`` (n, h, w, c) are the start noise itself. ``height`` and ``width``
+        are in pixels, the model's own if None. ``sampler`` is one of `jaxmix.samplers.SAMPLERS`. ``guidance_scale`` and
         ``guidance_rescale`` (arXiv 2305.08891, 0 to 1) are one number, or one per image. A scale of at most 1 is the
-        prompt's prediction alone; a batch in which all are takes half the time.
+        prompt's prediction alone; where that holds for a whole batch, the UNet runs on half the rows.
 
         ``images`` (n, H, W, 3), uint8 or float in [0, 1], start image-to-image with ``strength`` from 0 (keep) to 1;
         ``masks`` (n, H, W), 1 where the image is to be repainted, make it inpainting.
@@ -197,8 +197,8 @@ class Pipeline(Parts):
         tile = None if tile is None else whole("tile", tile, 1)
         methods = ordered(methods)
         request = self.check(request, methods)
-        guided = bool(np.max(request.guidance_scale) > 1)  # type: ignore[arg-type]
-        self.check_size(*request.hw(self), tile if output != "latent" else 1, request.images is not None, guided)
+        if output != "latent":
+            self.check_size(*request.hw(self), tile, *_size_of(request))
         done: list[tuple[np.ndarray, np.ndarray]] = []
         waiting: tuple[Array, np.ndarray] | None = None
         for batch in self._batches(request, methods, mesh, batch_size):
@@ -224,6 +224,7 @@ class Pipeline(Parts):
         if not isinstance(request, Request):
             raise InputError(f"request: found {type(request).__name__}, expected a Request; prompts go to generate")
         request = sketch = request.checked(self)
+        self.check_size(*request.hw(self), 1, *_size_of(request))
         wide = next((m for m in methods if m.adds_rows), None)
         beside = [type(m).__name__ for m in methods if m is not wide and m.when > WEIGHTS]
         if wide is not None and beside:
@@ -391,3 +392,8 @@ class Pipeline(Parts):
         ``dtype`` (such as ``jnp.float16``) casts the weights on the way.
         """
         save_pipeline(self, path, dtype)
+
+
+def _size_of(request: Request) -> tuple[bool, bool]:
+    """Return whether a checked request encodes pictures, and whether any of its images is guided."""
+    return request.images is not None, bool(np.max(request.guidance_scale) > 1)  # type: ignore[arg-type]

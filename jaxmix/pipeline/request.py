@@ -56,7 +56,7 @@ class Request:
     Attributes:
         prompts: the text of each image.
         negatives: what to steer away from; None for no negative prompt at all.
-        seeds: fix the start noise of each image alone: 0, 1, ... if None.
+        seeds: fix the start noise of each image alone, from 0 to 2^64 - 1; one number counts up; 0, 1, ... if None.
         guidance_scale: of classifier-free guidance, one number or one per image.
         guidance_rescale: arXiv 2305.08891, 0 to 1, one number or one per image.
         steps: of the solver.

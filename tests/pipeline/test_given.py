@@ -1,14 +1,18 @@
 """What library callers give: accepted where it has one plain meaning, else one error that names it."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmix import InputError, Request, TruncatedPromptWarning
+from jaxmix import InputError, NotFiniteWarning, Request, TruncatedPromptWarning
 from jaxmix.pipeline import memory
 from jaxmix.pipeline.given import mask_values, pictures
 from jaxmix.pipeline.job import denoise
+from jaxmix.samplers import make_solver
 from tests.laws.controls import make
 
 BYTES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
@@ -164,14 +168,12 @@ def test_a_scale_of_at_most_1_is_the_prompts_prediction_at_half_the_cost_and_in_
     assert denoise._cache_size() == before + 1
     np.testing.assert_array_equal(mixed[1], draw(one_level, [7.0, 5.0])[1])
     # No row of an unconditional branch is in the program.
-    request = Request(prompts=["a dog", "a car"], steps=2, guidance_scale=1.0).checked(one_level)
-    assert type(one_level.job(request, _solver(one_level)).guidance[0]).__name__ == "Unguided"
-
-
-def _solver(pipe):
-    from jaxmix.samplers import make_solver
-
-    return make_solver("ddim", pipe.schedule, 2)
+    for scale, rows in ((1.0, 2), (1.1, 4)):
+        asked = Request(prompts=["a dog", "a car"], steps=2, guidance_scale=scale).checked(one_level)
+        solver = make_solver("ddim", one_level.schedule, 2)
+        program = str(jax.make_jaxpr(denoise.__wrapped__)(one_level.job(asked, solver), solver))
+        inputs = set(re.findall(r"f32\[(\d+),8,8,16\]", program))
+        assert inputs == {str(rows)}, "the rows of the UNet's feature maps"
 
 
 def test_inverting_without_guidance_above_1_runs_the_prompt_alone(one_level):
@@ -189,7 +191,7 @@ def test_words_cut_off_and_pictures_that_are_not_finite_are_warnings(tiny_pipeli
         tiny_pipeline.invert(BYTES[:1], [words], steps=1)
     broken = np.zeros((2, 8, 8, 4), np.float32)
     broken[1, 0, 0, 0] = np.nan
-    with pytest.warns(RuntimeWarning, match="images 1: found numbers that are not finite"):
+    with pytest.warns(NotFiniteWarning, match="images 1: each holds numbers that are not finite"):
         images = tiny_pipeline.decode(broken)
     assert images[0].std() > 0
     assert np.isnan(tiny_pipeline.decode(broken, output="float")[1]).any()
@@ -202,8 +204,10 @@ def test_a_size_is_refused_by_the_memory_its_largest_product_takes(tiny_pipeline
     pipe.check_size(256, 256)
     with pytest.raises(InputError, match=r"found 8192 x 8192 pixels, which take at least .* no more than the 1.0"):
         pipe.check_size(4096, 4096)
-    with pytest.raises(InputError, match="found 800000 x 800000 pixels"):
-        pipe.generate(["a dog"], height=800000, width=800000, steps=1)
+    huge = Request(prompts=["a dog"], height=800000, width=800000, steps=1)
+    for refuse in (pipe.draw, pipe.check):
+        with pytest.raises(InputError, match="found 800000 x 800000 pixels"):
+            refuse(huge)
     # A tile bounds the decoder, not the UNet; a picture to start from is encoded whole.
     whole, tiled, encoded = (
         memory.least_bytes(pipe, (512, 512), *how) for how in ((None, False), (8, False), (8, True))

@@ -187,6 +187,10 @@ def test_the_command_jaxmix_names_the_tools_and_runs_them(capsys):
     listed = capsys.readouterr().out
     assert "  generate " in listed and "  train vmix " in listed and "style-transfer" in listed
     assert "Draw images from prompts" in listed
+    for words in (["train"], ["train", "--help"], ["help"]):
+        assert jaxmix_command(words) == 0 and capsys.readouterr().out == listed
+    assert jaxmix_command(["train", "vmx"]) == 2
+    assert "error: unknown command 'train vmx'; did you mean 'train vmix'" in capsys.readouterr().err
     assert jaxmix_command(["generat"]) == 2
     assert "error: unknown command 'generat'; did you mean 'generate'" in capsys.readouterr().err
     words = ["train", "vmix", "--rank", "x"]

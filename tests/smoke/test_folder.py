@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -326,6 +327,20 @@ def test_an_interrupted_job_writes_its_gallery_and_says_how_to_go_on(tmp_path, c
     status, pipe, _ = go(tmp_path, "\n".join("abcdefg"), out="gallery", batch_size=2)
     assert status == 0 and [len(batch) for _, batch in pipe.calls] == [2, 2]
     assert len(lines_of(out)) == 7
+
+
+class Terminated(StandIn):
+    def draw(self, request, methods, mesh, output):
+        if self.calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().draw(request, methods, mesh, output)
+
+
+def test_a_job_that_is_asked_to_end_does_what_it_does_when_interrupted(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    status, _, out = go(tmp_path, "a\nb\nc\n", Terminated(), batch_size=1)
+    assert status == 130 and "interrupted after 1 of 3 images; go on with:" in capsys.readouterr().err
+    assert (out / "gallery.html").exists() and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_out_of_memory_halves_the_batches_once_and_then_gives_rows_up(tmp_path, capsys):
