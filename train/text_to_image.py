@@ -2,7 +2,7 @@
 
 Latent diffusion (arXiv 2112.10752) with classifier-free guidance by dropped captions (arXiv 2207.12598), v or epsilon
 targets (arXiv 2202.00512) and optional min-SNR weights (arXiv 2303.09556). The autoencoder is read from a folder and
-frozen; images are encoded inside the step.
+frozen; images are encoded inside the step, or once before training (`encoded_scenes`).
 
     python -m train.text_to_image --config configs/mini_text_to_image.yaml --output_dir runs/t2i
 """
@@ -31,11 +31,14 @@ from jaxmix.models import (
 )
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.schedule import NoiseSchedule
-from jaxmix.tuning.data import iterate, make_dataset
+from jaxmix.tuning.data import Source, iterate, make_dataset
 from jaxmix.tuning.fit import Hook, fit
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
 from jaxmix.weights.load import find_weights, load_tree, read_config
+from train.cache_latents import make_moments
+from train.data.cache import identify
+from train.data.encoded import encode_once
 from train.diffusion import DiffusionConfig, make_loss, make_tokenize
 from train.grid import make_grid
 from train.scenes import Scenes
@@ -54,6 +57,8 @@ class Config(DiffusionConfig):
         text_encoder: the model, as in a transformers config.json; the vocabulary's size comes from the tokenizer.
         scheduler: the noise schedule, as in a diffusers scheduler_config.json.
         scenes: arguments of train.scenes.Scenes.
+        encoded_scenes: encode this many scenes once, into OUT/latents, and repeat them; 0: every scene is a new one,
+            encoded inside its step.
         train_text_encoder: false freezes the text encoder.
         validation_prompts: drawn at fixed seeds with the averaged weights.
         validation_steps: draw them every this many steps; 0: never.
@@ -68,6 +73,7 @@ class Config(DiffusionConfig):
     text_encoder: dict[str, Any] = dataclasses.field(default_factory=dict)
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     scenes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    encoded_scenes: int = 0
     train_text_encoder: bool = True
     validation_prompts: list[str] = dataclasses.field(default_factory=list)
     validation_steps: int = 0
@@ -78,14 +84,29 @@ class Config(DiffusionConfig):
 def make_rows(
     tokenize: Callable[[str], Mapping[str, np.ndarray]], dropout: float
 ) -> Callable[..., dict[str, np.ndarray]]:
-    """Return the transform from a scene to {"image" (H, W, 3) uint8, "input_ids" (s,) int32}."""
+    """Return the transform from a scene to {"image" (H, W, 3) uint8, or its latents, and "input_ids" (s,) int32}."""
     empty = tokenize("")
 
     def row(scene: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         dropped = rng.random() < dropout
-        return {"image": np.asarray(scene["image"]), **(empty if dropped else tokenize(scene["text"]))}
+        shown = {key: np.asarray(scene[key]) for key in ("image", "latents_mean", "latents_std") if key in scene}
+        return {**shown, **(empty if dropped else tokenize(scene["text"]))}
 
     return row
+
+
+def make_source(cfg: Config, pipe: Pipeline) -> Source:
+    """Return the scenes, or the first `encoded_scenes` of them with their latents instead of their images."""
+    scenes = Scenes(**cfg.scenes)
+    if cfg.encoded_scenes < 0:
+        raise InputError(f"encoded_scenes: found {cfg.encoded_scenes}, expected 0 or more")
+    if cfg.encoded_scenes == 0:
+        return scenes
+    if jax.process_count() > 1:
+        raise InputError(f"encoded_scenes: found {cfg.encoded_scenes} with several processes, expected 0 there")
+    plan = {"scenes": cfg.scenes, **{key: value for key, value in identify(pipe).items() if key.startswith("vae")}}
+    size = 32  # enough to keep the devices busy, whatever the batches of the training
+    return encode_once(scenes, cfg.encoded_scenes, Path(cfg.output_dir) / "latents", plan, make_moments(pipe, 1), size)
 
 
 def load_autoencoder(folder: str, dtype: Any) -> tuple[AutoencoderKL, Any]:
@@ -162,13 +183,14 @@ def main(cfg: Config) -> int:
     command.start(cfg.distributed)
     out = Path(cfg.output_dir)
     pipe = make_pipeline(cfg)
+    source = make_source(cfg, pipe)
     params, frozen = split_params(pipe.params, cfg.train_text_encoder)
     pipe = dataclasses.replace(pipe, params=frozen)  # what learns is in the state alone
     optimizer = make_optimizer(cfg)
     state = TrainState.create(params, optimizer, ema=cfg.ema_decay > 0)
     rows = make_rows(make_tokenize(pipe), cfg.caption_dropout_rate)
     shard = (jax.process_index(), jax.process_count())
-    dataset = make_dataset(Scenes(**cfg.scenes), cfg.train_batch_size, cfg.seed, rows, shard=shard)
+    dataset = make_dataset(source, cfg.train_batch_size, cfg.seed, rows, shard=shard)
 
     def batches(step: int) -> Iterator[Any]:
         return iterate(dataset, step, cfg.dataloader_num_workers)

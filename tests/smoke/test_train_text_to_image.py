@@ -64,7 +64,7 @@ def shrunk(folder, vae_folder, config="mini_text_to_image.yaml", **changes):
 def runs(tmp_path_factory, vae_folder):
     """Return a folder with two runs of two steps: `whole`, and `parts`, killed after the first and resumed."""
     root = tmp_path_factory.mktemp("runs")
-    options = {"mixed_precision": "bf16", "snr_gamma": 5.0}
+    options = {"mixed_precision": "bf16", "snr_gamma": 5.0, "encoded_scenes": 3}
     assert text_to_image.main(shrunk(root / "whole", vae_folder, validation_steps=2, **options)) == 0
     killed_after(1, root / "whole", root / "parts", exported="pipeline")
     assert text_to_image.main(shrunk(root / "parts", vae_folder, resume_from_checkpoint="1", **options)) == 0
@@ -137,6 +137,7 @@ def test_the_validation_prompts_fit_the_text_length(vae_folder, tmp_path, config
         ({"pretrained_vae_model_name_or_path": ""}, "not given"),
         ({"pretrained_vae_model_name_or_path": "no/such"}, "no config.json in no/such"),
         ({"tokenizer": "no/such"}, "tokenizer: found no folder"),
+        ({"encoded_scenes": -1}, "encoded_scenes: found -1"),
     ],
 )
 def test_missing_folders_are_named(tmp_path, vae_folder, change, words):
