@@ -50,7 +50,11 @@ class Plain(Base):
         seed: seed of row 0, 0 to 2^64 - 1; row k draws with seed + k unless it has its own; -1 draws one at random for
             each row, once for a folder
         batch_size: images denoised together (more are faster, but need more memory); no image depends on it
-        dtype: number format of weights and computation; auto is the one in which the weights are stored
+        dtype: number format of weights and computation; auto is the widest in which the weights are stored
+        vae: a VAE instead of the model's: its folder or .safetensors file, or a model that has it
+        base: a model that gives everything but the UNet, where `model` is a UNet alone
+        prediction_type: what the UNet predicts, epsilon, v_prediction or sample; default: as the model says
+        zero_snr: whether the noise schedule ends without any signal, true or false; default: as the model says
         tile: decode large images in tiles of this many pixels, in the memory of one
         devices: number of accelerators (or CPU devices) that share a batch; default: all, up to one per image
         resume: keep the rows that the folder already holds with the same settings, even if another command drew them
@@ -77,6 +81,10 @@ class Plain(Base):
     seed: int = 0
     batch_size: int = 8
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    vae: str | None = None
+    base: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    zero_snr: bool | None = None
     tile: int | None = None
     devices: int | None = None
     resume: bool = False
@@ -109,6 +117,10 @@ class Plain(Base):
         "ckpt": "model",
         "pretrained_model_name_or_path": "model",
         "precision": "dtype",
+        "rescale_betas_zero_snr": "zero_snr",
+        "base_model": "base",
+        "vae_path": "vae",
+        "pretrained_vae_model_name_or_path": "vae",
     }
 
     def __post_init__(self) -> None:

@@ -40,7 +40,19 @@ def run_job(config: Config, wanted: str = "") -> int:
 
     for method in methods.all:
         method.prepare()
-    return draw(config, rows, bad, lambda: jaxmix.load(config.model, dtype=config.dtype), mesh, methods)
+
+    def load() -> Any:
+        return jaxmix.load(
+            config.model,
+            dtype=config.dtype,
+            sampler=config.sampler,
+            prediction_type=config.prediction_type,
+            rescale_betas_zero_snr=config.zero_snr,
+            vae=config.vae,
+            base=config.base,
+        )
+
+    return draw(config, rows, bad, load, mesh, methods)
 
 
 def collect_rows(config: Config, methods: Methods) -> tuple[list[Row], list[BadRow]]:
@@ -106,6 +118,8 @@ def draw(
         for method in methods.all:
             method.open(pipe)
         common = {"model": config.model, "dtype": config.dtype}
+        told = {key: getattr(config, key) for key in ("vae", "base", "prediction_type", "zero_snr")}
+        common |= {key: value for key, value in told.items() if value is not None}
         rows, unfit = complete(rows, pipe, methods, config.tile, common)
         bad = sorted([*bad, *unfit], key=lambda row: row.number)
         refuse(config, rows, bad)

@@ -151,7 +151,7 @@ def read_rows(
     """
     path = Path(path)
     kinds = {".txt": _from_text, ".jsonl": _from_json}
-    if path.suffix not in (*kinds, ".csv"):
+    if path.suffix.lower() not in (*kinds, ".csv"):
         raise InputError(
             f"{path}: found '{path.suffix or 'no suffix'}', expected a .txt, .jsonl or .csv file of prompts"
         )
@@ -161,7 +161,7 @@ def read_rows(
         raise InputError(f"{path}: no such prompt file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from None
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         table = csv.reader(io.StringIO(text, newline=""))
         names = [name.strip() for name in next(table, [])]
         if not any(names) or len(set(names)) < len(names):
@@ -177,7 +177,7 @@ def read_rows(
     if not lines:
         raise InputError(f"{path}: the prompt file is empty")
     contents = ((f"{path.name}:{number + 1}", line.removesuffix("\r")) for number, line in enumerate(lines))
-    return _collect(contents, kinds[path.suffix], defaults, added or {}, times)
+    return _collect(contents, kinds[path.suffix.lower()], defaults, added or {}, times)
 
 
 class Cell(str):

@@ -18,13 +18,14 @@ from jaxmix.pipeline.request import Method, Request, Sizes, WeightEdit
 from jaxmix.rows import Text, dataclass, gate, per_row, static
 from jaxmix.samplers import Guidance, LatentEdit
 from jaxmix.sharding import data_mesh
-from jaxmix.types import InputError, NotFiniteWarning, TruncatedPromptWarning
+from jaxmix.types import CheckpointWarning, InputError, NotFiniteWarning, TruncatedPromptWarning
 
 __version__ = "0.2.0"
 
 __all__ = [
     "KV",
     "QKV",
+    "CheckpointWarning",
     "ComposableDiffusion",
     "Control",
     "DenseDiffusion",

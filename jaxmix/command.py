@@ -14,11 +14,12 @@ import shlex
 import sys
 import time
 import typing
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxmix.types import InputError, shown
+from jaxmix.types import CheckpointWarning, InputError, shown
 
 _BOOLEANS = ("true", "false", "yes", "no")
 _OWN_KEYS = ("config", "print_config", "help", "version")
@@ -40,6 +41,7 @@ def run(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) ->
             stream.reconfigure(errors="backslashreplace")  # file names may hold what no encoding can say
     argv = sys.argv[1:] if argv is None else argv
     _given[:] = [*_program_name(main).split(), *argv]
+    warnings.showwarning = _show_warning
     try:
         status = main(parse(main, argv))
     except InputError as error:
@@ -55,6 +57,17 @@ def run(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) ->
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+_show_as_python_does = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+    """Show what a checkpoint made us leave out or replace as one line, and other warnings as Python does."""
+    if issubclass(category, CheckpointWarning):
+        print(f"note: {message}", file=sys.stderr)
+    else:
+        _show_as_python_does(message, category, *where, **rest)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # from a write, which does not say to what

@@ -8,73 +8,23 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.types import InputError
+from jaxmix.schedulers import HARMLESS, NUMBERS, SCHEDULERS, SNR_SHIFT, other_noise
+from jaxmix.types import CheckpointWarning, InputError, shown
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
-# diffusers classes that share this noise schedule. The one a folder names only tells which solver its author preferred.
-# True: the class clips x0 unless its config says otherwise.
-_CLASSES = {
-    "DDIMScheduler": True,
-    "DDPMScheduler": True,
-    "PNDMScheduler": False,
-    "EulerDiscreteScheduler": False,
-    "EulerAncestralDiscreteScheduler": False,
-    "DPMSolverMultistepScheduler": False,
-    "DPMSolverSinglestepScheduler": False,
-    "DPMSolverSDEScheduler": False,
-    "DEISMultistepScheduler": False,
-    "UniPCMultistepScheduler": False,
-    "HeunDiscreteScheduler": False,
-    "KDPM2DiscreteScheduler": False,
-    "KDPM2AncestralDiscreteScheduler": False,
-    "LMSDiscreteScheduler": False,
-}
-
-# Keys that choose or tune a solver and leave the noise schedule alone; a solver asks for them with `option`.
-_HARMLESS = frozenset(
-    {
-        "algorithm_type",
-        "disable_corrector",
-        "dynamic_thresholding_ratio",
-        "euler_at_final",
-        "final_sigmas_type",
-        "flow_shift",
-        "interpolation_type",
-        "lambda_min_clipped",
-        "lower_order_final",
-        "noise_sampler_seed",
-        "predict_x0",
-        "sample_max_value",
-        "sigma_max",
-        "sigma_min",
-        "skip_prk_steps",
-        "solver_order",
-        "solver_p",
-        "solver_type",
-        "thresholding",
-        "time_shift_type",
-        "timestep_type",
-        "use_beta_sigmas",
-        "use_dynamic_shifting",
-        "use_exponential_sigmas",
-        "use_karras_sigmas",
-        "use_lu_lambdas",
-        "variance_type",
-    }
-)
-
-# Keys that do change the noise schedule; only the value given here is supported.
-_FIXED = {"use_flow_sigmas": False}
+CLASS_KEY, FLOW_KEY = "_class_name", "use_flow_sigmas"
+_MOST_TIMESTEPS, _LARGEST = 100_000, 1e9  # far above what any model has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,25 +53,28 @@ class NoiseSchedule:
     timestep_spacing: str | None = None
     rescale_betas_zero_snr: bool = False
     class_name: str = "DDIMScheduler"
-    extra: tuple[tuple[str, str], ...] = ()  # harmless keys with their JSON values, written back by to_config
+    extra: tuple[tuple[str, str], ...] = ()  # other keys with their JSON values, written back by to_config
+    lenient: bool = False  # a solver leaves out the options that it lacks, instead of refusing them; not in configs
 
     def __post_init__(self) -> None:
         _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         if self.timestep_spacing is not None:
             _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
-        _check_choice("_class_name", self.class_name, tuple(_CLASSES))
+        _check_class(self.class_name)
         for key in ("num_train_timesteps", "steps_offset"):
             value, least = getattr(self, key), 0 if key == "steps_offset" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"scheduler config: {key} is {value!r}, expected an integer >= {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST_TIMESTEPS:
+                raise InputError(
+                    f"scheduler config: {key} is {shown(value)}, expected an integer from {least} to {_MOST_TIMESTEPS}"
+                )
         for key in ("clip_sample", "set_alpha_to_one", "rescale_betas_zero_snr"):
             if not isinstance(getattr(self, key), bool):
                 raise InputError(f"scheduler config: {key} is {getattr(self, key)!r}, expected true or false")
         for key in ("beta_start", "beta_end", "clip_sample_range"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise InputError(f"scheduler config: {key} is {value!r}, expected a number > 0")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
+                raise InputError(f"scheduler config: {key} is {shown(value)}, expected a number > 0")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise InputError(
                 f"scheduler config: trained_betas has {len(self.trained_betas)} values, "
@@ -137,38 +90,48 @@ class NoiseSchedule:
             raise InputError("scheduler config: rescale_betas_zero_snr with num_train_timesteps 1, expected at least 2")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+    def from_config(cls, config: Mapping[str, Any], notes: list[str] | None = None) -> "NoiseSchedule":
         """Build the schedule that a diffusers `scheduler_config.json` describes.
 
-        Missing keys take the defaults of DDIMScheduler, except that a class that never clips (PNDM, Euler, ...) is
-        not made to clip. Raises InputError naming the key for an unsupported value or an unknown key.
+        Missing keys and null take the class's defaults. Keys that are not known here change nothing and are kept; they
+        are added to `notes`, or warned about in one `CheckpointWarning` if it is None. Raises InputError naming the key
+        for an unsupported value, and for a class whose noise schedule is not one of betas.
         """
         if not isinstance(config, Mapping):
             raise InputError(f"scheduler config: found {type(config).__name__}, expected a JSON object")
-        class_name = config.get("_class_name", "DDIMScheduler")
-        _check_choice("_class_name", class_name, tuple(_CLASSES))
-        fields: dict[str, Any] = {"class_name": class_name, "clip_sample": _CLASSES[class_name]}
-        known = {field.name for field in dataclasses.fields(cls)} - {"class_name", "extra"}
-        extra = {}
+        class_name = config.get(CLASS_KEY) or "DDIMScheduler"
+        _check_class(class_name)
+        known = {field.name for field in dataclasses.fields(cls)} - {"class_name", "extra", "lenient"}
+        fields: dict[str, Any] = {"class_name": class_name, "clip_sample": SCHEDULERS[class_name].clips}
+        fields |= SCHEDULERS[class_name].defaults
+        extra, unknown = {}, []
         for key, value in config.items():
-            if key == "_class_name" or (value is None and key in ("timestep_spacing", "rescale_betas_zero_snr")):
+            if key == CLASS_KEY or (key in known and value is None):
                 continue
-            if key in _FIXED:
-                if value is not None and value != _FIXED[key]:
-                    raise InputError(f"scheduler config: {key} is {value!r}, expected {_FIXED[key]!r}: not supported")
-                extra[key] = json.dumps(value)
-            elif key in known:
+            if key in known:
                 fields[key] = value
-            elif key.startswith("_") or key in _HARMLESS:
-                extra[key] = json.dumps(value)
+                continue
+            if key == FLOW_KEY and value:
+                raise InputError(
+                    f"scheduler config: {key} is {value!r}, expected false: flow matching is not supported"
+                )
+            if key in NUMBERS and value is not None:
+                _check_number(key, value)
+            extra[key] = json.dumps(value)
+            if not (key.startswith("_") or key in HARMLESS or value is None):
+                unknown.append(f"{key}={shown(value)}")
+        if unknown:
+            note = f"unknown keys are ignored: {', '.join(sorted(unknown))}"
+            if notes is None:
+                warnings.warn(f"scheduler config: {note}", CheckpointWarning, stacklevel=2)
             else:
-                raise InputError(f"scheduler config: unknown key {key!r} with value {value!r}: not supported")
+                notes.append(note)
         if fields.get("trained_betas") is not None:
             try:
                 fields["trained_betas"] = tuple(float(beta) for beta in fields["trained_betas"])
-            except (TypeError, ValueError):
-                found = fields["trained_betas"]
-                raise InputError(f"scheduler config: trained_betas is {found!r}, expected a list of numbers") from None
+            except (TypeError, ValueError, OverflowError):
+                found = shown(fields["trained_betas"])
+                raise InputError(f"scheduler config: trained_betas is {found}, expected a list of numbers") from None
         return cls(**fields, extra=tuple(sorted(extra.items())))
 
     def to_config(self) -> dict[str, Any]:
@@ -176,7 +139,10 @@ class NoiseSchedule:
         config: dict[str, Any] = {"_class_name": self.class_name}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("class_name", "extra") and (field.name, value) != ("timestep_spacing", None):
+            if field.name not in ("class_name", "extra", "lenient") and (field.name, value) != (
+                "timestep_spacing",
+                None,
+            ):
                 config[field.name] = value
         if self.trained_betas is not None:
             config["trained_betas"] = list(self.trained_betas)
@@ -213,13 +179,24 @@ class NoiseSchedule:
             return _linspace(self.beta_start, self.beta_end, steps)
         if self.beta_schedule == "scaled_linear":
             return _linspace(self.beta_start**0.5, self.beta_end**0.5, steps) ** 2
-        cosine = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        return np.asarray([min(1 - cosine[i + 1] / cosine[i], 0.999) for i in range(steps)], np.float32)
+        if self.beta_schedule == "sigmoid":
+            rising = 1 / (1 + np.exp(-_linspace(-6.0, 6.0, steps)))
+            return (rising * (self.beta_end - self.beta_start) + self.beta_start).astype(np.float32)
+        abar = [_ABAR[self.beta_schedule](i / steps) for i in range(steps + 1)]
+        return np.asarray([min(1 - abar[i + 1] / abar[i], 0.999) for i in range(steps)], np.float32)
 
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """The signal variances abar_t, the product of 1 - beta up to t, float32 (T,)."""
-        return _cumprod(np.float32(1) - self.betas)
+        scale = self.option("snr_shift_scale", SNR_SHIFT[self.class_name]) if self.class_name in SNR_SHIFT else 1.0
+        if scale == 1.0:
+            return _cumprod(np.float32(1) - self.betas)
+        abar = _cumprod(np.float32(1) - self._betas_before_rescaling())
+        abar = abar / (np.float32(scale) + np.float32(1 - scale) * abar)
+        if self.rescale_betas_zero_snr:
+            signal = np.sqrt(abar)
+            abar = ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2
+        return abar
 
     @property
     def final_alpha_cumprod(self) -> np.float32:
@@ -324,6 +301,19 @@ def prediction_to_eps(
     return signal * pred + sigma * x
 
 
+def _laplace(t: float) -> float:
+    """Return the abar of diffusers' "laplace" schedule at t in [0, 1]."""
+    half = -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * math.fabs(0.5 - t) + 1e-6)
+    return math.sqrt(math.exp(half) / (1 + math.exp(half)))
+
+
+_ABAR: dict[str, Callable[[float], float]] = {
+    "squaredcos_cap_v2": lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
+    "laplace": _laplace,
+    "exp": lambda t: math.exp(-12.0 * t),
+}
+
+
 def _f32(x: jax.Array) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
@@ -346,6 +336,23 @@ def _linspace(start: float, end: float, steps: int) -> np.ndarray:
     return np.where(index < steps // 2, rising, falling).astype(np.float32)
 
 
+def _check_class(found: Any) -> None:
+    if isinstance(found, str) and found in SCHEDULERS:
+        return
+    if isinstance(found, str) and (kind := other_noise(found)):
+        raise InputError(f"scheduler config: {found} has {kind}, expected a scheduler whose noise schedule is of betas")
+    raise InputError(
+        f"scheduler config: _class_name is {shown(found)}, expected a scheduler of diffusers such as DDIMScheduler or "
+        "EulerDiscreteScheduler"
+    )
+
+
+def _check_number(key: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and NUMBERS[key] <= value < _LARGEST):
+        raise InputError(f"scheduler config: {key} is {shown(value)}, expected a number of at least {NUMBERS[key]:g}")
+
+
 def _check_choice(key: str, found: Any, expected: tuple[str, ...]) -> None:
-    if found not in expected:
+    if not isinstance(found, str) or found not in expected:
         raise InputError(f"scheduler config: {key} is {found!r}, expected one of {', '.join(expected)}")

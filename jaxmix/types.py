@@ -40,6 +40,10 @@ class NotFiniteWarning(RuntimeWarning):
     """A picture holds numbers that are not finite, where it would be black."""
 
 
+class CheckpointWarning(UserWarning):
+    """Something in a checkpoint that is left out or replaced; the message names the file."""
+
+
 NOT_FINITE = (
     "holds numbers that are not finite: a guidance scale, a strength or weights are too large, or the dtype is too "
     "small (float16 decoders of SDXL overflow: try bfloat16)"

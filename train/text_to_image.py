@@ -89,7 +89,7 @@ def make_rows(
 
     def row(scene: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         dropped = rng.random() < dropout
-        shown = {key: np.asarray(scene[key]) for key in ("image", "latents_mean", "latents_std") if key in scene}
+        shown = {k: np.asarray(x) for k, x in scene.items() if k in ("image", "latents_mean", "latents_std")}
         return {**shown, **(empty if dropped else tokenize(scene["text"]))}
 
     return row
@@ -133,8 +133,12 @@ def make_models(cfg: Config) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     tokenizer = load_tokenizer(cfg.tokenizer)
     specials = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text_config = {**cfg.text_encoder, **specials, "vocab_size": len(tokenizer)}
-    unet = UNet2DConditionModel(UNetConfig.from_dict(cfg.unet), cfg.dtype, cfg.gradient_checkpointing)
-    return unet, CLIPTextModel(CLIPTextConfig.from_dict(text_config), cfg.dtype)
+    notes: list[str] = []
+    unet = UNet2DConditionModel(UNetConfig.from_dict(cfg.unet, notes), cfg.dtype, cfg.gradient_checkpointing)
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config, notes), cfg.dtype)
+    if notes:  # a misspelt key of one's own
+        raise InputError(f"unet: {notes[0]}")
+    return unet, text_encoder
 
 
 def make_pipeline(cfg: Config) -> Pipeline:

@@ -1,16 +1,43 @@
 """Model configurations: diffusers / transformers ``config.json`` dictionaries as frozen dataclasses.
 
-Keys that change what is computed are fields; keys that this library supports in one form only are checked against it.
-Anything else is an error that names the key, so that no checkpoint is ever run as something it is not.
+Keys that change what is computed are fields; keys that this library supports in one form only are checked against it,
+so that no checkpoint is ever run as something it is not. A null stands for the default. Keys that nobody here has heard
+of, such as comments, are named and ignored.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
+import typing
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from jaxmix.types import InputError
+from jaxmix.types import CheckpointWarning, InputError, shown
+
+_LARGEST = 2**31 - 1
+_MOST_BLOCKS, _MOST_LAYERS = 32, 256  # far above what any model has; more would only take forever to build
+
+# What trainers leave in the config of an averaged model, and what says how to compute, not what.
+_COUNTERS = frozenset(
+    {
+        "collection_step",
+        "comment",
+        "decay",
+        "description",
+        "dtype",
+        "ema_decay",
+        "inv_gamma",
+        "min_decay",
+        "optimization_step",
+        "power",
+        "torch_dtype",
+        "update_after_step",
+        "use_ema_warmup",
+    }
+)
 
 
 def _tuple(x: Any) -> Any:
@@ -24,30 +51,57 @@ class _Config:
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
     #: Keys that do not change what is computed at inference.
     ignored: ClassVar[frozenset[str]] = frozenset()
+    #: Whole numbers that may be 0.
+    from_zero: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Read a ``config.json`` dictionary; an unsupported key or value raises `InputError` that names it."""
-        names = {f.name for f in dataclasses.fields(cls)}
+    def from_dict(cls, config: Mapping[str, Any], notes: list[str] | None = None) -> Self:
+        """Read a ``config.json`` dictionary; an unsupported value raises `InputError` that names the key.
+
+        Keys that are not known are ignored and added to ``notes``, or warned about in one `CheckpointWarning` if it is
+        None.
+        """
+        fields = {f.name for f in dataclasses.fields(cls)}
+        unknown = []
         for key, value in config.items():
-            if key.startswith("_") or key in names or key in cls.ignored:
+            if key.startswith("_") or key in fields or key in cls.ignored or key in _COUNTERS:
                 continue
             if key not in cls.fixed:
-                if value in (None, False):
-                    continue
-                raise InputError(f"{cls.class_name} config: unknown key {key!r} (value {value!r})")
-            if _tuple(value) not in cls.fixed[key]:
+                if value not in (None, False):
+                    unknown.append(f"{key}={shown(value)}")
+                continue
+            if not any(_same(value, accepted) for accepted in (*cls.fixed[key], None)):
                 accepted = " or ".join(repr(v) for v in cls.fixed[key])
-                raise InputError(f"{cls.class_name} config: {key}={value!r} is not supported, expected {accepted}")
+                raise InputError(f"{cls.class_name} config: {key}={shown(value)} is not supported, expected {accepted}")
         named = config.get("_class_name", cls.class_name)
         if named not in (cls.class_name, "Flax" + cls.class_name):
-            raise InputError(f"config: _class_name is {named!r}, expected {cls.class_name!r}")
-        try:
-            out = cls(**{k: _tuple(v) for k, v in config.items() if k in names})
-        except TypeError as e:
-            raise InputError(f"{cls.class_name} config: {e}") from None
+            raise InputError(f"config: _class_name is {shown(named)}, expected {cls.class_name!r}")
+        given = {key: _tuple(value) for key, value in config.items() if key in fields and value is not None}
+        hints = typing.get_type_hints(cls)
+        for key, value in given.items():
+            cls._check_kind(key, value, hints[key])
+        out = cls(**given)
         out.check()
+        if unknown:
+            note = f"unknown keys are ignored: {', '.join(sorted(unknown))}"
+            if notes is None:
+                warnings.warn(f"{cls.class_name} config: {note}", CheckpointWarning, stacklevel=2)
+            else:
+                notes.append(note)
         return out
+
+    @classmethod
+    def _check_kind(cls, key: str, value: Any, hint: Any) -> None:
+        """Raise `InputError` unless a value is of the kind that its field declares, and of a size that makes sense."""
+        if not _fits(value, hint, 0 if key in cls.from_zero else 1):
+            raise InputError(f"{cls.class_name} config: {key} is {shown(value)}, expected {_kind(hint)}")
+        deep = key in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
+        if isinstance(value, tuple) and len(value) > _MOST_BLOCKS:
+            raise InputError(
+                f"{cls.class_name} config: {key} has {len(value)} entries, expected at most {_MOST_BLOCKS}"
+            )
+        if deep and any(n > _MOST_LAYERS for n in (value if isinstance(value, tuple) else (value,))):
+            raise InputError(f"{cls.class_name} config: {key} is {shown(value)}, expected at most {_MOST_LAYERS}")
 
     def check(self) -> None:
         """Raise `InputError` for fields that contradict each other."""
@@ -56,6 +110,36 @@ class _Config:
         """Return the ``config.json`` dictionary, which the torch libraries can open."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def _same(value: Any, accepted: Any) -> bool:
+    """Return whether two values are equal and of one kind: 1 is 1.0, but not True."""
+    return _tuple(value) == accepted and isinstance(value, bool) == isinstance(accepted, bool)
+
+
+def _fits(value: Any, hint: Any, least: int) -> bool:
+    """Return whether a value is of an annotated kind; whole numbers are `least` or more."""
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        size = len(value) if isinstance(value, tuple) else -1
+        return size >= 1 and (inner[-1] is ... or size == len(inner)) and all(_fits(v, inner[0], least) for v in value)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, inner, least) for inner in typing.get_args(hint))
+    return value is None if hint is types.NoneType else isinstance(value, hint)
+
+
+def _kind(hint: Any) -> str:
+    """Say which kind of value is expected."""
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_kind(typing.get_args(hint)[0]).removeprefix('a ')}s"
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_kind(inner) for inner in typing.get_args(hint))
+    names = {int: "a whole number", float: "a number above 0", bool: "true or false", str: "a text"}
+    return names.get(hint, "null")
 
 
 def _per_block(value: Any, n: int, key: str) -> tuple[Any, ...]:
@@ -121,11 +205,12 @@ class UNetConfig(_Config):
     }
     # The softmax is always float32 here, which is what upcast_attention asks for. The last three tell how the Flax
     # models of diffusers compute, not what.
+    from_zero: ClassVar[frozenset[str]] = frozenset({"freq_shift"})
     ignored: ClassVar[frozenset[str]] = frozenset(
         {
             "upcast_attention",
+            "force_upcast",
             "addition_embed_type_num_heads",
-            "dtype",
             "split_head_dim",
             "use_memory_efficient_attention",
         }
@@ -216,7 +301,6 @@ class VAEConfig(_Config):
         "latents_mean": (None,),
         "latents_std": (None,),
     }
-    ignored: ClassVar[frozenset[str]] = frozenset({"dtype"})  # of the Flax models of diffusers
 
     def check(self) -> None:
         n = len(self.block_out_channels)
@@ -262,13 +346,14 @@ class CLIPTextConfig(_Config):
     class_name: ClassVar[str] = "CLIPTextModel"
     projection_class_name: ClassVar[str] = "CLIPTextModelWithProjection"
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model_type": ("clip_text_model", "clip")}
-    # Training-time settings and the generation defaults that transformers writes into every config.
-    ignored: ClassVar[frozenset[str]] = frozenset()
+    from_zero: ClassVar[frozenset[str]] = frozenset({"eos_token_id", "bos_token_id", "pad_token_id"})
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+    def from_dict(cls, config: Mapping[str, Any], notes: list[str] | None = None) -> Self:
         names = {f.name for f in dataclasses.fields(cls)} | set(cls.fixed)
         found = config.get("architectures") or [cls.class_name]
+        if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
+            raise InputError(f"config: architectures is {shown(found)}, expected a list such as [{cls.class_name!r}]")
         if not {cls.class_name, cls.projection_class_name} & set(found):
             raise InputError(
                 f"config: architectures is {found}, expected [{cls.class_name!r}] or [{cls.projection_class_name!r}]"
@@ -276,7 +361,7 @@ class CLIPTextConfig(_Config):
         # transformers writes dozens of generation and training settings into each config.json; none of them affects a
         # text encoder, so only the keys that do are read.
         read = {k: v for k, v in config.items() if k in names}
-        return super().from_dict(read | {"projection": cls.projection_class_name in found})
+        return super().from_dict(read | {"projection": cls.projection_class_name in found}, notes)
 
     def check(self) -> None:
         if self.hidden_act not in ("quick_gelu", "gelu"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import numpy as np
 from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.saving import DEFAULTS
-from jaxmix.samplers import SAMPLERS, default_sampler
+from jaxmix.released import RELEASED
+from jaxmix.samplers import SAMPLERS, default_sampler, differences
 from jaxmix.schedule import NoiseSchedule
-from jaxmix.types import InputError, Params
+from jaxmix.types import CheckpointWarning, InputError, Params, shown
 from jaxmix.weights import FlaxTree, Source, load_tree, open_source, read_config, stored_dtype
+from jaxmix.weights.files import exists, user_path
 from jaxmix.weights.hub import download
+from jaxmix.weights.part_files import open_part
 from jaxmix.weights.single_file import CLIP_TOKENIZER, open_single_file
 from jaxmix.weights.single_file_extras import Extras
 
@@ -28,14 +32,13 @@ ASSETS = Path(__file__).parents[1] / "assets"
 _PARTS = {"sd": ("unet", "vae", "text_encoder"), "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2")}
 _TOKENIZERS = {"sd": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
 _GUIDANCE_SCALE = {"sd": 7.5, "sdxl": 5.0}
-_PIPELINES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionInpaintPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "StableDiffusionXLInpaintPipeline": "sdxl",
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel"),
 }
+_BESIDE = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor", "safety_checker", "image_encoder")
 _CONFIGS: dict[str, Any] = {
     "unet": UNetConfig,
     "vae": VAEConfig,
@@ -48,6 +51,7 @@ _MODELS: dict[str, Any] = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModel,
 }
+_OWN = ("steps", "guidance_scale", "sampler")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KNOWN = "'mini', a diffusers folder, a .safetensors file, or a hub id 'owner/name'"
 _OTHER_FILES = {
@@ -62,38 +66,69 @@ _OTHER_FILES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What a caller says about a model, over what its files say."""
+
+    sampler: str | None = None
+    prediction_type: str | None = None
+    zero_snr: bool | None = None
+    vae: Path | None = None
+    unet: Path | None = None
+
+
 def load(
     name: str | Path = "mini",
     dtype: Any = None,
     *,
     sampler: str | None = None,
     prediction_type: str | None = None,
+    rescale_betas_zero_snr: bool | None = None,
+    vae: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Pipeline:
     """Load a Stable Diffusion 1.x, 2.x or XL pipeline, in whichever form it comes.
 
     ``name`` is "mini" (the model in this package), a diffusers folder (safetensors, sharded or not, or Flax msgpack),
     a single ``.safetensors`` file in the original layout, or a hub id "owner/name".
-    ``dtype`` is the type of weights and computation: float32 (if None), bfloat16, float16, or "auto" for the type in
-    which each part is stored. A VAE that overflows in float16 (``force_upcast``) is still computed in float32.
-    ``sampler`` and ``prediction_type`` ("epsilon", "v_prediction", "sample") override the checkpoint's.
-    Raises `InputError` for anything missing, damaged or not supported.
+    ``dtype`` is the type of weights and computation: float32 (if None), bfloat16, float16, or "auto" for the widest
+    type in which each part is stored. A VAE that overflows in float16 (``force_upcast``) is still computed in float32.
+    ``sampler``, ``prediction_type`` ("epsilon", "v_prediction", "sample") and ``rescale_betas_zero_snr`` (arXiv
+    2305.08891, with trailing timesteps) override the checkpoint's.
+    ``vae`` is a VAE to use instead: its folder, its file, or a model that has it. With ``base``, a model as above,
+    only the UNet is taken from ``name``, which may then be a UNet's folder or file, and the rest from the base.
+
+    A `CheckpointWarning` per file says what is ignored or replaced in it. Raises `InputError` for anything missing,
+    damaged or not supported.
     """
     kind = _dtype(dtype)
     if sampler is not None and sampler not in SAMPLERS:
         raise InputError(f"sampler: found {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-    path = ASSETS / "mini" if str(name) == "mini" else Path(name).expanduser()
-    if not path.exists():
-        if not _HUB_ID.fullmatch(str(name)):
-            raise InputError(f"{name}: found no such folder or file, expected {_KNOWN}")
-        path = download(str(name), _PARTS["sdxl"])
+    if rescale_betas_zero_snr not in (None, True, False):
+        raise InputError(f"rescale_betas_zero_snr: found {rescale_betas_zero_snr!r}, expected True or False")
+    told = _Told(sampler, prediction_type, rescale_betas_zero_snr, None if vae is None else _found("vae", vae))
+    if base is not None:
+        told, name = dataclasses.replace(told, unet=_found("model", name)), base
+    path = _found("model" if base is None else "base", name)
     if path.is_dir():
-        pipe = _load_folder(path, kind, prediction_type)
-    elif path.suffix == ".safetensors":
-        pipe = _load_single_file(path, kind, prediction_type)
+        pipe = _load_folder(path, kind, told)
+    elif path.suffix.lower() == ".safetensors":
+        pipe = _load_single_file(path, kind, told)
     else:
-        what = _OTHER_FILES.get(path.suffix, "a file of another kind")
+        what = _OTHER_FILES.get(path.suffix.lower(), "a file of another kind")
         raise InputError(f"{path}: found {what}, expected {_KNOWN}")
     return pipe if sampler is None else dataclasses.replace(pipe, sampler=sampler)
+
+
+def _found(what: str, name: str | Path) -> Path:
+    """Return the path of a model that is named in any way; what is only on the hub is downloaded."""
+    path = ASSETS / "mini" if str(name) == "mini" else user_path(name)
+    if exists(path):
+        return path
+    if not _HUB_ID.fullmatch(str(name)):
+        where = "" if what == "model" else f"{what}: "
+        raise InputError(f"{where}{shown(str(name), 200)[1:-1]}: found no such folder or file, expected {_KNOWN}")
+    return download(str(name), _PARTS["sdxl"])
 
 
 def from_flax(module: Any, params: Mapping[str, Any]) -> tuple[Any, Params]:
@@ -113,8 +148,8 @@ def from_flax(module: Any, params: Mapping[str, Any]) -> tuple[Any, Params]:
         raise InputError(f"from_flax: found a {found}, expected a FlaxUNet2DConditionModel or a FlaxAutoencoderKL")
     if not isinstance(params, Mapping):
         raise InputError(f"from_flax: found {type(params).__name__} params, expected a nested mapping of arrays")
-    with _naming(found):
-        ours = _MODELS[part](_read(part, module.config), jnp.dtype(module.dtype))
+    with _naming(found) as notes:
+        ours = _MODELS[part](_read(part, module.config, notes), jnp.dtype(module.dtype))
     tree = FlaxTree(params, f"{found} params")
     return ours, load_tree(tree, ours.abstract_params(), _kept(tree))
 
@@ -151,43 +186,46 @@ def _without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _naming(where: Any) -> Iterator[None]:
-    """Name the file in every `InputError` raised in this block."""
+def _naming(where: Any) -> Iterator[list[str]]:
+    """Name the file in every `InputError` raised in this block, and in one warning of the notes that it makes."""
+    notes: list[str] = []
     try:
-        yield
+        yield notes
     except InputError as e:
         raise InputError(f"{where}: {e}") from None
+    if notes:
+        warnings.warn(f"{where}: {'; '.join(notes)}", CheckpointWarning, stacklevel=5)
 
 
-def _load_folder(folder: Path, kind: np.dtype | None, prediction_type: str | None) -> Pipeline:
+def _load_folder(folder: Path, kind: np.dtype | None, told: _Told) -> Pipeline:
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: found {_what_folder(folder)}, expected a diffusers pipeline (model_index.json)")
     index = read_config(folder / "model_index.json")
-    named = str(index.get("_class_name"))
-    family = _PIPELINES.get(named.removeprefix("Flax"))
-    if family is None:
-        raise InputError(
-            f"{folder}/model_index.json: found a {named}, expected a StableDiffusionPipeline or a "
-            "StableDiffusionXLPipeline"
-        )
+    with _naming(folder / "model_index.json") as notes:
+        family, named = _family(index, notes)
+        defaults = _defaults(index)
+    replaced = {part for part in ("unet", "vae") if getattr(told, part) is not None}
     folders = (*_PARTS[family], *_TOKENIZERS[family], "scheduler")
     for part in folders:
-        if not (folder / part).is_dir():
+        if not (folder / part).is_dir() and part not in replaced:
             raise InputError(f"{folder}: found no {part} folder in this {named}, expected {', '.join(folders)}")
     configs = {}
     for part in _PARTS[family]:
-        found = read_config(folder / part / "config.json")
-        with _naming(folder / part / "config.json"):
-            configs[part] = _read(part, found)
-    found = read_config(folder / "scheduler" / "scheduler_config.json")
-    with _naming(folder / "scheduler" / "scheduler_config.json"):
-        schedule = _schedule(found, prediction_type)
+        where = folder / part / "config.json"
+        if part not in replaced or where.is_file():
+            found = read_config(where)
+            with _naming(where) as notes:
+                configs[part] = _read(part, found, notes)
+    sources = {part: open_source(folder / part) for part in configs if part not in replaced}
+    scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
+    scheduler = scheduler | _replace_parts(told, family, configs, sources)
+    with _naming(folder / "scheduler" / "scheduler_config.json") as notes:
+        schedule = _schedule(scheduler, told, notes, defaults.get("sampler"))
     _check_channels(folder, configs)
-    defaults = index.get(DEFAULTS, {})
     return _assemble(
         folder,
         configs,
-        {part: open_source(folder / part) for part in configs},
+        sources,
         kind,
         schedule=schedule,
         tokenizer=folder / "tokenizer",
@@ -196,44 +234,71 @@ def _load_folder(folder: Path, kind: np.dtype | None, prediction_type: str | Non
         default_guidance_scale=defaults.get("guidance_scale", _GUIDANCE_SCALE[family]),
         sampler=defaults.get("sampler") or default_sampler(schedule),
         zeros_for_empty_prompt=family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
-        extras=Extras.open(folder),
+        extras=Extras.open(folder) if not replaced else None,
     )
 
 
-def _load_single_file(path: Path, kind: np.dtype | None, prediction_type: str | None) -> Pipeline:
+def _load_single_file(path: Path, kind: np.dtype | None, told: _Told) -> Pipeline:
     from transformers import CLIPTokenizer  # here, because importing it takes longer than everything else
 
-    file = open_single_file(path, prediction_type=prediction_type)
-    with _naming(path):
-        configs = {part: _read(part, config) for part, config in file.configs.items()}
-        schedule = _schedule(file.scheduler, prediction_type)
+    with _naming(path) as notes:
+        try:
+            file = open_single_file(path, None, told.prediction_type, told.vae is None, notes)
+        except InputError as e:
+            raise InputError(str(e).removeprefix(f"{path}: ")) from None
+        configs = {part: _read(part, config, notes) for part, config in file.configs.items()}
+        sources = {part: source for part, source in file.sources.items() if getattr(told, part, None) is None}
+        family = "sdxl" if "text_encoder_2" in configs else "sd"
+        scheduler = file.scheduler | _replace_parts(told, family, configs, sources)
+        schedule = _schedule(scheduler, told, notes)
     _check_channels(path, configs)
     tokenizers: dict[str, Any] = {
         name: CLIPTokenizer.from_pretrained(str(CLIP_TOKENIZER), pad_token=pad) for name, pad in file.pad_tokens.items()
     }
-    family = "sdxl" if "text_encoder_2" in configs else "sd"
     return _assemble(
         path,
         configs,
-        file.sources,
+        sources,
         kind,
         schedule=schedule,
         **tokenizers,
         default_guidance_scale=_GUIDANCE_SCALE[family],
         sampler=default_sampler(schedule),
         zeros_for_empty_prompt=family == "sdxl",
-        extras=file.extras,
+        extras=file.extras if told.unet is None and told.vae is None else None,
     )
+
+
+def _replace_parts(told: _Told, family: str, configs: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:
+    """Open the parts that the caller names into `configs` and `sources`; return what they say about the schedule."""
+    scheduler: dict[str, Any] = {}
+    for part in ("unet", "vae"):
+        if (path := getattr(told, part)) is None:
+            continue
+        of_base = configs.get(part) or _read(part, RELEASED["sdxl" if family == "sdxl" else "sd15"][part], [])
+        with _naming(path) as notes:
+            try:
+                opened = open_part(path, part, of_base.to_dict(), notes)
+            except InputError as e:
+                raise InputError(str(e).removeprefix(f"{path}: ")) from None
+            configs[part] = of_base if opened.config is None else _read(part, opened.config, notes)
+        sources[part] = opened.source
+        scheduler |= opened.scheduler
+    return scheduler
 
 
 def _assemble(
     where: Path, configs: Mapping[str, Any], sources: Mapping[str, Source], kind: np.dtype | None, **fields: Any
 ) -> Pipeline:
-    """Load the weights of all parts into a pipeline; a `kind` of None keeps the precision of each part."""
+    """Load the weights of all parts into a pipeline; a `kind` of None keeps the widest precision of each part."""
     models: dict[str, Any] = {}
     params: dict[str, Params] = {}
     for part, config in configs.items():
-        kept = stored_dtype(sources[part]) if kind is None else kind
+        if kind is None:
+            with _naming(sources[part].where) as notes:
+                kept = stored_dtype(sources[part], notes)
+        else:
+            kept = kind
         # float16 can hold the weights, but not the activations.
         overflows = part == "vae" and kept == np.float16 and config.force_upcast
         models[part] = _MODELS[part](config, np.dtype(np.float32) if overflows else kept)
@@ -242,23 +307,78 @@ def _assemble(
         return Pipeline(**models, params=params, **fields)
 
 
-def _read(part: str, config: Mapping[str, Any]) -> Any:
-    return _CONFIGS[part].from_dict(_without_flax(config))
+def _read(part: str, config: Mapping[str, Any], notes: list[str]) -> Any:
+    return _CONFIGS[part].from_dict(_without_flax(config), notes)
 
 
-def _schedule(config: Mapping[str, Any], prediction_type: str | None) -> NoiseSchedule:
+def _schedule(config: Mapping[str, Any], told: _Told, notes: list[str], stored: str | None = None) -> NoiseSchedule:
+    """Return the schedule of a scheduler config; `stored` is the sampler that a folder of ours names."""
     config = dict(config)
     if isinstance(named := config.get("_class_name"), str):
         config["_class_name"] = named.removeprefix("Flax")
-    return NoiseSchedule.from_config(config | ({"prediction_type": prediction_type} if prediction_type else {}))
+    if told.prediction_type is not None:
+        config["prediction_type"] = told.prediction_type
+    if told.zero_snr is not None:
+        config["rescale_betas_zero_snr"] = told.zero_snr
+    if config.get("rescale_betas_zero_snr") is True and (told.zero_snr or not config.get("timestep_spacing")):
+        config["timestep_spacing"] = "trailing"  # the last timestep, where there is no signal, must be visited
+    schedule = dataclasses.replace(NoiseSchedule.from_config(config, notes), lenient=True)
+    if told.sampler is None and stored is None and (said := differences(schedule)):
+        notes.append(said)
+    return schedule
+
+
+def _family(index: Mapping[str, Any], notes: list[str]) -> tuple[str, str]:
+    """Return "sd" or "sdxl" and the name of a pipeline's class, by the classes of its components.
+
+    So the classes for ControlNet, PAG, image-to-image and so on open as what they hold.
+    """
+    named = index.get("_class_name")
+    named = named[-1] if isinstance(named, list) and named else named
+    named = str(named).removeprefix("Flax")
+    held = {key: value for key, value in index.items() if isinstance(value, list) and len(value) == 2}
+    classes = {key: str(value[1]).removeprefix("Flax") for key, value in held.items() if value[1] is not None}
+    family = "sdxl" if "text_encoder_2" in classes or named.startswith("StableDiffusionXL") else "sd"
+    if family == "sdxl" and classes and "text_encoder" not in classes:
+        raise InputError("this is an SDXL refiner, expected a StableDiffusionPipeline or a StableDiffusionXLPipeline")
+    wrong = [
+        f"its {part} is {classes.get(part, 'missing')}"
+        for part in _PARTS[family]
+        if classes.get(part) not in _CLASSES[part] and (classes or not named.startswith("StableDiffusion"))
+    ]
+    if wrong:
+        raise InputError(
+            f"found a {shown(named)[1:-1]} ({', '.join(wrong)}), expected a StableDiffusionPipeline or a "
+            "StableDiffusionXLPipeline, or another with the same parts"
+        )
+    if other := [key for key in classes if not (key.startswith("_") or key in (*_CLASSES, *_BESIDE))]:
+        notes.append(f"a {named}, of which the {' and the '.join(other)} are left out")
+    return family, named
+
+
+def _defaults(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return this library's own defaults in a model_index.json, checked."""
+    found = index.get(DEFAULTS) or {}
+    steps, scale, sampler = (found.get(key) if isinstance(found, dict) else found for key in _OWN)
+    for key, value, fits, expected in (
+        ("steps", steps, isinstance(steps, int) and not isinstance(steps, bool) and steps > 0, "1 or more"),
+        ("guidance_scale", scale, isinstance(scale, (int, float)) and 0 <= scale < 1e6, "a number"),
+        ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+    ):
+        if value is not None and not fits:
+            raise InputError(f"{DEFAULTS}: {key} is {shown(value)}, expected {expected}")
+    return {key: found[key] for key in _OWN if found.get(key) is not None}
 
 
 def _check_channels(where: Path, configs: Mapping[str, Any]) -> None:
-    """Refuse a UNet that takes more than latents, before its weights are read."""
+    """Refuse a UNet that takes more than latents, and a VAE of other pictures, before their weights are read."""
     found, expected = configs["unet"].in_channels, configs["vae"].latent_channels
     if found != expected:
         kind = "an inpainting model: its UNet" if found == 2 * expected + 1 else "its UNet"
         raise InputError(f"{where}: {kind} has {found} input channels, expected {expected} (text-to-image)")
+    for channels in (configs["vae"].in_channels, configs["vae"].out_channels):
+        if channels != 3:
+            raise InputError(f"{where}: its VAE has pictures of {channels} channels, expected 3 (red, green, blue)")
 
 
 def _what_folder(folder: Path) -> str:

@@ -104,7 +104,7 @@ class Parts(Card):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         """Return token ids (b, text_length) int32, and for each prompt the words that did not fit ("" if all did)."""
-        return tokenize(self.tokenizers[0], self.text_length, prompts)
+        return tokenize(self.tokenizers[0], self.text_length, prompts, self.text_encoder.config.vocab_size)
 
     def token_ids(self, phrase: str) -> list[int]:
         """Return the (first) tokenizer's ids of a phrase alone, without start and end."""

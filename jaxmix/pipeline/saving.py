@@ -28,7 +28,7 @@ def save_pipeline(pipe: Parts, path: str | Path, dtype: Any = None) -> None:
 
     ``dtype`` casts the floating-point weights on the way; None keeps theirs.
     """
-    if Path(path).suffix == ".safetensors":
+    if Path(path).suffix.lower() == ".safetensors":
         configs = {part: getattr(pipe, part).config.to_dict() for part in _parts(pipe)}
         family = family_of_configs(configs) if pipe.extras is None else pipe.extras.family
         configs["scheduler"] = pipe.schedule.to_config()

@@ -21,7 +21,7 @@ from jaxmix.types import Params, TruncatedPromptWarning, shown
 
 def encode(tokenizer: Any, encoder: CLIPTextModel, params: Params, prompts: Sequence[str]) -> TextStates:
     """Return a text encoder's states of each prompt."""
-    ids, _ = tokenize(tokenizer, encoder.config.max_position_embeddings, prompts)
+    ids, _ = tokenize(tokenizer, encoder.config.max_position_embeddings, prompts, encoder.config.vocab_size)
     return encode_ids(encoder, params, jnp.asarray(ids))
 
 

@@ -1,6 +1,6 @@
 """Samplers: start noise, guidance, solvers and the denoising loop, over any `ModelFn`."""
 
-from jaxmix.samplers.choose import SAMPLERS, default_sampler, make_solver
+from jaxmix.samplers.choose import SAMPLERS, default_sampler, differences, make_solver
 from jaxmix.samplers.composable import Composed
 from jaxmix.samplers.fusion import SaliencyBlend, blend
 from jaxmix.samplers.guidance import (
@@ -52,6 +52,7 @@ __all__ = [
     "by_branch",
     "classifier_free_guidance",
     "default_sampler",
+    "differences",
     "image_to_image_start",
     "initial_noise",
     "inpaint",

@@ -3,9 +3,11 @@
 from jaxmix.command import near_misses
 from jaxmix.samplers.loop import Solver
 from jaxmix.samplers.multistep import DPMSolver2M
+from jaxmix.samplers.sigmas import UNSUPPORTED
 from jaxmix.samplers.solvers import DDIM, Euler
 from jaxmix.schedule import NoiseSchedule
-from jaxmix.types import InputError
+from jaxmix.schedulers import SCHEDULERS
+from jaxmix.types import InputError, shown
 
 SAMPLERS = (
     "ddim",
@@ -36,14 +38,29 @@ def make_solver(name: str, schedule: NoiseSchedule, steps: int) -> Solver:
 
 
 def default_sampler(schedule: NoiseSchedule) -> str:
-    """Return the name of the sampler that the schedule's config asks for, "ddim" if we have none like it."""
-    karras = "_karras" if schedule.option("use_karras_sigmas", False) else ""
-    if schedule.class_name == "EulerDiscreteScheduler":
-        return "euler" + karras
-    if schedule.class_name == "EulerAncestralDiscreteScheduler":
-        return "euler_ancestral"
-    if schedule.class_name == "DPMSolverMultistepScheduler":
-        # The first-generation algorithms, "dpmsolver" and "sde-dpmsolver", map to their successors.
-        sde = str(schedule.option("algorithm_type", "dpmsolver++")).startswith("sde")
-        return "dpmpp_2m" + ("_sde" if sde else "") + karras
-    return "ddim"
+    """Return the name of the sampler that the schedule's config asks for, or of the one that is most like it."""
+    name = SCHEDULERS[schedule.class_name].sampler
+    # The first-generation algorithms, "dpmsolver" and "sde-dpmsolver", map to their successors.
+    if name == "dpmpp_2m" and str(schedule.option("algorithm_type", "")).startswith("sde"):
+        name = "dpmpp_2m_sde"
+    karras = name + "_karras"
+    return karras if schedule.option("use_karras_sigmas", False) and karras in SAMPLERS else name
+
+
+def differences(schedule: NoiseSchedule) -> str:
+    """Say in one line how `default_sampler` differs from what the schedule's config asks for, "" if it does not."""
+    name, kind = default_sampler(schedule), schedule.class_name
+    if not SCHEDULERS[kind].exact:
+        return (
+            f"there is no {kind} here: its noise schedule is used, with the sampler {name} (name another to change it)"
+        )
+    lacking = {key: True for key in ("thresholding", *UNSUPPORTED) if schedule.option(key, False)}
+    if name.endswith("_karras"):
+        lacking = {key: True for key in lacking if key == "thresholding"}
+    kinds = {"interpolation_type": ("linear",), "timestep_type": ("discrete",)} if name.startswith("euler") else {}
+    if name.startswith("dpmpp"):
+        kinds = {"solver_order": (1, 2), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
+    asked = {key: schedule.option(key, known[0]) for key, known in kinds.items()}
+    lacking |= {key: value for key, value in asked.items() if value not in kinds[key]}
+    said = ", ".join(f"{key}={shown(value)}" for key, value in lacking.items())
+    return f"the sampler {name} does without what the {kind} has: {said}" if lacking else ""

@@ -46,6 +46,8 @@ class DPMSolver2M:
         """
         refuse(schedule, ("thresholding",) if karras else ("thresholding", *UNSUPPORTED))
         order = schedule.option("solver_order", 2)
+        if order not in (1, 2) and schedule.lenient:
+            order = 2
         if order not in (1, 2):
             raise InputError(f"scheduler config: solver_order is {order!r}, expected 2 or 1 for this sampler")
         # The last three are types of UniPC and DEIS, which diffusers treats as midpoint here.

@@ -116,17 +116,25 @@ def final_sigma(schedule: NoiseSchedule) -> str:
 
 
 def choice(schedule: NoiseSchedule, key: str, choices: tuple[str, ...]) -> str:
-    """Return a solver option of the config, by default the first choice; raises InputError for any other value."""
+    """Return a solver option of the config, by default the first choice.
+
+    Any other value raises InputError, or counts as missing if the schedule is lenient.
+    """
     found = schedule.option(key, choices[0])
     if found not in choices:
+        if schedule.lenient:
+            return choices[0]
         raise InputError(f"scheduler config: {key} is {found!r}, expected {' or '.join(choices)} for this sampler")
     return found
 
 
 def refuse(schedule: NoiseSchedule, keys: tuple[str, ...]) -> None:
-    """Raise InputError if the config switches on one of these options, which the sampler does not have."""
+    """Raise InputError if the config switches on one of these options, which the sampler does not have.
+
+    A lenient schedule goes without them.
+    """
     for key in keys:
-        if schedule.option(key, False):
+        if schedule.option(key, False) and not schedule.lenient:
             raise InputError(f"scheduler config: {key} is true, expected false for this sampler: not supported")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmix.types import InputError
-from jaxmix.weights.load import WEIGHT_FILES
+from jaxmix.weights.files import preferred
 
 _CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json", "tokenizer*/*")
 _LISTED = 4
@@ -18,7 +18,7 @@ _SECONDS = 10.0  # to wait for an answer before the cache is tried
 def download(repo: str, parts: Sequence[str]) -> Path:
     """Return the local folder of the pipeline `repo` ("owner/name"), after downloading what is missing.
 
-    For each of `parts` one kind of weights is fetched, the first in `WEIGHT_FILES`, and never a pickle. Without a
+    For each of `parts` one kind of weights is fetched, the one that `preferred` chooses, and never a pickle. Without a
     connection a cached folder is used. Raises InputError with one line for an unknown or private repository, for one
     that is not a diffusers pipeline, and if there is neither connection nor cache.
     """
@@ -49,8 +49,9 @@ def download(repo: str, parts: Sequence[str]) -> Path:
 
 def wanted_files(files: Iterable[str], part: str) -> list[str]:
     """Return the weight files to fetch for one part: one file, or an index (whose shards come after it)."""
-    present = set(files)
-    return next(([f"{part}/{name}"] for name in WEIGHT_FILES if f"{part}/{name}" in present), [])
+    inside = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
+    name = preferred(inside)
+    return [] if name is None else [f"{part}/{name}"]
 
 
 def _fetch(hub: Any, repo: str, files: Sequence[str], parts: Sequence[str]) -> Path:

@@ -1,6 +1,5 @@
 """Sources of tensors to parameter trees, driven by the target tree, with nothing skipped silently."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,20 +11,12 @@ import numpy as np
 
 from jaxmix.types import InputError
 from jaxmix.weights import names
+from jaxmix.weights.files import WEIGHTS, preferred, read_json
 from jaxmix.weights.finite import all_finite
 from jaxmix.weights.msgpack import open_msgpack
 from jaxmix.weights.safetensors import SafetensorsFile, aligned_empty
 from jaxmix.weights.sharded import ShardedFiles
 from jaxmix.weights.source import Entry, Source, stored_dtype
-
-_STEMS = ("diffusion_pytorch_model", "model")
-_ENDINGS = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")
-WEIGHT_FILES = (
-    *(stem + ending for ending in _ENDINGS for stem in _STEMS),
-    "diffusion_flax_model.msgpack",
-    "flax_model.msgpack",
-)
-"""The files in which a model's folder may hold its weights, in order of preference."""
 
 CONFIG_FILES = ("config.json", "scheduler_config.json", "model_index.json")
 IGNORED_KEYS = ("text_model.embeddings.position_ids", "embeddings.position_ids")
@@ -45,16 +36,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not found:
             raise InputError(f"{path}: found no {' or '.join(CONFIG_FILES)} in this folder")
         path = found[0]
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a UTF-8 text file") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: found a JSON {type(config).__name__}, expected an object")
     return config
@@ -68,20 +50,19 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     if folder.is_file():
-        if folder.suffix in _PICKLES:
+        if folder.suffix.lower() in _PICKLES:
             raise _pickle_error(folder)
         return folder
     if not folder.is_dir():
         raise InputError(f"{folder}: no such file or folder")
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
     found = sorted(path for path in folder.iterdir() if path.is_file())
+    if (name := preferred(path.name for path in found)) is not None:
+        return folder / name
     for path in found:
-        if path.suffix in _PICKLES:
+        if path.suffix.lower() in _PICKLES:
             raise _pickle_error(path)
     listing = ", ".join(path.name for path in found[:_LISTED]) or "no files"
-    raise InputError(f"{folder}: no weights: found {listing}, expected one of {', '.join(WEIGHT_FILES)}")
+    raise InputError(f"{folder}: no weights: found {listing}, expected {WEIGHTS}")
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -90,9 +71,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     Reads tables of contents only. Raises InputError for a path without weights and for damaged files.
     """
     path = find_weights(path)
-    if path.suffix == ".msgpack":
+    if path.suffix.lower() == ".msgpack":
         return open_msgpack(path)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         return ShardedFiles(path)
     return SafetensorsFile(path)
 
@@ -106,7 +87,7 @@ def load_tree(
     """Load a source, or the file or folder at a path, into a tree of JAX arrays shaped like `target`.
 
     `target` holds ShapeDtypeStructs or arrays. Floating-point leaves become `dtype`, by default that of the target
-    leaf; "auto" keeps the precision of the source, which must then be the same throughout. Keys in `ignore` may be
+    leaf; "auto" keeps the precision of the source, see `stored_dtype`. Keys in `ignore` may be
     present without being used. All names are compared before any tensor is read; then tensors are read one by one, the
     largest first, so that peak memory is about the size of the tree.
     Raises InputError with one line that counts and lists what is missing, unused, of wrong shape, rank or dtype, or set

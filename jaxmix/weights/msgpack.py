@@ -8,6 +8,7 @@ from pathlib import Path
 from flax import serialization
 
 from jaxmix.types import InputError
+from jaxmix.weights.files import refuse_stand_in
 from jaxmix.weights.flax_tree import FlaxTree
 
 
@@ -19,11 +20,15 @@ def open_msgpack(path: str | os.PathLike[str]) -> FlaxTree:
     """
     path = Path(path)
     try:
-        tree = serialization.msgpack_restore(path.read_bytes())
+        content = path.read_bytes()
+        refuse_stand_in(path, content)
+        tree = serialization.msgpack_restore(content)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except InputError:
+        raise
     except Exception as error:  # msgpack's own, and whatever flax raises for what is not an array
         if "incomplete input" in str(error):
             size = path.stat().st_size

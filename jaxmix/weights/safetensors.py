@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxmix.types import InputError
+from jaxmix.weights.files import refuse_stand_in
+from jaxmix.weights.fp8 import scaled, split_scales
 from jaxmix.weights.source import Entry, Source
 
 DTYPES: dict[str, np.dtype] = {
@@ -76,22 +78,28 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 class SafetensorsFile(Source):
-    """The tensors of one safetensors file. `metadata` holds the strings of its header."""
+    """The tensors of one safetensors file. `metadata` holds the strings of its header.
+
+    Scaled 8-bit weights are read as float32, times their scales; see `jaxmix.weights.fp8`.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Read and check the header. Raises InputError as `read_header` does."""
         header = read_header(path)
         self.where = str(path)
         self.metadata = header.metadata
-        self._entries = header.entries
+        self.stored, scales = split_scales(self.where, header.entries)  # as the file has them
+        self.scales = {key: header.entries[scale] for key, scale in scales.items()}
 
     @property
     def entries(self) -> Mapping[str, FileEntry]:
-        return self._entries
+        wide = np.dtype(np.float32)
+        return {k: dataclasses.replace(e, dtype=wide) if k in self.scales else e for k, e in self.stored.items()}
 
     def read(self, key: str) -> np.ndarray:
         with open(self.where, "rb") as file:
-            return read_tensor(file, self._entries[key])
+            array = read_tensor(file, self.stored[key])
+            return array if key not in self.scales else scaled(array, read_tensor(file, self.scales[key]))
 
 
 def read_tensor(file: BufferedReader, entry: FileEntry) -> np.ndarray:
@@ -126,7 +134,10 @@ def encode_header(entries: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata
 
 def _read_header(path: Path, file: BufferedReader) -> Header:
     size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
+    head = file.read(200)
+    refuse_stand_in(path, head)
+    prefix = head[:8]
+    file.seek(8)
     if len(prefix) < 8:
         raise InputError(f"{path}: not a safetensors file: {size} bytes, expected at least 8")
     (length,) = struct.unpack("<Q", prefix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from jaxmix.types import InputError
+from jaxmix.weights.files import read_json
 from jaxmix.weights.safetensors import FileEntry, read_header, read_tensor
 from jaxmix.weights.source import Source
 
@@ -63,17 +63,12 @@ class ShardedFiles(Source):
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{index}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{index}: not JSON: {error}") from None
+    found = read_json(index)
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: no weight_map in this index, expected the shard of every tensor")
     for key, name in weight_map.items():
         # A bare file name: a foreign index must not reach outside its own folder.
-        if not isinstance(name, str) or PurePosixPath(name).name != name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or PurePosixPath(name).name != name or not name.lower().endswith(".safetensors"):
             raise InputError(f"{index}: weight_map has {name!r} for {key!r}, expected the name of a safetensors file")
     return weight_map

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.types import InputError, Params
+from jaxmix.types import InputError, Params, shown
 from jaxmix.weights import names
+from jaxmix.weights.fp8 import scaled
 from jaxmix.weights.safetensors import FileEntry, SafetensorsFile, encode_header
 from jaxmix.weights.single_file_configs import read_configs, scheduler_config, untold
 from jaxmix.weights.single_file_extras import EXTRAS_FILE, Extras, read_entry, save_extras
@@ -49,6 +50,8 @@ PAD_TOKENS = {
 
 V_PREDICTION_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty tensors that serve as flags in community files
 
+MODELSPEC = "modelspec.prediction_type"
+
 # Stable Diffusion 2 is one architecture with two prediction types. The published v-prediction weights and their
 # fine-tunes spread more in this tensor than the epsilon weights do; ComfyUI tells them apart in the same way.
 _V_SPREAD = 0.09
@@ -60,22 +63,32 @@ _VAE_PARTS = tuple(VAE + name for name in ("encoder.", "decoder.", "quant_conv."
 class PartSource(Source):
     """One part of a single file under the names of diffusers and transformers."""
 
-    def __init__(self, where: str, part: str, entries: Mapping[str, FileEntry], transposed: frozenset[str]):
+    def __init__(
+        self,
+        where: str,
+        part: str,
+        entries: Mapping[str, FileEntry],
+        transposed: Collection[str] = (),
+        scales: Mapping[str, FileEntry] | None = None,
+    ):
         self.where = where
         self.part = part
-        self._entries = entries
+        self._stored = entries
         self._transposed = transposed
+        self._scales = scales or {}
 
     @property
     def entries(self) -> Mapping[str, FileEntry]:
-        return self._entries
+        wide = np.dtype(np.float32)
+        return {k: dataclasses.replace(e, dtype=wide) if k in self._scales else e for k, e in self._stored.items()}
 
     def read(self, key: str) -> np.ndarray:
-        entry = self._entries[key]
-        if key not in self._transposed:
-            return read_entry(self.where, entry)
-        stored = dataclasses.replace(entry, shape=entry.shape[::-1])
-        return np.ascontiguousarray(read_entry(self.where, stored).T)
+        entry = self._stored[key]
+        turned = key in self._transposed
+        array = read_entry(self.where, dataclasses.replace(entry, shape=entry.shape[::-1]) if turned else entry)
+        if key in self._scales:
+            array = scaled(array, read_entry(self.where, self._scales[key]))
+        return np.ascontiguousarray(array.T) if turned else array
 
     def origin(self, key: str) -> str:
         return f"{self.where} ({self.part})"  # the key is not one of the file's
@@ -102,45 +115,51 @@ def open_single_file(
     path: str | os.PathLike[str],
     config: Mapping[str, Mapping[str, Any]] | None = None,
     prediction_type: str | None = None,
+    vae: bool = True,
+    notes: list[str] | None = None,
 ) -> SingleFile:
     """Open a checkpoint in the original layout; no tensor is read except, for 2.x, one that tells its prediction type.
 
     `config` overrides settings by part ("unet", ..., "scheduler"), for what shapes cannot tell: numbers of heads and of
     norm groups. `prediction_type` ("epsilon" or "v_prediction") overrides what the keys `v_pred` and `ztsnr` say (the
-    latter also rescales the schedule to zero terminal signal), and otherwise the family's: epsilon for 1.x and SDXL,
-    and for 2.x what a tensor of its UNet suggests.
+    latter also rescales the schedule to zero terminal signal), then what the metadata's `modelspec.prediction_type`
+    says, which is added to `notes`, and otherwise the family's: epsilon for 1.x and SDXL, and for 2.x what a tensor of
+    its UNet suggests. Without `vae` the file's autoencoder is left alone, and may be missing.
     Raises InputError with one line that says what the file is if it is anything else or incomplete.
     """
     path = Path(path)
     where, overrides = str(path), config or {}
     file = SafetensorsFile(path)
-    shapes = {key: entry.shape for key, entry in file.entries.items()}
-    family = family_of(where, shapes)
+    shapes = {key: entry.shape for key, entry in file.stored.items()}
+    family = family_of(where, shapes, vae)
     parts = ("unet", "vae", *TEXTS[family], "scheduler")
     if unknown := set(overrides) - set(parts):
         raise InputError(f"{where}: config has {', '.join(sorted(unknown))}, expected {', '.join(parts)}")
 
-    prediction = prediction_type or _prediction_type(family, shapes, file.read)
-    configs = read_configs(where, family, shapes, prediction)
+    told = told_by_metadata(file.metadata, shapes, [] if notes is None or prediction_type else notes)
+    prediction = prediction_type or told or _prediction_type(family, shapes, file.read)
+    configs = read_configs(where, family, shapes, prediction, vae)
     configs = {part: told | dict(overrides.get(part, {})) for part, told in configs.items()}
     scheduler = scheduler_config(family, prediction, ZERO_SNR_KEY in shapes) | dict(overrides.get("scheduler", {}))
 
     prefixes = {part: prefix for part, prefix in text_prefixes(family, shapes).items() if prefix}
     by_part = tables(family, configs, prefixes)
     entries: dict[str, dict[str, FileEntry]] = {part: {} for part in by_part}
+    scales: dict[str, dict[str, FileEntry]] = {part: {} for part in by_part}
     transposed: dict[str, set[str]] = {part: set() for part in by_part}
     rest, unusual = {}, {}
-    for key, entry in file.entries.items():
+    for key, entry in file.stored.items():
         part, link = _find(by_part, key)
         if part is None or link is None:
             rest[key] = entry
             continue
-        entries[part] |= _linked(link, entry)
+        entries[part] |= linked(link, entry)
+        scales[part] |= linked_scale(link, file.scales.get(key))
         if link.how == "transposed":
             transposed[part] |= set(link.ours)
         if link.how == "pointwise" and len(entry.shape) != 4:
             unusual[key] = list(entry.shape)
-    strange = [key for key in rest if key.startswith((UNET, *_VAE_PARTS))]
+    strange = [key for key in rest if key.startswith((UNET, *(_VAE_PARTS if vae else ())))]
     if strange:
         raise InputError(
             f"{where}: {len(strange)} tensors of its UNet or VAE are in no {TITLES[family]} model, such as {strange[0]}"
@@ -155,11 +174,24 @@ def open_single_file(
         path=path,
         family=family,
         configs=configs,
-        sources={part: PartSource(where, part, entries[part], frozenset(transposed[part])) for part in by_part},
+        sources={part: PartSource(where, part, entries[part], transposed[part], scales[part]) for part in by_part},
         scheduler=scheduler,
         extras=Extras(path, family, rest, layout),
         pad_tokens=dict(PAD_TOKENS[family]),
     )
+
+
+def told_by_metadata(metadata: Mapping[str, str], shapes: Shapes, notes: list[str]) -> str | None:
+    """Return the prediction type of the Stability AI Model Metadata Standard, unless the tensors say one."""
+    found = str(metadata.get(MODELSPEC, "")).strip().lower()
+    known = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    if not found or V_PREDICTION_KEY in shapes:
+        return None
+    if found not in known:
+        notes.append(f"{MODELSPEC} is {shown(found)} in its metadata, expected epsilon or v: ignored")
+        return None
+    notes.append(f"prediction_type {known[found]}, as its metadata says ({MODELSPEC})")
+    return known[found]
 
 
 def _find(by_part: Mapping[str, Table], key: str) -> tuple[str | None, Link | None]:
@@ -171,7 +203,7 @@ def _find(by_part: Mapping[str, Table], key: str) -> tuple[str | None, Link | No
     return None, None
 
 
-def _linked(link: Link, entry: FileEntry) -> dict[str, FileEntry]:
+def linked(link: Link, entry: FileEntry) -> dict[str, FileEntry]:
     """Return those of our tensors that one tensor of the file holds, with their places in the file."""
     shape = entry.shape
     if link.how == "transposed":
@@ -183,6 +215,14 @@ def _linked(link: Link, entry: FileEntry) -> dict[str, FileEntry]:
         step = FileEntry(entry.dtype, shape, 0).nbytes
         return {key: FileEntry(entry.dtype, shape, entry.offset + i * step) for i, key in enumerate(link.ours)}
     return {key: FileEntry(entry.dtype, shape, entry.offset) for key in link.ours}
+
+
+def linked_scale(link: Link, scale: FileEntry | None) -> dict[str, FileEntry]:
+    """Return the scales of those of our tensors that one scaled tensor of the file holds."""
+    if scale is None:
+        return {}
+    # One number goes with all of them, one per row with its rows.
+    return linked(link, scale) if math.prod(scale.shape) > 1 else dict.fromkeys(link.ours, scale)
 
 
 def save_single_file(

@@ -60,15 +60,20 @@ _COMPUTED = {
 _FULL_OPEN_CLIP, _USED_OPEN_CLIP = 24, 23  # Stable Diffusion 2 reads the state before the last layer
 
 
-def read_configs(where: str, family: str, shapes: Shapes, prediction_type: str) -> dict[str, dict[str, Any]]:
-    """Return the config of every part; raises InputError for shapes that no supported model has."""
+def read_configs(
+    where: str, family: str, shapes: Shapes, prediction_type: str, vae: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Return the config of every part; raises InputError for shapes that no supported model has.
+
+    Without `vae` that of the autoencoder is the released one of the family.
+    """
     # Only Stable Diffusion 2 has two sizes: v prediction was trained at 768 pixels, epsilon at 512.
     model = "sd21" if family == "sd2" and prediction_type == "v_prediction" else _MODELS[family]
     size = RELEASED[model]["unet"]["sample_size"]
     unet = _unet(where, family, shapes, size)
-    vae = _vae(where, family, shapes)
-    vae["sample_size"] = size * 2 ** (len(vae["block_out_channels"]) - 1)
-    configs = {"unet": unet, "vae": vae}
+    decoder = _vae(where, family, shapes) if vae else dict(RELEASED[model]["vae"])
+    decoder["sample_size"] = size * 2 ** (len(decoder["block_out_channels"]) - 1)
+    configs = {"unet": unet, "vae": decoder}
     for part, prefix in text_prefixes(family, shapes).items():
         if prefix is None:
             raise InputError(f"{where}: no {part}")

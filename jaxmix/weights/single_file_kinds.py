@@ -31,7 +31,7 @@ _KINDS = [
     (r"(down_blocks|up_blocks|mid_block)\.", "a UNet in the layout of diffusers"),
     (r"(text_model|transformer\.text_model|encoder\.layers|text_projection|embeddings)\b", "a text encoder alone"),
     (r"(first_stage_model\.)?((encoder|decoder)\.(conv_|mid|down|up)|(post_)?quant_conv\.)", "a VAE alone"),
-    (r"(input_blocks|middle_block|output_blocks)\.", "a UNet alone"),
+    (r"(diffusion_model\.)?(input_blocks|middle_block|output_blocks)\.", "a UNet alone"),
     (r"(cond_stage_model|conditioner|text_encoders)\.", "a text encoder alone"),
 ]
 # The same for files that do have such a UNet, anywhere in a key.
@@ -43,10 +43,12 @@ _VARIANTS = [
 ]
 
 
-def family_of(where: str, shapes: Shapes) -> str:
+def family_of(where: str, shapes: Shapes, needs_vae: bool = True) -> str:
     """Return "sd1", "sd2" or "sdxl"; raises InputError with one line that says what else the file is."""
     if not {f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"} <= set(shapes):
-        raise InputError(f"{where}: this is {_kind(shapes)}, {EXPECTED}")
+        kind = kind_of(shapes)
+        hint = "; --base (base=) takes the rest from another" if "UNet" in kind else ""
+        raise InputError(f"{where}: this is {kind}, {EXPECTED}{hint}")
     for pattern, kind in _VARIANTS:
         if any(re.search(pattern, key) for key in shapes):
             raise InputError(f"{where}: this is {kind}, {EXPECTED}")
@@ -68,14 +70,18 @@ def family_of(where: str, shapes: Shapes) -> str:
     missing = [part for part, prefix in texts[family].items() if prefix is None]
     if missing:
         which = f"no {missing[0]}" if len(missing) < len(texts[family]) else "no text encoder"
-        raise InputError(f"{where}: has {found} but {which}, {EXPECTED}")
-    if not vae:
-        raise InputError(f"{where}: has a UNet and a text encoder but no VAE (no key begins with {VAE}), {EXPECTED}")
+        raise InputError(f"{where}: has {found} but {which}, {EXPECTED}; --base (base=) takes the rest from another")
+    if not vae and needs_vae:
+        raise InputError(
+            f"{where}: has a UNet and a text encoder but no VAE (no key begins with {VAE}), {EXPECTED}; --vae (vae=) "
+            "names one"
+        )
     _check_widths(where, shapes, [prefix for prefix in texts[family].values() if prefix])
     return family
 
 
-def _kind(shapes: Shapes) -> str:
+def kind_of(shapes: Shapes) -> str:
+    """Say what a file is that is no whole checkpoint, by the names of its tensors."""
     if not shapes:
         return "a file without tensors"
     names = [key.removeprefix(UNET).removeprefix("model.") for key in shapes]

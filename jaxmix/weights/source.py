@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.types import InputError
+from jaxmix.types import CheckpointWarning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +53,28 @@ class Source(abc.ABC):
         return self.where
 
 
-def stored_dtype(source: Source) -> np.dtype:
-    """Return the one precision of a source's floating-point tensors: float32, bfloat16 or float16.
+def stored_dtype(source: Source, notes: list[str] | None = None) -> np.dtype:
+    """Return the precision that holds all of a source's floating-point tensors: float32, bfloat16 or float16.
 
-    Raises InputError if there are several ("mixed precisions"), or another one.
+    8-bit numbers are widened to bfloat16, float64 is cut to float32, and of several precisions the widest is taken; if
+    so, a line that says it is added to `notes`, or warned about if that is None.
     """
     floats = {key: entry.dtype for key, entry in source.entries.items() if jnp.issubdtype(entry.dtype, jnp.floating)}
     counts = Counter(floats.values())
-    if len(counts) > 1:
+    kinds = {np.dtype(jnp.bfloat16) if dtype.itemsize == 1 else dtype for dtype in counts}
+    if kinds - {np.dtype(np.float16)} == set():
+        widest = np.dtype(np.float16) if kinds else np.dtype(np.float32)
+    else:  # neither of the two halves holds the other
+        widest = np.dtype(jnp.bfloat16) if kinds == {np.dtype(jnp.bfloat16)} else np.dtype(np.float32)
+    if set(counts) - {widest}:
         listed = ", ".join(
             f"{count} {dtype} (such as {next(key for key in floats if floats[key] == dtype)})"
             for dtype, count in counts.most_common()
         )
-        raise InputError(f"{source.where}: mixed precisions: found {listed}, expected one; give a dtype to cast to it")
-    dtype = next(iter(counts), np.dtype(np.float32))
-    if dtype not in (np.float32, np.float16, jnp.bfloat16):
-        raise InputError(
-            f"{source.where}: found {dtype} weights, expected float32, bfloat16 or float16; give a dtype to cast to it"
-        )
-    return dtype
+        mixed = "mixed precisions: " if len(counts) > 1 else ""
+        note = f"{mixed}found {listed}, loaded as {widest}"
+        if notes is None:
+            warnings.warn(f"{source.where}: {note}", CheckpointWarning, stacklevel=2)
+        else:
+            notes.append(note)
+    return widest

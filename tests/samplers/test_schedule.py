@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -5,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmix.samplers import differences, make_solver
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.testing import normal
-from jaxmix.types import InputError
+from jaxmix.types import CheckpointWarning, InputError
 
 SD15 = {  # scheduler_config.json as Stable Diffusion 1.5 ships it
     "_class_name": "PNDMScheduler",
@@ -56,25 +58,31 @@ def test_a_class_that_never_clips_is_not_made_to_clip():
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("beta_schedule", "sigmoid", "linear, scaled_linear, squaredcos_cap_v2"),
+        ("beta_schedule", "cosine", "linear, scaled_linear, squaredcos_cap_v2"),
+        ("beta_schedule", ["linear"], "linear, scaled_linear, squaredcos_cap_v2"),
         ("prediction_type", "flow_prediction", "epsilon, v_prediction, sample"),
         ("timestep_spacing", "karras", "leading, trailing, linspace"),
-        ("_class_name", "LCMScheduler", "DDIMScheduler"),
+        ("_class_name", "MyScheduler", "DDIMScheduler"),
+        ("_class_name", "FlowMatchEulerDiscreteScheduler", "flow matching"),
+        ("_class_name", "EDMEulerScheduler", "EDM noise schedule"),
+        ("_class_name", ["x"], "DDIMScheduler"),
         ("rescale_betas_zero_snr", "yes", "true or false"),
-        ("use_flow_sigmas", True, "False"),
-        ("num_train_timesteps", 0, "an integer >= 1"),
-        ("num_train_timesteps", "1000", "an integer >= 1"),
-        ("steps_offset", -1, "an integer >= 0"),
+        ("use_flow_sigmas", True, "flow matching"),
+        ("num_train_timesteps", 0, "an integer from 1"),
+        ("num_train_timesteps", "1000", "an integer from 1"),
+        ("steps_offset", -1, "an integer from 0"),
         ("clip_sample", "no", "true or false"),
-        ("beta_end", None, "a number > 0"),
+        ("beta_end", 10**400, "a number > 0"),
+        ("num_train_timesteps", 10**12, "to 100000"),
+        ("trained_betas", [10**400], "a list of numbers"),
+        ("sigma_min", "0.1", "a number of at least"),
         ("trained_betas", [0.1], "num_train_timesteps = 1000"),
         ("trained_betas", 3, "a list of numbers"),
         ("beta_end", 1.5, "every beta in"),
-        ("snr_shift_scale", 3.0, "not supported"),
     ],
 )
 def test_unsupported_values_name_key_found_and_expected(key, value, expected):
-    with pytest.raises(InputError, match=key) as error:
+    with pytest.raises(InputError, match="scheduler config" if key == "_class_name" else key) as error:
         NoiseSchedule.from_config(SD15 | {key: value})
     text = str(error.value)
     assert expected in text
@@ -148,3 +156,26 @@ def test_snr_is_signal_variance_over_noise_variance():
     abar = NoiseSchedule().alphas_cumprod.astype("f8")
     t = jnp.array([[0, 7], [500, 999]])
     np.testing.assert_allclose(NoiseSchedule().snr(t), (abar / (1 - abar))[np.asarray(t)], rtol=2e-3)
+
+
+def test_null_is_the_default_and_unknown_keys_are_named_once_and_written_back():
+    assert NoiseSchedule.from_config(SD15 | dict.fromkeys(["steps_offset", "clip_sample", "prediction_type"])) == (
+        NoiseSchedule.from_config({k: v for k, v in SD15.items() if k not in ("steps_offset", "clip_sample")})
+    )
+    assert NoiseSchedule.from_config(SD15 | {"shift_terminal": None, "_comment": "x", "future": None}) is not None
+    with pytest.warns(CheckpointWarning) as said:
+        schedule = NoiseSchedule.from_config(SD15 | {"future": [1], "another": "x"})
+    assert [str(w.message) for w in said] == ["scheduler config: unknown keys are ignored: another='x', future=[1]"]
+    assert schedule.to_config()["future"] == [1]
+
+
+def test_a_lenient_schedule_goes_without_what_a_solver_lacks():
+    asked = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "thresholding": True, "solver_type": "x"}
+    schedule = NoiseSchedule.from_config(SD15 | asked)
+    with pytest.raises(InputError, match="thresholding is true"):
+        make_solver("dpmpp_2m", schedule, 4)
+    plain = make_solver("dpmpp_2m", NoiseSchedule.from_config(SD15), 4)
+    lenient = dataclasses.replace(schedule, lenient=True)
+    jax.tree.map(np.testing.assert_array_equal, make_solver("dpmpp_2m", lenient, 4), plain)
+    assert differences(lenient).endswith("thresholding=True, solver_order=3")
+    assert lenient.to_config() == schedule.to_config()

@@ -129,7 +129,8 @@ def test_an_unknown_sampler_names_near_misses(name):
     [
         ({}, "ddim"),
         ({"_class_name": "PNDMScheduler", "use_karras_sigmas": True}, "ddim"),
-        ({"_class_name": "HeunDiscreteScheduler"}, "ddim"),
+        ({"_class_name": "HeunDiscreteScheduler"}, "euler"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True}, "dpmpp_2m_karras"),
         ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": None}, "euler"),
         ({"_class_name": "EulerAncestralDiscreteScheduler", "use_karras_sigmas": True}, "euler_ancestral"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpmpp_2m"),

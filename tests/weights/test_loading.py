@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxmix
 from jaxmix.pipeline.saving import save_pipeline
-from jaxmix.types import InputError
+from jaxmix.types import CheckpointWarning, InputError
 from jaxmix.weights import names
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -42,6 +42,11 @@ def one_line(*args, **kwargs):
         jaxmix.load(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def one_warning(said):
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    return str(said[0].message)
 
 
 def same(a, b):
@@ -108,11 +113,14 @@ def test_a_vae_that_overflows_in_float16_is_computed_in_float32(folder, tmp_path
     assert jaxmix.load(folder, "float16").vae.dtype == jnp.float16
 
 
-def test_mixed_precisions_are_refused_by_auto_alone(folder):
+def test_of_mixed_precisions_auto_takes_the_widest_and_says_so(folder):
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"conv_in.bias": tensors["conv_in.bias"].astype(np.float16)}, path, {"format": "pt"})
-    assert "unet/diffusion_pytorch_model.safetensors: mixed precisions: found " in one_line(folder, "auto")
+    with pytest.warns(CheckpointWarning) as said:
+        pipe = jaxmix.load(folder, "auto")
+    assert "unet/diffusion_pytorch_model.safetensors: mixed precisions: found " in one_warning(said)
+    assert pipe.params["unet"]["conv_in"]["bias"].dtype == jnp.float32
     assert jaxmix.load(folder).params["unet"]["conv_in"]["bias"].dtype == jnp.float32
 
 
@@ -160,11 +168,28 @@ def test_a_missing_part_is_named(folder, part):
     assert one_line(folder).startswith(f"{folder}: found no {part} folder in this StableDiffusionPipeline, expected ")
 
 
-@pytest.mark.parametrize("cls", ["StableDiffusion3Pipeline", "FluxPipeline", None])
+OTHERS = {
+    "StableDiffusion3Pipeline": {"unet": "absent", "transformer": ["diffusers", "SD3Transformer2DModel"]},
+    "KolorsPipeline": {"text_encoder": ["kolors", "ChatGLMModel"]},
+    "StableVideoDiffusionPipeline": {"unet": ["diffusers", "UNetSpatioTemporalConditionModel"], "text_encoder": 7},
+}
+
+
+@pytest.mark.parametrize("cls", OTHERS)
 def test_other_pipelines_are_named(folder, cls):
+    change(folder / "model_index.json", _class_name=cls, **OTHERS[cls])
+    expected = f"{folder}/model_index.json: found a {cls} (its "
+    assert one_line(folder).startswith(expected) and "expected a StableDiffusionPipeline or a" in one_line(folder)
+
+
+@pytest.mark.parametrize("cls", ["StableDiffusionPAGPipeline", "StableDiffusionInpaintPipeline", ["mine", "My"], None])
+def test_pipelines_that_hold_a_plain_model_open(folder, cls):
     change(folder / "model_index.json", _class_name=cls)
-    expected = f"{folder}/model_index.json: found a {cls}, expected a StableDiffusionPipeline or a StableDiffusionXL"
-    assert one_line(folder).startswith(expected)
+    assert jaxmix.load(folder).sampler == "ddim"
+    change(folder / "model_index.json", controlnet=["diffusers", "ControlNetModel"], image_encoder=["x", "Y"])
+    with pytest.warns(CheckpointWarning) as said:
+        jaxmix.load(folder)
+    assert one_warning(said).endswith(", of which the controlnet are left out")
 
 
 def test_an_inpainting_unet_is_named_before_its_weights_are_read(folder):
