@@ -310,7 +310,13 @@ class VAEConfig(_Config):
                 raise InputError(f"{self.class_name} config: {key} has {len(types)} entries, expected {n}")
             for block in types:
                 if block != known:
-                    raise InputError(f"{self.class_name} config: {key} has {block!r}, expected {known!r}")
+                    raise InputError(f"{self.class_name} config: {key} has {shown(block)}, expected {known!r}")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise InputError(
+                    f"{self.class_name} config: block_out_channels has {channels}, which is not a multiple of "
+                    f"{self.norm_num_groups} norm groups"
+                )
 
     @property
     def factor(self) -> int:

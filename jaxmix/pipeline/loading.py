@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
+from jaxmix.pipeline.folders import PARTS, own_defaults, pipeline_family, what_folder
 from jaxmix.pipeline.pipeline import Pipeline
-from jaxmix.pipeline.saving import DEFAULTS
 from jaxmix.released import RELEASED
 from jaxmix.samplers import SAMPLERS, default_sampler, differences
 from jaxmix.schedule import NoiseSchedule
@@ -29,16 +29,8 @@ from jaxmix.weights.single_file_extras import Extras
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
-_PARTS = {"sd": ("unet", "vae", "text_encoder"), "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2")}
 _TOKENIZERS = {"sd": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
 _GUIDANCE_SCALE = {"sd": 7.5, "sdxl": 5.0}
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel"),
-}
-_BESIDE = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor", "safety_checker", "image_encoder")
 _CONFIGS: dict[str, Any] = {
     "unet": UNetConfig,
     "vae": VAEConfig,
@@ -51,7 +43,6 @@ _MODELS: dict[str, Any] = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModel,
 }
-_OWN = ("steps", "guidance_scale", "sampler")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KNOWN = "'mini', a diffusers folder, a .safetensors file, or a hub id 'owner/name'"
 _OTHER_FILES = {
@@ -128,7 +119,7 @@ def _found(what: str, name: str | Path) -> Path:
     if not _HUB_ID.fullmatch(str(name)):
         where = "" if what == "model" else f"{what}: "
         raise InputError(f"{where}{shown(str(name), 200)[1:-1]}: found no such folder or file, expected {_KNOWN}")
-    return download(str(name), _PARTS["sdxl"])
+    return download(str(name), PARTS["sdxl"])
 
 
 def from_flax(module: Any, params: Mapping[str, Any]) -> tuple[Any, Params]:
@@ -199,18 +190,18 @@ def _naming(where: Any) -> Iterator[list[str]]:
 
 def _load_folder(folder: Path, kind: np.dtype | None, told: _Told) -> Pipeline:
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder}: found {_what_folder(folder)}, expected a diffusers pipeline (model_index.json)")
+        raise InputError(f"{folder}: found {what_folder(folder)}, expected a diffusers pipeline (model_index.json)")
     index = read_config(folder / "model_index.json")
     with _naming(folder / "model_index.json") as notes:
-        family, named = _family(index, notes)
-        defaults = _defaults(index)
+        family, named = pipeline_family(index, notes)
+        defaults = own_defaults(index)
     replaced = {part for part in ("unet", "vae") if getattr(told, part) is not None}
-    folders = (*_PARTS[family], *_TOKENIZERS[family], "scheduler")
+    folders = (*PARTS[family], *_TOKENIZERS[family], "scheduler")
     for part in folders:
         if not (folder / part).is_dir() and part not in replaced:
             raise InputError(f"{folder}: found no {part} folder in this {named}, expected {', '.join(folders)}")
     configs = {}
-    for part in _PARTS[family]:
+    for part in PARTS[family]:
         where = folder / part / "config.json"
         if part not in replaced or where.is_file():
             found = read_config(where)
@@ -302,7 +293,14 @@ def _assemble(
         # float16 can hold the weights, but not the activations.
         overflows = part == "vae" and kept == np.float16 and config.force_upcast
         models[part] = _MODELS[part](config, np.dtype(np.float32) if overflows else kept)
-        params[part] = load_tree(sources[part], models[part].abstract_params(), kept)
+        try:
+            target = models[part].abstract_params()
+        except (TypeError, ValueError, IndexError, ArithmeticError) as error:
+            said = shown(str(error), 200)[1:-1]
+            raise InputError(
+                f"{where}: the config of its {part} describes no model that can be built: {said}"
+            ) from None
+        params[part] = load_tree(sources[part], target, kept)
     with _naming(where):
         return Pipeline(**models, params=params, **fields)
 
@@ -328,48 +326,6 @@ def _schedule(config: Mapping[str, Any], told: _Told, notes: list[str], stored: 
     return schedule
 
 
-def _family(index: Mapping[str, Any], notes: list[str]) -> tuple[str, str]:
-    """Return "sd" or "sdxl" and the name of a pipeline's class, by the classes of its components.
-
-    So the classes for ControlNet, PAG, image-to-image and so on open as what they hold.
-    """
-    named = index.get("_class_name")
-    named = named[-1] if isinstance(named, list) and named else named
-    named = str(named).removeprefix("Flax")
-    held = {key: value for key, value in index.items() if isinstance(value, list) and len(value) == 2}
-    classes = {key: str(value[1]).removeprefix("Flax") for key, value in held.items() if value[1] is not None}
-    family = "sdxl" if "text_encoder_2" in classes or named.startswith("StableDiffusionXL") else "sd"
-    if family == "sdxl" and classes and "text_encoder" not in classes:
-        raise InputError("this is an SDXL refiner, expected a StableDiffusionPipeline or a StableDiffusionXLPipeline")
-    wrong = [
-        f"its {part} is {classes.get(part, 'missing')}"
-        for part in _PARTS[family]
-        if classes.get(part) not in _CLASSES[part] and (classes or not named.startswith("StableDiffusion"))
-    ]
-    if wrong:
-        raise InputError(
-            f"found a {shown(named)[1:-1]} ({', '.join(wrong)}), expected a StableDiffusionPipeline or a "
-            "StableDiffusionXLPipeline, or another with the same parts"
-        )
-    if other := [key for key in classes if not (key.startswith("_") or key in (*_CLASSES, *_BESIDE))]:
-        notes.append(f"a {named}, of which the {' and the '.join(other)} are left out")
-    return family, named
-
-
-def _defaults(index: Mapping[str, Any]) -> dict[str, Any]:
-    """Return this library's own defaults in a model_index.json, checked."""
-    found = index.get(DEFAULTS) or {}
-    steps, scale, sampler = (found.get(key) if isinstance(found, dict) else found for key in _OWN)
-    for key, value, fits, expected in (
-        ("steps", steps, isinstance(steps, int) and not isinstance(steps, bool) and steps > 0, "1 or more"),
-        ("guidance_scale", scale, isinstance(scale, (int, float)) and 0 <= scale < 1e6, "a number"),
-        ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
-    ):
-        if value is not None and not fits:
-            raise InputError(f"{DEFAULTS}: {key} is {shown(value)}, expected {expected}")
-    return {key: found[key] for key in _OWN if found.get(key) is not None}
-
-
 def _check_channels(where: Path, configs: Mapping[str, Any]) -> None:
     """Refuse a UNet that takes more than latents, and a VAE of other pictures, before their weights are read."""
     found, expected = configs["unet"].in_channels, configs["vae"].latent_channels
@@ -379,17 +335,3 @@ def _check_channels(where: Path, configs: Mapping[str, Any]) -> None:
     for channels in (configs["vae"].in_channels, configs["vae"].out_channels):
         if channels != 3:
             raise InputError(f"{where}: its VAE has pictures of {channels} channels, expected 3 (red, green, blue)")
-
-
-def _what_folder(folder: Path) -> str:
-    """Say what is in a folder without a model_index.json."""
-    names = sorted(path.name for path in folder.iterdir())
-    if "adapter_config.json" in names or any(name.startswith("pytorch_lora_weights") for name in names):
-        return "a LoRA, which changes a model but is not one"
-    if "config.json" in names:
-        config = read_config(folder / "config.json")
-        named = config.get("_class_name") or next(iter(config.get("architectures") or ()), "a model")
-        return f"a single model, {named}"
-    if files := [name for name in names if name.endswith(".safetensors")]:
-        return f"no model_index.json (to load a single file give its path, such as {folder / files[0]})"
-    return "no model_index.json"

@@ -71,7 +71,7 @@ def open_part(path: Path, part: str, config: Mapping[str, Any], notes: list[str]
         elif told := told_by_metadata(file.metadata, file.stored, notes):
             scheduler["prediction_type"] = told
         if ZERO_SNR_KEY in file.stored:
-            scheduler["rescale_betas_zero_snr"] = True
+            scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return OpenPart(found, None, scheduler)
 
 
