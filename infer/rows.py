@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxmix.command import near_misses
-from jaxmix.samplers import SAMPLERS
+from jaxmix.samplers import known_sampler
 from jaxmix.samplers.noise import MAX_SEED
 from jaxmix.types import InputError, shown, whole
 
@@ -332,10 +332,11 @@ def check_pixels(key: str, value: Any) -> int:
 
 
 def check_sampler(key: str, value: Any) -> str:
-    """Return `value` if it is the name of a sampler."""
-    if value not in SAMPLERS:
-        raise InputError(f"{key}: found {kind_of(value)}, expected one of {', '.join(SAMPLERS)}")
-    return value
+    """Return the sampler that is meant: by its name, or by that of diffusers' class."""
+    try:
+        return known_sampler(value)
+    except InputError as error:
+        raise InputError(f"{key}: {str(error).removeprefix('sampler: ')}") from None
 
 
 def check_file(key: str, value: Any) -> str:

@@ -107,7 +107,7 @@ def parse(main: Callable[[Any], int | None], argv: Sequence[str]) -> Any:
     parser.add_class_arguments(config_type, nested_key=None, fail_untyped=True)
     known = {action.dest for action in parser._actions}.difference(_OWN_KEYS)
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
-    switches = {name for name, hint in hints.items() if hint is bool}
+    switches = {name for name, hint in hints.items() if hint is bool or bool in typing.get_args(hint)}
     lists = {name: hint for name, hint in hints.items() if _is_list(hint)}
     whole = {name for name, hint in hints.items() if hint is int or int in typing.get_args(hint)}
     arguments, files = _normalise(argv, known, switches, lists, getattr(config_type, "aliases", {}), whole)
@@ -371,6 +371,7 @@ def _one_line(message: str) -> str:
     message = re.sub(r'^Parser key "([^"]+)":', r"--\1:", message)
     message = re.sub(r"Expected an? (.+?)\. Got value: (.*)$", r"found \2, expected \1", message)
     message = re.sub(
-        r"Does not validate .+? Subtypes: \[(.+)\] .* Given value: (.*)$", r"found \2, expected \1", message
+        r"Does not validate .+? Subtypes: \[(.+?)\] Errors: .* Given value: (.*)$", r"found \2, expected \1", message
     )
+    message = re.sub(r"(?:typing\.)?Literal\[([^\]]*)\]", r"one of \1", message)
     return re.sub(r"<class '(\w+)'>|typing\.", r"\1", message).replace(", NoneType", " or null")

@@ -17,7 +17,7 @@ from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DCo
 from jaxmix.pipeline.folders import PARTS, own_defaults, pipeline_family, what_folder
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.released import RELEASED
-from jaxmix.samplers import SAMPLERS, default_sampler, differences
+from jaxmix.samplers import default_sampler, differences, known_sampler
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import CheckpointWarning, InputError, Params, shown
 from jaxmix.weights import FlaxTree, Source, load_tree, open_source, read_config, stored_dtype
@@ -93,13 +93,12 @@ def load(
     damaged or not supported.
     """
     kind = _dtype(dtype)
-    if sampler is not None and sampler not in SAMPLERS:
-        raise InputError(f"sampler: found {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+    sampler = None if sampler is None else known_sampler(sampler)
     if rescale_betas_zero_snr not in (None, True, False):
         raise InputError(f"rescale_betas_zero_snr: found {rescale_betas_zero_snr!r}, expected True or False")
     told = _Told(sampler, prediction_type, rescale_betas_zero_snr, None if vae is None else _found("vae", vae))
     if base is not None:
-        told, name = dataclasses.replace(told, unet=_found("model", name)), base
+        told, name = dataclasses.replace(told, unet=_found("unet", name)), base
     path = _found("model" if base is None else "base", name)
     if path.is_dir():
         pipe = _load_folder(path, kind, told)
@@ -117,9 +116,9 @@ def _found(what: str, name: str | Path) -> Path:
     if exists(path):
         return path
     if not _HUB_ID.fullmatch(str(name)):
-        where = "" if what == "model" else f"{what}: "
+        where = "" if what in ("model", "unet") else f"{what}: "
         raise InputError(f"{where}{shown(str(name), 200)[1:-1]}: found no such folder or file, expected {_KNOWN}")
-    return download(str(name), PARTS["sdxl"])
+    return download(str(name), PARTS["sdxl"], alone=what in ("unet", "vae"))
 
 
 def from_flax(module: Any, params: Mapping[str, Any]) -> tuple[Any, Params]:

@@ -1,6 +1,6 @@
 """Samplers: start noise, guidance, solvers and the denoising loop, over any `ModelFn`."""
 
-from jaxmix.samplers.choose import SAMPLERS, default_sampler, differences, make_solver
+from jaxmix.samplers.choose import SAMPLERS, default_sampler, differences, known_sampler, make_solver
 from jaxmix.samplers.composable import Composed
 from jaxmix.samplers.fusion import SaliencyBlend, blend
 from jaxmix.samplers.guidance import (
@@ -57,6 +57,7 @@ __all__ = [
     "initial_noise",
     "inpaint",
     "invert",
+    "known_sampler",
     "make_solver",
     "noised",
     "pin",

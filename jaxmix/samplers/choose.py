@@ -1,5 +1,7 @@
 """Samplers by name."""
 
+from typing import Any
+
 from jaxmix.command import near_misses
 from jaxmix.samplers.loop import Solver
 from jaxmix.samplers.multistep import DPMSolver2M
@@ -35,6 +37,20 @@ def make_solver(name: str, schedule: NoiseSchedule, steps: int) -> Solver:
     if kind.startswith("euler"):
         return Euler.create(schedule, steps, ancestral=kind == "euler_ancestral", karras=karras)
     return DPMSolver2M.create(schedule, steps, sde=kind == "dpmpp_2m_sde", karras=karras)
+
+
+def known_sampler(name: Any) -> str:
+    """Return the name of a sampler, which may also be the class of diffusers that is the same solver.
+
+    Raises InputError for any other, and for a class without its solver here, with the name of the nearest.
+    """
+    if isinstance(name, str) and name in SAMPLERS:
+        return name
+    same = SCHEDULERS.get(name) if isinstance(name, str) else None
+    if same is not None and same.exact:
+        return same.sampler
+    nearest = "" if same is None else f" (the nearest to it is {same.sampler})"
+    raise InputError(f"sampler: found {shown(name)}, expected one of {', '.join(SAMPLERS)}{nearest}")
 
 
 def default_sampler(schedule: NoiseSchedule) -> str:

@@ -137,3 +137,12 @@ def test_a_local_folder_of_that_name_wins(make_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("owner/name").mkdir(parents=True)
     assert one_line().startswith("owner/name: found no model_index.json")
+
+
+def test_a_repository_of_one_model_serves_as_a_part(make_hub):
+    files = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "README.md"]
+    hub = make_hub(files)
+    with pytest.raises(InputError, match=r"no model_index\.json on the hub"):
+        download("owner/name", PARTS)
+    download("owner/name", PARTS, alone=True)
+    assert hub.downloaded == set(files[:2])
