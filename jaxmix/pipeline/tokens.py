@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def open_tokenizer(tokenizer: Any) -> Any:
                 head = file.read(200)
             refuse_stand_in(path, head)
             marked = marked or head.startswith(codecs.BOM_UTF8)
-    try:
+    with _one_line(f"{tokenizer}: cannot be opened as a CLIP tokenizer"):
         if not marked:
             made = CLIPTokenizer.from_pretrained(str(folder))
         else:
@@ -52,16 +53,20 @@ def open_tokenizer(tokenizer: Any) -> Any:
                 made = CLIPTokenizer.from_pretrained(_without_marks(folder, Path(copy)))
         ids = made(_PROBE, padding="max_length", max_length=16, truncation=True)["input_ids"]
         fits = len(ids) == 16 and all(isinstance(i, int) and i >= 0 for i in ids) and isinstance(made.decode(ids), str)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except (
-        BaseException
-    ) as error:  # transformers' own of all kinds, and panics of its Rust code, which are no Exceptions
-        said = f"{type(error).__name__}: {shown(str(error), 200)[1:-1]}"
-        raise InputError(f"{tokenizer}: cannot be opened as a CLIP tokenizer ({said})") from None
     if not fits:
         raise InputError(f"{tokenizer}: gives {shown(ids)} for {_PROBE!r}, expected 16 token ids of a CLIP tokenizer")
     return made
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn whatever a tokenizer raises into an InputError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, InputError):
+        raise
+    except BaseException as error:  # of all kinds; panics of Rust code are no Exceptions
+        raise InputError(f"{what} ({type(error).__name__}: {shown(str(error), 200)[1:-1]})") from None
 
 
 def _without_marks(folder: Path, copy: Path) -> str:
@@ -82,13 +87,15 @@ def tokenize(
     Raises InputError for ids that a text encoder with a `vocabulary` of so many tokens does not have.
     """
     ids, cut = [], []
+    where = getattr(tokenizer, "name_or_path", "") or "tokenizer"
     for prompt in prompts:
-        whole = tokenizer(prompt, verbose=False)["input_ids"]  # not verbose: the caller words the warning
-        cut.append(tokenizer.decode(whole[length - 1 : -1]).strip() if len(whole) > length else "")
-        ids.append(tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"])
+        with _one_line(f"{where}: cannot tokenize {shown(prompt)}"):
+            whole = tokenizer(prompt, verbose=False)["input_ids"]  # not verbose: the caller words the warning
+            cut.append(tokenizer.decode(whole[length - 1 : -1]).strip() if len(whole) > length else "")
+            padded = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"]
+            ids.append(np.asarray(padded, np.int64).reshape(length))
     made = np.asarray(ids, np.int64).reshape(-1, length)
     if vocabulary is not None and made.size and not 0 <= made.min() <= made.max() < vocabulary:
-        where = getattr(tokenizer, "name_or_path", "") or "tokenizer"
         raise InputError(
             f"{where}: gives the token id {made.max()}, but the text encoder has {vocabulary} tokens, expected the "
             "tokenizer of this model"

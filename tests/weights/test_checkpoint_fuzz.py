@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import jaxmix
 from jaxmix.models import CLIPTextConfig, UNetConfig, VAEConfig
-from jaxmix.pipeline.tokens import open_tokenizer
+from jaxmix.pipeline.tokens import open_tokenizer, tokenize
 from jaxmix.released import RELEASED
 from jaxmix.samplers import default_sampler, differences, make_solver
 from jaxmix.schedule import NoiseSchedule
@@ -136,6 +136,25 @@ def test_damaged_safetensors_and_indices_are_read_or_refused(tmp_path_factory, s
     shutil.rmtree(folder)
 
 
+STRANGE = [None, 0, -1, 1.5, True, "", "x", [], {}, ["a"], {"a": 1}, 10**30, "BertTokenizer", {"content": 5}]
+ADDED = ["tokenizer_class", "model_max_length", "pad_token", "added_tokens_decoder", "errors", "model", "normalizer"]
+
+
+def change_value(held, rng):
+    """Change, drop or add one value somewhere in a JSON object or list."""
+    places = list(held) if isinstance(held, dict) else list(range(len(held)))
+    if isinstance(held, dict) and (not places or rng.random() < 0.1):
+        held[rng.choice(ADDED)] = rng.choice(STRANGE)
+    elif places:
+        place = rng.choice(places)
+        if rng.random() < 0.5 and isinstance(held[place], (dict, list)) and held[place]:
+            change_value(held[place], rng)
+        elif rng.random() < 0.8:
+            held[place] = rng.choice(STRANGE)
+        else:
+            del held[place]
+
+
 JSONS = ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"]
 JSONS += ["scheduler/scheduler_config.json"]
 
@@ -164,10 +183,14 @@ def test_damaged_tokenizers_work_or_are_refused(saved, tmp_path_factory, seed):
     path = rng.choice(sorted(folder.iterdir()))
     if rng.random() < 0.1:
         path.unlink()
+    elif seed % 2 and path.suffix == ".json":
+        held = json.loads(path.read_text())
+        change_value(held, rng)
+        path.write_text(json.dumps(held))
     else:
         path.write_bytes(damage(path.read_bytes(), rng))
     try:
-        open_tokenizer(folder)
+        tokenize(open_tokenizer(folder), 16, ["", "a \0 cat \u732b " * 9], 9000)
     except InputError as error:
         one_line(error)
     shutil.rmtree(folder)
