@@ -218,9 +218,6 @@ class UNetConfig(_Config):
 
     def check(self) -> None:
         n = len(self.block_out_channels)
-        for key in ("layers_per_block", "cross_attention_dim"):
-            if not isinstance(found := getattr(self, key), int):
-                raise InputError(f"{self.class_name} config: {key}={found!r} is not supported, expected one integer")
         for key, known in (
             ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
             ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
@@ -237,11 +234,7 @@ class UNetConfig(_Config):
                     f"{self.class_name} config: block_out_channels has {channels}, which is not a multiple of "
                     f"{heads} heads and {self.norm_num_groups} norm groups"
                 )
-        for depth in self.depths:
-            if not isinstance(depth, int):
-                raise InputError(
-                    f"{self.class_name} config: transformer_layers_per_block has {depth!r}, expected an integer"
-                )
+        _per_block(self.transformer_layers_per_block, n, "transformer_layers_per_block")
         self._check_addition()
 
     def _check_addition(self) -> None:

@@ -321,8 +321,11 @@ def test_added_conditioning_that_does_not_fit_is_named():
         ({"addition_embed_type": "text_image"}, "addition_embed_type='text_image' is not supported"),
         ({"addition_time_embed_dim": None}, "addition_time_embed_dim is None, expected an integer"),
         ({"projection_class_embeddings_input_dim": None}, "projection_class_embeddings_input_dim is None"),
-        ({"transformer_layers_per_block": [1, [2, 1], 3]}, "transformer_layers_per_block has (2, 1)"),
-        ({"layers_per_block": [2, 2, 2]}, "layers_per_block=(2, 2, 2) is not supported, expected one integer"),
+        (
+            {"transformer_layers_per_block": [1, [2, 1], 3]},
+            "transformer_layers_per_block is (1, (2, 1), 3), expected a whole number",
+        ),
+        ({"layers_per_block": [2, 2, 2]}, "layers_per_block is (2, 2, 2), expected a whole number"),
         ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
     ],
 )

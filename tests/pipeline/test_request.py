@@ -52,7 +52,7 @@ def test_groups_of_a_method_stay_together_in_any_batch(tiny_pipeline):
     request = Request(prompts=prompts, seeds=seeds, steps=4, guidance_scale=3.0)
     method = StyleAligned([3, 2], strength=[1.0, 1.0, 0.5, 1.0, 1.0])
     whole = tiny_pipeline.draw(request, (method,), output="latent")
-    np.testing.assert_allclose(tiny_pipeline.draw(request, (method,), output="latent", batch_size=3), whole, atol=2e-5)
+    np.testing.assert_allclose(tiny_pipeline.draw(request, (method,), output="latent", batch_size=3), whole, atol=1e-4)
     said = []
     tiny_pipeline.draw(request, (method,), output="latent", batch_size=3, progress=lambda *a: said.append(a))
     assert said == [(3, 5), (5, 5)]
