@@ -90,6 +90,19 @@ _OPEN_CLIP_G = {
     "hidden_act": "gelu",
     "projection_dim": 1280,
 }
+_VIT_L = {
+    "architectures": ["CLIPVisionModelWithProjection"],
+    "model_type": "clip_vision_model",
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 768,
+}
 _EULER = {
     "_class_name": "EulerDiscreteScheduler",
     "num_train_timesteps": 1000,
@@ -110,6 +123,28 @@ RELEASED: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "vae": {**_VAE, "sample_size": 768},
         "text_encoder": _OPEN_CLIP_H,
         "scheduler": {**_DDIM, "prediction_type": "v_prediction"},
+    },
+    # The image encoders of the published IP-Adapters: of OpenAI, and two of LAION.
+    "clip_vit_l": {"image_encoder": _VIT_L},
+    "clip_vit_h": {
+        "image_encoder": {
+            **_VIT_L,
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "hidden_act": "gelu",
+            "projection_dim": 1024,
+        }
+    },
+    "clip_vit_bigg": {
+        "image_encoder": {
+            **_VIT_L,
+            "hidden_size": 1664,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 48,
+            "hidden_act": "gelu",
+            "projection_dim": 1280,
+        }
     },
     "sdxl": {
         "unet": _UNET_XL,

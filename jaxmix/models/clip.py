@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Float, Int
 
-from jaxmix.models.config import CLIPTextConfig
+from jaxmix.models.clip_config import CLIPConfig, CLIPTextConfig
 from jaxmix.models.layers import LayerNorm, Linear
 from jaxmix.types import AnyArray, Array, Params
 
@@ -48,10 +48,11 @@ class Embed(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head self-attention, scores and softmax in float32."""
+    """Multi-head self-attention, scores and softmax in float32; causal: no state sees those after it."""
 
     heads: int
     dtype: Any
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
@@ -62,8 +63,9 @@ class SelfAttention(nn.Module):
 
         q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
         scores = jnp.einsum("bqhd,bkhd->bhqk", q * (d // self.heads) ** -0.5, k, preferred_element_type=jnp.float32)
-        causal = jnp.tril(jnp.ones((s, s), bool))
-        probs = jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(jnp.float32).min), axis=-1)
+        if self.causal:
+            scores = jnp.where(jnp.tril(jnp.ones((s, s), bool)), scores, jnp.finfo(jnp.float32).min)
+        probs = jax.nn.softmax(scores, axis=-1)
         o = jnp.einsum("bhqk,bkhd->bqhd", probs.astype(self.dtype), v).reshape(b, s, d)
         return Linear(d, dtype=self.dtype, name="out_proj")(o)
 
@@ -85,14 +87,15 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     """Pre-norm transformer layer."""
 
-    config: CLIPTextConfig
+    config: CLIPConfig
     dtype: Any
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         cfg = self.config
         y = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
-        x = x + SelfAttention(cfg.num_attention_heads, self.dtype, name="self_attn")(y)
+        x = x + SelfAttention(cfg.num_attention_heads, self.dtype, self.causal, name="self_attn")(y)
         y = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(x)
         return x + MLP(cfg.intermediate_size, cfg.hidden_act, self.dtype, name="mlp")(y)
 

@@ -45,7 +45,9 @@ def _tuple(x: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Config:
+class Config:
+    """What every configuration of a model does: reading, checking and writing a ``config.json``."""
+
     class_name: ClassVar[str]
     #: Keys supported in one form only, with the accepted values.
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
@@ -150,7 +152,7 @@ def _per_block(value: Any, n: int, key: str) -> tuple[Any, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig(_Config):
+class UNetConfig(Config):
     """Configuration of `UNet2DConditionModel`; fields as in diffusers."""
 
     sample_size: int | tuple[int, int] = 64
@@ -266,7 +268,7 @@ class UNetConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig(_Config):
+class VAEConfig(Config):
     """Configuration of `AutoencoderKL`; fields as in diffusers.
 
     ``force_upcast`` says that this autoencoder overflows in half precision and must be computed in float32.
@@ -318,63 +320,3 @@ class VAEConfig(_Config):
 
     def to_dict(self) -> dict[str, Any]:
         return {"_class_name": self.class_name, **super().to_dict()}
-
-
-@dataclasses.dataclass(frozen=True)
-class CLIPTextConfig(_Config):
-    """Configuration of `CLIPTextModel`; fields as in transformers.
-
-    ``projection`` follows from ``architectures``: a CLIPTextModelWithProjection maps the pooled state to
-    ``projection_dim`` numbers.
-    """
-
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
-    bos_token_id: int = 49406
-    pad_token_id: int | None = 1
-    projection_dim: int = 512
-    projection: bool = False
-
-    class_name: ClassVar[str] = "CLIPTextModel"
-    projection_class_name: ClassVar[str] = "CLIPTextModelWithProjection"
-    fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model_type": ("clip_text_model", "clip")}
-    from_zero: ClassVar[frozenset[str]] = frozenset({"eos_token_id", "bos_token_id", "pad_token_id"})
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any], notes: list[str] | None = None) -> Self:
-        names = {f.name for f in dataclasses.fields(cls)} | set(cls.fixed)
-        found = config.get("architectures") or [cls.class_name]
-        if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
-            raise InputError(f"config: architectures is {shown(found)}, expected a list such as [{cls.class_name!r}]")
-        if not {cls.class_name, cls.projection_class_name} & set(found):
-            raise InputError(
-                f"config: architectures is {found}, expected [{cls.class_name!r}] or [{cls.projection_class_name!r}]"
-            )
-        # transformers writes dozens of generation and training settings into each config.json; none of them affects a
-        # text encoder, so only the keys that do are read.
-        read = {k: v for k, v in config.items() if k in names}
-        return super().from_dict(read | {"projection": cls.projection_class_name in found}, notes)
-
-    def check(self) -> None:
-        if self.hidden_act not in ("quick_gelu", "gelu"):
-            raise InputError(
-                f"{self.class_name} config: hidden_act={self.hidden_act!r} is not supported, expected 'quick_gelu' or "
-                "'gelu'"
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"{self.class_name} config: hidden_size={self.hidden_size} is not a multiple of "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = super().to_dict()
-        architecture = self.projection_class_name if fields.pop("projection") else self.class_name
-        return {"architectures": [architecture], "model_type": "clip_text_model", **fields}

@@ -57,7 +57,7 @@ _VAE_RESNET = {
     "nin_shortcut": "conv_shortcut",
 }
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_OPEN_CLIP_LAYER = {
+OPEN_CLIP_LAYER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "attn.out_proj": "self_attn.out_proj",
@@ -105,7 +105,7 @@ class OpenClipTable(Table):
     def __init__(self, prefix: str, layers: int, projection: bool):
         modules = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
         for i in range(layers):
-            for theirs, ours in _OPEN_CLIP_LAYER.items():
+            for theirs, ours in OPEN_CLIP_LAYER.items():
                 modules[f"transformer.resblocks.{i}.{theirs}"] = f"encoder.layers.{i}.{ours}"
         super().__init__(prefix, {theirs: TEXT_MODEL + ours for theirs, ours in modules.items()})
         links = [Link(prefix + "positional_embedding", (TEXT_MODEL + "embeddings.position_embedding.weight",))]
