@@ -1,0 +1,96 @@
+"""CLIP's image encoder as one object: what image prompts are read with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmix import pictures
+from jaxmix.cards import Card, weights
+from jaxmix.models import CLIPVisionConfig, CLIPVisionModel
+from jaxmix.models.vision import VisionStates
+from jaxmix.types import AnyArray, InputError, Params, shown
+from jaxmix.weights import load_tree
+from jaxmix.weights.files import exists, user_path
+from jaxmix.weights.vision_files import open_image_encoder
+
+_AT_ONCE = 8  # pictures, so that a program serves any number of them
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ImageEncoder(Card):
+    """A CLIP image encoder: its module and its parameters."""
+
+    model: CLIPVisionModel
+    params: Params
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        cfg = self.model.config
+        yield "pictures", f"{cfg.image_size} x {cfg.image_size} pixels, {cfg.tokens} states of {cfg.hidden_size}"
+        yield "weights", weights(self.params)
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: Any = jnp.float32) -> ImageEncoder:
+        """Read an image encoder: a folder of transformers, or a file in its layout or open_clip's.
+
+        Raises `InputError` for anything else.
+        """
+        where = user_path(path)
+        config, source = open_image_encoder(where)
+        try:
+            model = CLIPVisionModel(CLIPVisionConfig.from_dict(config), dtype=jnp.dtype(dtype))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        return cls(model, load_tree(source, model.abstract_params(), dtype))
+
+    def pixels(self, images: Sequence[AnyArray]) -> np.ndarray:
+        """Return pictures, uint8 (h, w, 3) each, as the encoder reads them, float32 (n, size, size, 3)."""
+        size = self.model.config.image_size
+        return np.stack([pictures.clip_pixels(np.asarray(image), size) for image in images])
+
+    def __call__(self, pixels: AnyArray) -> VisionStates:
+        """Encode what `pixels` returns, a few pictures at a time."""
+        n = len(pixels)
+        made = []
+        for start in range(0, n, _AT_ONCE):
+            some = np.asarray(pixels[start : start + _AT_ONCE])
+            short = min(_AT_ONCE, n) - len(some)  # the last ones, filled up so that one program does
+            states = _encode(self.model, self.params, np.concatenate([some, np.repeat(some[-1:], short, 0)]))
+            kept = len(some)
+            made.append(jax.tree.map(lambda x, kept=kept: np.asarray(x[:kept]), states))
+        return jax.tree.map(lambda *x: np.concatenate(x), *made)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _encode(model: CLIPVisionModel, params: Params, pixels: AnyArray) -> VisionStates:
+    return model.apply({"params": params}, pixels)
+
+
+def as_picture(value: Any, where: str) -> np.ndarray:
+    """Return a picture as uint8 (h, w, 3): an array uint8 or float in [0, 1], a picture of PIL, or a path.
+
+    Raises `InputError` starting with ``where`` for anything else.
+    """
+    if isinstance(value, (str, Path)):
+        path = user_path(value)
+        if not exists(path):
+            raise InputError(f"{where}: {value}: no such file, expected a picture")
+        try:
+            return pictures.read(path)
+        except pictures.UnreadableError as error:
+            raise InputError(f"{where}: {value}: {error}") from None
+    array = np.asarray(value.convert("RGB") if hasattr(value, "convert") else value)
+    if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
+        raise InputError(f"{where}: found {shown(array.shape)}, expected a picture (height, width, 3)")
+    if array.dtype == np.uint8:
+        return array
+    if not (np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1):  # nan is neither
+        raise InputError(f"{where}: found {array.dtype} values, expected uint8, or numbers from 0 to 1")
+    return np.round(array * 255).astype(np.uint8)
