@@ -3,6 +3,7 @@
 from jaxmix.control import KV, QKV, Control, Moments, Site
 from jaxmix.methods.composable import ComposableDiffusion, split_and
 from jaxmix.methods.dense_diffusion import DenseDiffusion, dense_diffusion
+from jaxmix.methods.ip_adapter import IPAdapter
 from jaxmix.methods.lora import LoRA, apply_loras
 from jaxmix.methods.magic_fusion import MagicFusion
 from jaxmix.methods.paint_with_words import PaintWithWords
@@ -15,6 +16,7 @@ from jaxmix.pipeline.layouts import Segment
 from jaxmix.pipeline.loading import from_flax, load
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request, Sizes, WeightEdit
+from jaxmix.pipeline.vision import ImageEncoder
 from jaxmix.rows import Text, dataclass, gate, per_row, static
 from jaxmix.samplers import Guidance, LatentEdit
 from jaxmix.sharding import data_mesh
@@ -30,6 +32,8 @@ __all__ = [
     "Control",
     "DenseDiffusion",
     "Guidance",
+    "IPAdapter",
+    "ImageEncoder",
     "InputError",
     "Inverted",
     "LatentEdit",

@@ -12,6 +12,7 @@ from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
 from infer.rows import LARGEST, Field, Row, check_text, kind_of
 from jaxmix.types import InputError
+from jaxmix.weights.files import exists
 
 Merges = tuple[tuple[str, float], ...]
 
@@ -21,8 +22,8 @@ class Flags(Base):
     """LoRAs for rows that name none.
 
     Attributes:
-        lora: LoRA: a file (diffusers, PEFT or kohya) to merge into the model, PATH[:STRENGTH], where the strength (no
-            unit) is 1, as trained, by default; the flag may be repeated, or given a JSON list
+        lora: LoRA: a file (diffusers, PEFT, kohya or LyCORIS) to merge into the model, PATH[:STRENGTH], where the
+            strength (no unit) is 1, as trained, by default; the flag may be repeated, or given a JSON list
     """
 
     lora: list[str] | str | None = None
@@ -62,7 +63,7 @@ class LoRA(Method):
             try:
                 self._opened[path] = jaxmix.LoRA.load(path)
             except InputError as error:
-                several = "," in path and not Path(path).exists()
+                several = "," in path and not exists(Path(path))
                 hint = "; commas do not separate files: give --lora for each, or a JSON list" if several else ""
                 raise InputError(f"lora: {error}{hint}") from None
         return self._opened[path]

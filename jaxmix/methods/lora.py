@@ -11,12 +11,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxmix import lora_forms as forms
 from jaxmix.cards import Card, some, weights
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import WEIGHTS, Method, Request
 from jaxmix.tuning import lora as low_rank
 from jaxmix.types import InputError, Params
-from jaxmix.weights.lora_files import read_lora, write_lora
+from jaxmix.weights.files import exists, user_path
+from jaxmix.weights.lora_files import read_lora
+from jaxmix.weights.lora_write import write_lora
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The parts of a pipeline that a LoRA may change."""
@@ -42,9 +45,13 @@ class LoRA(Card):
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         for name, factors in self.parts.items():
-            ranks = sorted({f["down"].shape[-1] for f in factors.values()})
-            said = f"{len(factors)} modules, rank {some(map(str, ranks))}"
-            yield name, f"{said}, {weights(low_rank.without_alpha(factors))}"
+            found = (forms.rank({role: x.shape for role, x in f.items()}) for f in factors.values())
+            ranks = sorted({rank for rank in found if rank is not None})
+            ranked = f", rank {some(map(str, ranks))}" if ranks else ""
+            kinds = sorted({forms.kind(f) for f in factors.values()} - {"LoRA"})
+            said = f"{len(factors)} modules{ranked}{''.join(f', {kind}' for kind in kinds)}"
+            held = {module: {role: x for role, x in f.items() if role != "alpha"} for module, f in factors.items()}
+            yield name, f"{said}, {weights(held)}"
         if self.file is not None:
             yield "file", str(self.file[0] / (self.file[1] or ""))
 
@@ -58,23 +65,32 @@ class LoRA(Card):
 
     @classmethod
     def load(cls, path: str | Path, pipe: Pipeline | None = None, name: str | None = None) -> LoRA:
-        """Read a LoRA file (diffusers, PEFT or kohya, any generation) for a pipeline, in float32.
+        """Read a LoRA file (diffusers, PEFT, kohya or LyCORIS, any generation) for a pipeline, in float32.
 
-        Without a pipeline only the path is checked, and the file is read for the pipeline that it is applied to.
-        In a folder, ``name`` picks the file; if None, it is the one that diffusers or PEFT would have written, or the
-        only one there. Raises `InputError` for a file that holds no plain LoRA, or one for another base.
+        LoRA, LoCon, LoHa, LoKr, full differences, and DoRA of any of them; see `jaxmix.lora_forms`. Without a
+        pipeline only the path is checked, and the file is read for the pipeline that it is applied to. In a folder,
+        ``name`` picks the file; if None, it is the one that diffusers or PEFT would have written, or the only one
+        there, or one in each folder that is named like a part (`unet/`, `text_encoder/`). A `CheckpointWarning` names
+        what the file has beside that. Raises `InputError` for a file without a LoRA, or with one for another base.
         """
+        path = user_path(path)
         if pipe is None:
-            path = Path(path)
-            if not path.exists():
+            if not exists(path):
                 raise InputError(f"{path}: no such file, expected a LoRA")
             return cls(file=(path, name))
         shapes = {
-            part: {module: tuple(kernel.shape) for module, (_, kernel) in low_rank.targets(pipe.params[part]).items()}
+            part: {
+                module: {leaf: tuple(x.shape) for leaf, x in leaves.items()}
+                for module, (_, leaves) in low_rank.modules(pipe.params[part]).items()
+            }
             for part in PARTS
             if part in pipe.params
         }
-        return cls(read_lora(_find(Path(path), name), shapes, pipe.unet.config.to_dict()))
+        made: dict[str, Any] = {}
+        for file, part in _find(path, name):
+            for found, modules in read_lora(file, shapes, pipe.unet.config.to_dict(), part).items():
+                made.setdefault(found, {}).update(modules)
+        return cls(made)
 
     def save(
         self, path: str | Path, pipe: Pipeline | None = None, format: str = "diffusers", dtype: Any = None
@@ -82,17 +98,18 @@ class LoRA(Card):
         """Write the LoRA as one ``.safetensors`` file, in the ``format`` "diffusers" or "kohya".
 
         "diffusers" keeps alpha in the metadata, where diffusers 0.34 and newer look; "kohya" stores it as tensors,
-        which everyone reads (diffusers only one alpha for all modules of a part). With ``pipe`` the LoRA is checked
+        which everyone reads (diffusers only one alpha for all modules of a part), and takes every form, "diffusers"
+        only plain LoRA. With ``pipe`` the LoRA is checked
         against it first, and kohya's names for SDXL are those of the original layout, as kohya's own scripts expect.
         ``dtype`` casts the factors.
         """
         path = Path(path)
-        if path.suffix != ".safetensors":
+        if path.suffix.lower() != ".safetensors":
             raise InputError(f"{path}: found {path.suffix or 'no ending'!r}, expected a file that ends in .safetensors")
         original = None
         if pipe is not None:
             for part, factors in self.parts.items():
-                low_rank.check(_targets(pipe.params, part), factors)
+                low_rank.check(_modules(pipe.params, part), factors)
             if pipe.text_encoder_2 is not None:
                 original = pipe.unet.config.to_dict()
         write_lora(path, self.parts, format, dtype, original)
@@ -112,17 +129,12 @@ def merge(params: Params, loras: Sequence[tuple[LoRA, float]]) -> dict[str, Any]
     """Return a pipeline's parameters with LoRAs merged in, each with its strength; see `apply_loras`."""
     params = dict(params)
     for part in PARTS:
-        terms: dict[str, list[tuple[Any, jax.Array]]] = {}
-        for lora, strength in loras:
-            if factors := lora.parts.get(part):
-                low_rank.check(_targets(params, part), factors)
-                for module, f in factors.items():
-                    terms.setdefault(module, []).append((f, jnp.asarray(strength, jnp.float32)))
-        if terms:
-            modules = _targets(params, part)
-            # Kernel by kernel: few programs, since many kernels share a shape, and one float32 copy at a time.
-            kernels = {module: _add(modules[module][1], *zip(*found, strict=True)) for module, found in terms.items()}
-            params[part] = low_rank.with_kernels(params[part], kernels)
+        found = [(lora.parts[part], jnp.asarray(s, jnp.float32)) for lora, s in loras if lora.parts.get(part)]
+        if found:
+            _modules(params, part)
+            # Leaf by leaf: few programs, since many share a shape, and one float32 copy at a time.
+            factors, strengths = [f for f, _ in found], [s for _, s in found]
+            params[part] = low_rank.merge(params[part], factors, strengths, _add)
     return params
 
 
@@ -157,7 +169,7 @@ class Merge(Method):
         if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not math.isfinite(strength):
             raise InputError(f"LoRA: found strength {strength!r}, expected a number")
         for part, factors in self._read(pipe).parts.items():
-            low_rank.check(_targets(pipe.params, part), factors)
+            low_rank.check(_modules(pipe.params, part), factors)
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the merge to the edits of the weights."""
@@ -175,23 +187,26 @@ class Merge(Method):
         return kept[key]
 
 
-def _targets(params: Params, part: str) -> Mapping[str, tuple[tuple[str, ...], Any]]:
+def _modules(params: Params, part: str) -> low_rank.Modules:
     if part not in params:
         raise InputError(f"lora: found factors for {part}, which this pipeline lacks, expected a LoRA for its base")
-    return low_rank.targets(params[part])
+    return low_rank.modules(params[part])
 
 
-def _find(path: Path, name: str | None) -> Path:
-    """Return the LoRA file at a path, which may be a folder."""
+def _find(path: Path, name: str | None) -> list[tuple[Path, str | None]]:
+    """Return the LoRA files at a path, which may be a folder, each with the part that its place tells, if any."""
     if not path.is_dir():
         if name is not None:
             raise InputError(f"{path}: found the file name {name!r} with it, expected a folder")
-        return path
+        return [(path, None)]
     if name is not None:
-        return path / name
-    files = sorted(file.name for file in path.glob("*.safetensors"))
+        return [(path / name, None)]
+    files = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".safetensors")
+    by_part = [(path / part / _FILES[1], part) for part in PARTS if (path / part / _FILES[1]).is_file()]
+    if by_part and not files:
+        return list(by_part)
     chosen = [file for file in _FILES if file in files] or files
     if not chosen or (chosen is files and len(files) > 1):
         listing = ", ".join(files[:4]) or "no .safetensors files"
         raise InputError(f"{path}: found {listing}, expected one LoRA file: give its name")
-    return path / chosen[0]
+    return [(path / chosen[0], None)]

@@ -9,7 +9,8 @@ For a module with kernel W (in, out), or (h, w, in, out) for a convolution::
 merged copy would hold every target twice, and its gradient would be as large as W.
 
 Here a LoRA is one part's ``{module: {"down", "up", "alpha"}}``, modules under their dotted diffusers names; r may
-differ from module to module.
+differ from module to module. `merge` also takes the other forms (`jaxmix.lora_forms`), which may change biases, norms
+and embeddings, too.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmix import lora_forms as forms
 from jaxmix.types import Array, InputError, Params
 
 Factors: TypeAlias = Mapping[str, Mapping[str, Array]]
-"""``{module: {"down": (.., in, r), "up": (.., r, out), "alpha": ()}}``."""
+"""``{module: {"down": (.., in, r), "up": (.., r, out), "alpha": ()}}``, or the arrays of another form."""
+
+Modules: TypeAlias = Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]]
+"""``{module: (path, {leaf: array})}``, see `modules`."""
 
 
 def targets(params: Params) -> dict[str, tuple[tuple[str, ...], Any]]:
@@ -37,6 +42,14 @@ def targets(params: Params) -> dict[str, tuple[tuple[str, ...], Any]]:
         if path[-1] == "kernel" and len(leaf.shape) in (2, 4):
             found[".".join(path[:-1])] = path[:-1], leaf
     return found
+
+
+def modules(params: Params) -> dict[str, tuple[tuple[str, ...], dict[str, Any]]]:
+    """Return ``{module: (path, {leaf: array})}`` of all that a form can change: kernels, norms, embeddings."""
+    found: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {}
+    for path, leaf in _leaves(params, ()):
+        found.setdefault(".".join(path[:-1]), (path[:-1], {}))[1][path[-1]] = leaf
+    return {name: module for name, module in found.items() if set(forms.WEIGHTS) & set(module[1])}
 
 
 def init(key: Array, params: Params, pattern: str, rank: int, alpha: float | None = None) -> dict[str, dict[str, Any]]:
@@ -92,79 +105,115 @@ def with_alpha(factors: Mapping[str, Mapping[str, Array]], alpha: float | None =
 
 
 def without_alpha(lora: Factors) -> dict[str, dict[str, Any]]:
-    """Return the trainable factors of a LoRA: ``{module: {"down", "up"}}``."""
+    """Return the trainable factors of a LoRA: ``{module: {"down", "up"}}``. Raises `InputError` for another form."""
+    check_plain(lora)
     return {name: {"down": f["down"], "up": f["up"]} for name, f in lora.items()}
 
 
-def merge(params: Params, loras: Sequence[Factors], strengths: Sequence[float | Array] | Array) -> Params:
-    """Return the parameters with LoRAs written into the kernels, each with its strength; the rest is shared.
+def check_plain(lora: Factors) -> None:
+    """Raise `InputError` unless every module of a LoRA has `down`, `up` and `alpha` and nothing else."""
+    other = sorted(name for name, f in lora.items() if not forms.is_plain({*f, "alpha"}))
+    if other:
+        roles = lora[other[0]]
+        raise InputError(
+            f"lora: {other[0]}: found {forms.kind(roles)} ({', '.join(roles)}), expected a plain LoRA (down, up and "
+            "alpha): other forms can be merged and saved as kohya, not trained"
+        )
 
-    Computed in float32 and stored in each kernel's own dtype. Traceable in everything but the modules' names. Raises
-    `InputError` where a LoRA does not fit the parameters.
+
+def merge(
+    params: Params,
+    loras: Sequence[Factors],
+    strengths: Sequence[float | Array] | Array,
+    adder: Callable[..., Array] | None = None,
+) -> Params:
+    """Return the parameters with LoRAs of any form merged in, each with its strength; all other leaves are shared.
+
+    Computed in float32 and stored in each leaf's own dtype, leaf by leaf, by ``adder`` (`add` if None). Traceable in
+    everything but the modules' names. Raises `InputError` where a LoRA does not fit the parameters.
     """
     if len(loras) != len(strengths):
         raise InputError(f"lora strengths: found {len(strengths)}, expected one for each of the {len(loras)} LoRAs")
-    modules = targets(params)
-    terms: dict[str, list[tuple[Mapping[str, Array], Any]]] = {}
+    known = modules(params)
+    terms: dict[tuple[str, str], list[tuple[Mapping[str, Array], Any]]] = {}
     for lora, strength in zip(loras, strengths, strict=True):
-        check(modules, lora)
+        check(known, lora)
         for name, f in lora.items():
-            terms.setdefault(name, []).append((f, strength))
-    return with_kernels(
-        params, {name: add(modules[name][1], *zip(*found, strict=True)) for name, found in terms.items()}
-    )
+            for leaf, change in _by_leaf(f, known[name][1]):
+                terms.setdefault((name, leaf), []).append((change, strength))
+    adder = adder or add
+    changed = {}
+    for (name, leaf), found in terms.items():
+        path, leaves = known[name]
+        changed[(*path, leaf)] = adder(leaves[leaf], *zip(*found, strict=True))
+    return _replace(params, changed)
 
 
-def add(kernel: Array, factors: Sequence[Mapping[str, Array]], strengths: Sequence[Any]) -> Array:
-    """Return one kernel with the products of some factors added, each with its strength, in the kernel's own dtype."""
-    total = kernel.astype(jnp.float32)
+def add(weight: Array, factors: Sequence[Mapping[str, Array]], strengths: Sequence[Any]) -> Array:
+    """Return one weight (or bias) with changes of any form added, each with its strength, in the weight's own dtype.
+
+    Each is expanded here, and no two of them need to be held at once. DoRA, which is not linear, starts from the weight
+    as it was, so that the order does not matter.
+    """
+    base = total = weight.astype(jnp.float32)
     for f, strength in zip(factors, strengths, strict=True):
-        up = f["up"].astype(jnp.float32).reshape(f["up"].shape[-2:])
-        # Full precision even where float32 products are rounded by default (TPU, GPU).
-        delta = jnp.matmul(f["down"].astype(jnp.float32), up, precision="highest")
-        total = total + _scale(f, strength) * delta
-    return total.astype(kernel.dtype)
+        if "magnitude" in f:
+            changed = base + forms.scale(f) * forms.delta(f, weight.shape)
+            added = total + jnp.asarray(strength, jnp.float32) * (forms.with_magnitude(changed, f["magnitude"]) - base)
+        else:
+            added = total + forms.scale(f, strength) * forms.delta(f, weight.shape)
+        # Adding zero times something would change a negative zero, and anything if that overflows.
+        total = jnp.where(jnp.asarray(strength) == 0, total, added)
+    return total.astype(weight.dtype)
 
 
-def with_kernels(params: Params, kernels: Mapping[str, Array]) -> Params:
-    """Return the parameters with the kernels of some modules (see `targets`) set; all other leaves are shared."""
-    modules = targets(params)
-    return _replace(params, {(*modules[name][0], "kernel"): kernel for name, kernel in kernels.items()})
+def _by_leaf(f: Mapping[str, Array], leaves: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Array]]]:
+    """Yield the leaves that a module's arrays change, each with the arrays that do it."""
+    weight = {role: x for role, x in f.items() if role != "diff_b"}
+    if set(weight) - {"alpha"}:
+        yield next(leaf for leaf in forms.WEIGHTS if leaf in leaves), weight
+    if "diff_b" in f:
+        yield "bias", {"diff": f["diff_b"]}
 
 
 def attach(params: Params, lora: Factors, strength: float | Array = 1.0) -> Params:
     """Return the parameters with the factors beside the kernels, for the layers to add; differentiable in the factors.
 
-    Raises `InputError` where the LoRA does not fit the parameters.
+    Raises `InputError` where the LoRA does not fit the parameters, or is no plain one.
     """
-    modules = targets(params)
-    check(modules, lora)
+    known = modules(params)
+    check_plain(lora)
+    check(known, lora)
     added = {}
     for name, f in lora.items():
-        added[(*modules[name][0], "lora")] = {"down": f["down"], "up": f["up"], "scale": _scale(f, strength)}
+        added[(*known[name][0], "lora")] = {"down": f["down"], "up": f["up"], "scale": forms.scale(f, strength)}
     return _replace(params, added)
 
 
-def check(modules: Mapping[str, tuple[tuple[str, ...], Any]], lora: Factors) -> None:
-    """Raise `InputError` unless every module of the LoRA is among ``modules`` (see `targets`), in fitting shapes."""
-    missing = sorted(set(lora) - set(modules))
+def check(known: Modules, lora: Factors) -> None:
+    """Raise `InputError` unless every module of the LoRA is among those of `modules`, in fitting shapes."""
+    missing = sorted(set(lora) - set(known))
     if missing:
         raise InputError(
             f"lora: {len(missing)} of its {len(lora)} modules are not in this model, such as {missing[0]}, "
             "expected a LoRA for the same base"
         )
     for name, f in lora.items():
-        shape, down, up = modules[name][1].shape, f["down"].shape, f["up"].shape
-        fits = (*down[:-1], up[-1]) == shape and up == (*[1] * (len(shape) - 2), down[-1], shape[-1])
-        if not fits:
+        needed = forms.lacking(f) or (["alpha"] if forms.rank(_shapes(f)) is not None and "alpha" not in f else [])
+        if needed or forms.too_many(f):
+            wrong = f"no {' and no '.join(needed)}" if needed else "more than one form"
+            raise InputError(f"lora: {name}: found {', '.join(f)}, which is {wrong}, expected one whole form of LoRA")
+        shapes, leaves = _shapes(f), _shapes(known[name][1])
+        if not forms.fits(shapes, leaves):
+            found = " and ".join(f"{role} {shape}" for role, shape in shapes.items() if role != "alpha")
             raise InputError(
-                f"lora: {name}: found down {down} and up {up}, expected them to fit a kernel of {shape}; "
-                "a LoRA for another base?"
+                f"lora: {name}: found {found}, expected them to fit "
+                f"{' and '.join(f'a {leaf} of {shape}' for leaf, shape in leaves.items())}; a LoRA for another base?"
             )
 
 
-def _scale(f: Mapping[str, Array], strength: Any) -> Array:
-    return jnp.asarray(strength, jnp.float32) * jnp.asarray(f["alpha"], jnp.float32) / f["down"].shape[-1]
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {role: tuple(np.shape(x)) for role, x in arrays.items()}
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

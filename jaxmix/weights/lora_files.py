@@ -1,4 +1,4 @@
-"""LoRA files, diffusers/PEFT and kohya, to ``{part: {module: {"down", "up", "alpha"}}}`` and back.
+"""LoRA files of every kind to ``{part: {module: {role: array}}}``; see `jaxmix.lora_forms` for the roles.
 
 Parts are "unet", "text_encoder" and "text_encoder_2"; modules have our (diffusers') dotted names. A dense layer has
 down (i, r) and up (r, o); a convolution down (h, w, i, r) and up (1, 1, r, o). alpha is () float32.
@@ -6,197 +6,213 @@ down (i, r) and up (r, o); a convolution down (h, w, i, r) and up (1, 1, r, o). 
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections import Counter
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.types import InputError
+from jaxmix import lora_forms as forms
+from jaxmix.types import CheckpointWarning, InputError
 from jaxmix.weights import lora_names, names
 from jaxmix.weights.finite import all_finite
-from jaxmix.weights.load import find_weights, read_config
-from jaxmix.weights.lora_names import Index, Role
+from jaxmix.weights.load import find_weights
+from jaxmix.weights.lora_names import BUNDLED, Index, Meaning
+from jaxmix.weights.lora_peft import METADATA, peft_alpha, peft_configs
 from jaxmix.weights.safetensors import SafetensorsFile
-from jaxmix.weights.single_file_names import TEXT_MODEL
-from jaxmix.weights.store import save_tree
 
-FORMATS = ("diffusers", "kohya")
-METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps PEFT's configuration, as JSON, in the metadata of the safetensors file."""
+__all__ = ["METADATA", "Shapes", "read_lora"]
 
-_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LISTED = 3
+_NEEDS_KERNEL = ("down", "up", "mid", "dora_scale", "magnitude")
 
-Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""``{part: {module: shape of its kernel}}``: what a LoRA can change in a model."""
+Leaves = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, Mapping[str, Leaves]]
+"""``{part: {module: {leaf: shape}}}``: what a LoRA can change in a model."""
 
-Parts = Mapping[str, Mapping[str, Mapping[str, Any]]]
+Keys = dict[tuple[str, str], dict[str, str]]
+"""``{(part, module): {role: key of the file}}``."""
 
 
 def read_lora(
-    path: str | os.PathLike[str], shapes: Shapes, unet_config: Mapping[str, Any]
+    path: str | os.PathLike[str], shapes: Shapes, unet_config: Mapping[str, Any], part: str | None = None
 ) -> dict[str, dict[str, dict[str, jax.Array]]]:
     """Read a LoRA file for a model, in float32.
 
-    ``shapes`` are those of the model's kernels, ``unet_config`` the UNet's diffusers config, for the names of the
-    original layout. alpha is taken from the file's tensors, else from PEFT's metadata, else it is the rank.
-    Raises `InputError` with one line for a file without a LoRA, another form of it (DoRA, LoHa, LoKr, Tucker ...),
-    modules that the model lacks, with near misses, and shapes of another base.
+    ``shapes`` are those of the model, ``unet_config`` the UNet's diffusers config, for the names of the original
+    layout; ``part`` is the one that names without a part are of, found out if None. alpha is taken from the file's
+    tensors, else from PEFT's configuration, else it is the rank. Tensors that belong to no LoRA or to no module of the
+    model are left out with one `CheckpointWarning`. Raises `InputError` with one line for a file of which nothing is
+    left, other forms of change, modules of which a factor is missing, and shapes of another base.
     """
     source = SafetensorsFile(find_weights(path))
-    keys = _keys_by_module(source, shapes, unet_config)
-    configs = _peft_configs(source)
-    _check_shapes(source, keys, shapes)
+    configs = peft_configs(source)
+    notes: list[str] = []
+    keys, alone = _keys_by_module(source, shapes, unet_config, part, notes)
     parts: dict[str, dict[str, dict[str, jax.Array]]] = {}
+    wrong = []
     for (part, module), found in sorted(keys.items()):
-        kernel = shapes[part][module]
-        space = kernel[:-2]
-        down, up = _factor(source, found["down"], space), _factor(source, found["up"], (1,) * len(space))
-        rank = down.shape[-1]
-        if "alpha" in found:
-            alpha = float(_read(source, found["alpha"]).reshape(()))
-        else:
-            alpha = _peft_alpha(configs.get(part, {}), module, rank)
-        parts.setdefault(part, {})[module] = {
-            "down": jnp.asarray(down),
-            "up": jnp.asarray(up),
-            "alpha": jnp.asarray(alpha, jnp.float32),
-        }
+        leaves = shapes[part][module]
+        arrays = {role: _read(source, key) for role, key in found.items()}
+        f = _in_our_layout(arrays, leaves)
+        held = None if f is None else {role: tuple(x.shape) for role, x in f.items()}
+        if f is None or held is None or not forms.fits({r: s for r, s in held.items() if r != "alpha"}, leaves):
+            said = " ".join(f"{role} {list(x.shape)}" for role, x in arrays.items() if role != "alpha")
+            main = next((leaf for leaf in forms.WEIGHTS if leaf in leaves), "bias")
+            expected = list(names.to_torch_shape((main,), leaves[main]))
+            wrong.append(f"{part} {module} found {said} for weights {expected}")
+            continue
+        if (rank := forms.rank(held)) is not None:
+            if "alpha" in found:
+                alpha = _one_number(source, found["alpha"], arrays["alpha"])
+            else:
+                alpha = peft_alpha(source.where, configs.get(None if part in alone else part, {}), module, rank)
+            f["alpha"] = np.asarray(alpha, np.float32)
+            if "up_bias" in arrays:  # it is scaled as the product beside it
+                f["diff_b"] = f.get("diff_b", 0) + np.float32(alpha / rank) * arrays["up_bias"]
+        if "diff_b" in f and f["diff_b"].shape != leaves.get("bias"):
+            wrong.append(f"{part} {module} found a bias {list(f['diff_b'].shape)}, expected {leaves.get('bias')}")
+            continue
+        parts.setdefault(part, {})[module] = {role: jnp.asarray(x, jnp.float32) for role, x in f.items()}
+    if wrong:
+        raise InputError(
+            f"{source.where}: {len(wrong)} of {len(keys)} modules have other shapes than this model: "
+            f"{_listing(wrong)}; a LoRA for another base?"
+        )
+    if notes:
+        warnings.warn(f"{source.where}: {'; '.join(notes)}", CheckpointWarning, stacklevel=3)
     return parts
 
 
-def write_lora(
-    path: str | os.PathLike[str],
-    parts: Parts,
-    layout: str = "diffusers",
-    dtype: Any = None,
-    original_unet: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a LoRA as one safetensors file, which appears whole or not at all.
-
-    "diffusers": PEFT's names with ranks and alphas in the metadata, like `save_lora_weights` of diffusers.
-    "kohya": underscores and alpha tensors; with the config ``original_unet`` the names of the UNet are those of the
-    original layout, like kohya's scripts for SDXL. ``dtype`` casts the factors.
-    """
-    if layout not in FORMATS:
-        raise InputError(f"lora format: found {layout!r}, expected one of {', '.join(FORMATS)}")
-    if not any(parts.values()):
-        raise InputError(f"{path}: the LoRA has no modules, expected at least one")
-    tree: dict[str, dict[str, Any]] = {}
-    config: dict[str, Any] = {}
-    original: dict[str, str] = {}
-    if layout == "kohya" and original_unet is not None:
-        original = lora_names.original_names(parts.get("unet", {}), original_unet)
-    prefixes = lora_names.KOHYA if original_unet is None else lora_names.KOHYA_XL
-    for part, modules in parts.items():
-        for module, f in modules.items():
-            down, up = (f[role] if dtype is None else jnp.asarray(f[role], dtype) for role in ("down", "up"))
-            if layout == "diffusers":
-                # diffusers accepts PEFT names for a text encoder only if some are of its attention, but these always.
-                endings = ("lora_A", "lora_B") if part == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
-                tree[f"{part}.{module}.{endings[0]}"] = {"kernel": down}
-                tree[f"{part}.{module}.{endings[1]}"] = {"kernel": up}
-            else:
-                theirs = original.get(module, module) if part == "unet" else module
-                name = prefixes[part] + lora_names.flat(theirs)
-                tree[f"{name}.lora_down"], tree[f"{name}.lora_up"] = {"kernel": down}, {"kernel": up}
-                tree[name] = {"alpha": f["alpha"]}
-        if layout == "diffusers" and modules:
-            config |= {f"{part}.{key}": value for key, value in _peft_config(modules).items()}
-    metadata = {METADATA: json.dumps(config, indent=2, sort_keys=True)} if config else {}
-    save_tree(tree, path, metadata=metadata)
-
-
 def _keys_by_module(
-    source: SafetensorsFile, shapes: Shapes, unet_config: Mapping[str, Any]
-) -> dict[tuple[str, str], dict[Role, str]]:
-    """Return the keys of every module's arrays, checked to be complete and to belong to the model."""
-    where, keys = source.where, list(source.entries)
+    source: SafetensorsFile,
+    shapes: Shapes,
+    unet_config: Mapping[str, Any],
+    forced: str | None,
+    notes: list[str],
+) -> tuple[Keys, set[str]]:
+    """Return the keys of every module's arrays, which are whole, and the parts that names alone did not tell."""
+    where, keys = source.where, [key for key in source.entries if not key.startswith(BUNDLED)]
+    if bundled := len(source.entries) - len(keys):
+        notes.append(f"{bundled} tensors of bundled textual inversions are left out")
     lora_names.refuse_other_forms(where, keys)
-    parsed = {key: lora_names.parse(key) for key in keys}
-    strange = [key for key, meaning in parsed.items() if meaning is None]
-    if len(strange) == len(keys):
+    parsed = {key: meaning for key in keys if (meaning := lora_names.parse(key)) is not None}
+    strange = [key for key in keys if key not in parsed]
+    if not parsed:
         such = f", such as {keys[0]}" if keys else ""
         raise InputError(
             f"{where}: no LoRA in it: found {len(keys)} tensors{such}, expected names like "
             "unet.MODULE.lora_A.weight or lora_unet_MODULE.lora_down.weight"
         )
-    if strange:
-        raise InputError(
-            f"{where}: {len(strange)} of {len(keys)} tensors belong to no LoRA: {_listing(strange)}; "
-            "expected factors and alphas only"
-        )
     indices = {part: Index(part, modules, unet_config) for part, modules in shapes.items()}
-    found: dict[tuple[str, str], dict[Role, str]] = {}
+    untold = [(key, meaning) for key, meaning in parsed.items() if meaning.part is None]
+    told = forced or _part_of(source, untold, indices, shapes)
+    found: Keys = {}
     missing: dict[str, tuple[str, str]] = {}  # as the file calls them: part and module
     for key, meaning in parsed.items():
-        assert meaning is not None
-        index = indices.get(meaning.part)
+        part = meaning.part or told
+        index = indices.get(part)
         module = None if index is None else index.find(meaning.module)
         if module is None:
-            missing[f"{meaning.part} {meaning.module}"] = meaning.part, meaning.module
+            missing[f"{part} {meaning.module}"] = part, meaning.module
             continue
-        known = found.setdefault((meaning.part, module), {})
+        if meaning.role in ("diff_b", "up_bias") and "bias" not in shapes[part][module]:
+            strange.append(key)
+            continue
+        known = found.setdefault((part, module), {})
         if meaning.role in known:
-            raise InputError(f"{where}: {meaning.part} {module} is set twice, by {known[meaning.role]} and {key}")
+            raise InputError(f"{where}: {part} {module} is set twice, by {known[meaning.role]} and {key}")
         known[meaning.role] = key
+    if strange:
+        notes.append(f"{len(strange)} of {len(keys)} tensors belong to no LoRA and are left out: {_listing(strange)}")
     if missing:
         listed = []
         for name, (part, module) in sorted(missing.items())[:_LISTED]:
             near = indices[part].near(module) if part in indices else None
             listed.append(f"{name} (near: {near})" if near else name)
         more = len(missing) - len(listed)
-        raise InputError(
-            f"{where}: {len(missing)} of {len(missing) + len(found)} modules are not in this model: "
-            f"{', '.join(listed)}{f', ... and {more} more' if more else ''}; a LoRA for another base?"
-        )
+        said = f"{', '.join(listed)}{f', ... and {more} more' if more else ''}; a LoRA for another base?"
+        count = f"{len(missing)} of {len(missing) + len(found)} modules are not in this model"
+        if not found:
+            raise InputError(f"{where}: {count}: {said}")
+        notes.append(f"{count} and are left out: {said}")
+    if not found:
+        raise InputError(f"{where}: no LoRA in it: {'; '.join(notes)}")
     for (part, module), known in found.items():
-        lacking = [role for role in ("down", "up") if role not in known]
+        roles = {"magnitude" if role == "dora_scale" else role for role in known} - {"up_bias", "alpha"}
+        lacking = forms.lacking(roles) or ([] if roles else ["down", "up"])
+        if "up_bias" in known and "up" not in roles:
+            lacking = ["down", "up"]
         if lacking:
-            raise InputError(f"{where}: {part} {module} has {' and '.join(known)} but no {' and no '.join(lacking)}")
-    return found
+            said = " and ".join(known)
+            raise InputError(f"{where}: {part} {module} has {said} but no {' and no '.join(dict.fromkeys(lacking))}")
+        if forms.too_many(roles):
+            raise InputError(f"{where}: {part} {module} has {', '.join(known)}, expected one form of LoRA")
+    return found, {told} if untold else set()
 
 
-def _check_shapes(source: SafetensorsFile, keys: Mapping[tuple[str, str], Mapping[Role, str]], shapes: Shapes) -> None:
-    wrong = []
-    for (part, module), found in keys.items():
-        kernel = shapes[part][module]
-        down, up = (source.entries[found[role]].shape for role in ("down", "up"))
-        expected = names.to_torch_shape(("kernel",), kernel)
-        space = expected[2:]
-        fits = (
-            min(len(down), len(up)) >= 2
-            and (up[0], *down[1:2]) == expected[:2]
-            and up[1] == down[0] > 0
-            and _same_space(down[2:], space)
-            and _same_space(up[2:], ())
-        )
-        alpha = source.entries[found["alpha"]].shape if "alpha" in found else ()
-        if not fits or alpha not in ((), (1,)):
-            wrong.append(f"{part} {module} found down {list(down)} up {list(up)} for weights {list(expected)}")
-    if wrong:
-        raise InputError(
-            f"{source.where}: {len(wrong)} of {len(keys)} modules have other shapes than this model: "
-            f"{_listing(wrong)}; a LoRA for another base?"
-        )
+def _part_of(
+    source: SafetensorsFile, untold: list[tuple[str, Meaning]], indices: Mapping[str, Index], shapes: Shapes
+) -> str:
+    """Return the part in which most modules of names without one are found, with the widths that their factors have."""
+
+    def fits(part: str, key: str, meaning: Meaning) -> bool:
+        module, entry = indices[part].find(meaning.module), source.entries[key].shape
+        if module is None or not entry:
+            return False
+        leaves = shapes[part][module]
+        kernel = leaves.get("kernel", ())
+        if meaning.role == "down" and len(kernel) >= 2:
+            return entry[1:2] == (kernel[-2],)
+        if meaning.role == "up" and len(kernel) >= 2:
+            return entry[0] == kernel[-1]
+        return True
+
+    counts = {part: sum(fits(part, key, meaning) for key, meaning in untold) for part in indices}
+    return max(counts, key=lambda part: counts[part], default="unet")
 
 
-def _same_space(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Return whether two kernels have the same spatial extent, which is (1, 1) for a dense layer, too."""
-    return (found or (1, 1)) == (expected or (1, 1))
+def _in_our_layout(arrays: Mapping[str, np.ndarray], leaves: Leaves) -> dict[str, np.ndarray] | None:
+    """Return a module's arrays by the roles of `jaxmix.lora_forms`, without alpha; None if one cannot be that."""
+    kernel = leaves.get("kernel", ())
+    space = kernel[:-2]
+    if len(kernel) < 2 and any(role in arrays for role in _NEEDS_KERNEL):
+        return None
+    f: dict[str, np.ndarray] = {}
+    ones = (1,) * len(space)
+    for role, x in arrays.items():
+        if role in ("alpha", "up_bias"):
+            continue
+        if role in ("down", "up", "mid"):
+            around = space if role == "mid" or (role == "down" and "mid" not in arrays) else ones
+            if x.ndim < 2 or (x.shape[2:] or (1, 1)) != (around or (1, 1)):
+                return None
+            turned = names.from_torch_layout(("kernel",), x)
+            f[role] = np.ascontiguousarray(turned.reshape(*around, *turned.shape[-2:]))
+        elif role == "magnitude":  # of PEFT: always one for each output
+            f[role] = x.reshape(*ones, 1, -1)
+        elif role == "dora_scale":
+            by_input = x.ndim >= 2 and x.shape[0] == 1 and x.shape[1] == x.size and kernel[-2] == x.size != 1
+            f["magnitude"] = x.reshape(*ones, -1, 1) if by_input else x.reshape(*ones, 1, -1)
+        elif role == "diff":
+            leaf = next((leaf for leaf in forms.WEIGHTS if leaf in leaves), None)
+            if leaf is None or x.size != np.prod(leaves[leaf], dtype=int) or x.ndim < min(len(leaves[leaf]), 2):
+                return None
+            turned = names.from_torch_layout(("kernel",), x) if leaf == "kernel" else x
+            f[role] = np.ascontiguousarray(turned).reshape(leaves[leaf])
+        else:
+            f[role] = x
+    return f
 
 
-def _factor(source: SafetensorsFile, key: str, space: tuple[int, ...]) -> np.ndarray:
-    """Return a factor in our layout and float32, with the spatial axes ``space`` (none for a dense layer)."""
-    array = names.from_torch_layout(("kernel",), _read(source, key))
-    return np.ascontiguousarray(array.reshape(*space, *array.shape[-2:]))
+def _one_number(source: SafetensorsFile, key: str, array: np.ndarray) -> float:
+    values = array.reshape(-1)
+    if not values.size or (values != values[0]).any():
+        raise InputError(f"{source.where}: {key} has {values.size} values, expected one number")
+    return float(values[0])
 
 
 def _read(source: SafetensorsFile, key: str) -> np.ndarray:
@@ -204,55 +220,6 @@ def _read(source: SafetensorsFile, key: str) -> np.ndarray:
     if not all_finite(array):
         raise InputError(f"{source.where}: tensor {key!r} has NaN or infinite values, expected finite numbers")
     return array
-
-
-def _peft_configs(source: SafetensorsFile) -> dict[str, dict[str, Any]]:
-    """Return PEFT's configuration of each part, from the metadata or from the file that PEFT writes beside it."""
-    config_file = Path(source.where).parent / _PEFT_CONFIG
-    if METADATA in source.metadata:
-        try:
-            flat = json.loads(source.metadata[METADATA])
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source.where}: the metadata {METADATA} is not JSON: {error.msg}") from None
-        configs: dict[str, dict[str, Any]] = {}
-        for key, value in flat.items() if isinstance(flat, Mapping) else ():
-            part, _, name = key.partition(".")
-            configs.setdefault(part, {})[name] = value
-    elif Path(source.where).name == _PEFT_FILE and config_file.is_file():
-        configs = {"unet": read_config(config_file)}
-    else:
-        configs = {}
-    return configs
-
-
-def _peft_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return the alpha that PEFT would use; where it scales by the root of the rank, converted to scale by the rank."""
-    alpha = config.get("lora_alpha") or rank
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
-
-
-def _peft_config(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return PEFT's configuration of one part: the commonest rank and alpha, and the modules with other ones."""
-    # A pattern may leave out a prefix: without `text_model.` it fits old and new transformers.
-    ranks = {module.removeprefix(TEXT_MODEL): int(f["down"].shape[-1]) for module, f in modules.items()}
-    alphas = {module.removeprefix(TEXT_MODEL): _whole(float(f["alpha"])) for module, f in modules.items()}
-    (rank, _), *_ = Counter(ranks.values()).most_common(1)
-    (alpha, _), *_ = Counter(alphas.values()).most_common(1)
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
-        "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
-        "target_modules": sorted(ranks),
-    }
-
-
-def _whole(number: float) -> int | float:
-    return int(number) if number.is_integer() else number
 
 
 def _listing(items: list[str]) -> str:

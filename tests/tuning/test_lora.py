@@ -12,6 +12,7 @@ import pytest
 from jaxmix import InputError, LoRA, apply_loras
 from jaxmix.methods.lora import _add
 from jaxmix.pipeline.job import denoise
+from jaxmix.testing import normal
 from jaxmix.tuning import lora as low_rank
 
 PATTERN = r"attn2\.to_|proj_in|conv1$|mid_block.*conv2"  # dense layers, 1x1 and 3x3 convolutions
@@ -151,6 +152,15 @@ def test_strengths_and_swaps_compile_neither_merge_nor_sampler(tiny_pipeline, pa
     assert denoise._cache_size() == draws
     np.testing.assert_array_equal(drawn[2], base)
     assert min(np.abs(drawn[i] - base).max() for i in (0, 1, 3, 4)) > 1e-3
+    # Nor do other forms of the same modules compile the sampler.
+    module, f = next((name, f) for name, f in pair[0].items() if f["down"].ndim == 2)
+    i, o = f["down"].shape[0], f["up"].shape[1]
+    halves = {"hada_w1_a": (o, 2), "hada_w1_b": (2, i), "hada_w2_a": (o, 2), "hada_w2_b": (2, i)}
+    loha = {role: normal(jax.random.key(n), shape) for n, (role, shape) in enumerate(halves.items())}
+    dora = {**f, "magnitude": jnp.ones((1, o))}
+    for form in ({**loha, "alpha": jnp.float32(2)}, {"diff": normal(jax.random.key(9), (i, o))}, dora):
+        assert np.abs(draw(apply_loras(tiny_pipeline, [(LoRA({"unet": {module: form}}), 1.0)])) - base).max() > 1e-3
+    assert denoise._cache_size() == draws
 
 
 def test_one_trace_of_the_merge_for_any_strengths_and_loras(tiny_pipeline, pair):

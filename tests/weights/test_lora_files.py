@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmix import InputError, LoRA
+from jaxmix import CheckpointWarning, InputError, LoRA, apply_loras
 from jaxmix.models import UNet2DConditionModel, UNetConfig
+from jaxmix.models.unet import subtree
 from jaxmix.testing import TINY_SDXL_UNET
 from jaxmix.tuning import lora as low_rank
 from jaxmix.weights import read_header
-from jaxmix.weights.lora_files import METADATA, read_lora, write_lora
+from jaxmix.weights.lora_files import METADATA, read_lora
+from jaxmix.weights.lora_write import write_lora
 
+UNET_CONFIG = UNetConfig.from_dict(TINY_SDXL_UNET).to_dict()
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OUT = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 IN = "down_blocks.0.attentions.0.proj_in"  # a 1x1 convolution
@@ -141,6 +144,13 @@ def test_every_naming_of_the_unet_is_read(tiny_pipeline, tmp_path, keys):
 
 
 TEXT_NAMES = {
+    "comfy": f"text_encoders.clip_l.transformer.{TEXT}.lora_{{}}.weight",
+    "comfy without its prefix": f"clip_l.transformer.{TEXT}.lora_{{}}.weight",
+    "wrapped": f"lora_te_wrapped_transformer_{TEXT.replace('.', '_')}.lora_{{}}.weight",
+    "peft alone": f"base_model.model.{TEXT}.lora_{{}}.weight",
+    "peft alone, transformers 5": f"base_model.model.{TEXT.removeprefix('text_model.')}.lora_{{}}.weight",
+    "no prefix": f"{TEXT}.lora_{{}}.weight",
+    "lycoris": f"lycoris_{TEXT.replace('.', '_')}.lora_{{}}.weight",
     "peft": f"text_encoder.{TEXT}.lora_{{}}.weight",
     "transformers 5": f"text_encoder.{TEXT.removeprefix('text_model.')}.lora_{{}}.weight",
     "diffusers": f"text_encoder.{TEXT}.lora_linear_layer.{{}}.weight",
@@ -153,7 +163,7 @@ TEXT_NAMES = {
 @pytest.mark.parametrize("key", TEXT_NAMES.values(), ids=TEXT_NAMES)
 def test_every_naming_of_the_text_encoder_is_read(tiny_pipeline, tmp_path, key):
     f = factors((16, 16), 2)
-    ends = ("A", "B") if "lora_{}.weight" in key and key.startswith("text") else ("down", "up")
+    ends = ("A", "B") if "lora_{}.weight" in key and key.startswith(("text", "base")) else ("down", "up")
     tensors = dict(zip(map(key.format, ends), as_torch(f), strict=True))
     assert_same(LoRA.load(file_of(tmp_path, tensors), tiny_pipeline), LoRA({"text_encoder": {TEXT: f}}))
 
@@ -183,7 +193,8 @@ def test_the_original_layout_of_sdxl_names_every_module_and_comes_back(tmp_path)
         "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
         "lora_te2_text_projection",
     }
-    got = read_lora(tmp_path / "lora.safetensors", shapes, unet.config.to_dict())
+    leaves = {part: {module: {"kernel": shape} for module, shape in held.items()} for part, held in shapes.items()}
+    got = read_lora(tmp_path / "lora.safetensors", leaves, unet.config.to_dict())
     jax.tree.map(np.testing.assert_array_equal, got, parts)
 
 
@@ -213,6 +224,8 @@ def pair(module=Q, shape=(16, 16), rank=4):
         ({"unet.lora_alpha": 7, "unet.alpha_pattern": {"attn1.to_q": 2.5}}, 2.5),
         ({"unet.lora_alpha": 7, "unet.alpha_pattern": {"^down_blocks.*to_q": 3}}, 3),
         ({"unet.lora_alpha": 7, "unet.alpha_pattern": {"attn1": 3}}, 7),
+        ({"unet.lora_alpha": 0}, 0),
+        ({"unet.lora_alpha": None}, 4),
         ({"unet.lora_alpha": 7, "unet.use_rslora": True}, 14),  # 7 / sqrt(4) = 14 / 4
         ({"text_encoder.lora_alpha": 7}, 4),
     ],
@@ -244,17 +257,24 @@ Z = np.zeros((4, 4), "f4")
 BAD = {
     "no tensors of a LoRA": ({"unet.conv_in.weight": Z}, r"no LoRA in it: found 1 tensors, such as unet\.conv_in"),
     "nothing at all": ({}, "no LoRA in it: found 0 tensors"),
-    "foreign tensors": (pair() | {"emb.vectors": Z}, r"1 of 3 tensors belong to no LoRA: emb\.vectors"),
-    "tucker": ({f"{KOHYA}.lora_mid.weight": Z}, r"a Tucker decomposition \(LoCon with lora_mid\), such as lora_unet_"),
-    "dora": (pair() | {f"{KOHYA}.dora_scale": Z}, "1 of 3 tensors are DoRA"),
-    "dora of peft": (pair() | {f"unet.{Q}.lora_magnitude_vector": Z}, "1 of 3 tensors are DoRA"),
-    "loha": ({f"{KOHYA}.hada_w1_a": Z}, "1 of 1 tensors are LoHa"),
-    "lokr": ({f"{KOHYA}.lokr_w1": Z}, "1 of 1 tensors are LoKr"),
-    "full": ({f"{KOHYA}.diff": Z}, "are a difference of full weights"),
-    "biases": (pair() | {f"unet.{Q}.lora_B.bias": Z}, "are a LoRA with biases"),
-    "another base": (
-        pair() | pair("down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"),
-        rf"1 of 2 modules are not in this model: unet down_blocks\.7\S* \(near: {Q}\); a LoRA for another base\?",
+    "textual inversions alone": ({"bundle_emb.x.clip_l": Z}, "no LoRA in it: found 0 tensors"),
+    "half of a Tucker decomposition": ({f"{KOHYA}.lora_mid.weight": Z}, r"unet \S+ has mid but no down and no up"),
+    "dora alone": ({f"{KOHYA}.dora_scale": Z}, "has dora_scale but no down and no up"),
+    "half of LoHa": ({f"{KOHYA}.hada_w1_a": Z}, "has hada_w1_a but no hada_w1_b and no hada_w2_a and no hada_w2_b"),
+    "half of LoKr": ({f"{KOHYA}.lokr_w1": Z}, "has lokr_w1 but no lokr_w2"),
+    "two forms": (pair() | {f"{KOHYA}.diff": Z}, "expected one form of LoRA"),
+    "a difference of another base": ({f"{KOHYA}.diff": Z}, r"found diff \[4, 4\] for weights \[16, 16\]"),
+    "oft": ({f"{KOHYA}.oft_blocks": Z}, "1 of 1 tensors are OFT"),
+    "glora": (dict.fromkeys((f"{KOHYA}.{x}.weight" for x in ("a1", "a2", "b1", "b2")), Z), "4 of 4 tensors are GLoRA"),
+    "ia3": ({f"{KOHYA}.weight": Z, f"{KOHYA}.on_input": Z}, r"are \(IA\)\^3"),
+    "several alphas": (
+        pair() | {f"{KOHYA}.alpha": np.arange(3, dtype="f4")},
+        "alpha has 3 values, expected one number",
+    ),
+    "no alpha at all": (pair() | {f"{KOHYA}.alpha": np.zeros(0, "f4")}, "alpha has 0 values, expected one number"),
+    "another base alone": (
+        pair("down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"),
+        rf"1 of 1 modules are not in this model: unet down_blocks\.7\S* \(near: {Q}\); a LoRA for another base\?",
     ),
     "another pipeline": (
         {f"lora_te2_text_projection.lora_{end}.weight": Z for end in ("down", "up")},
@@ -310,3 +330,154 @@ def test_bad_metadata_and_paths_are_refused(tiny_pipeline, lora, tmp_path):
         LoRA({"unet": {}}).save(tmp_path / "x.safetensors")
     with pytest.raises(InputError, match="1 of its 1 modules are not in this model"):
         LoRA({"unet": {"nowhere": factors((4, 4), 1)}}).save(tmp_path / "x.safetensors", tiny_pipeline)
+
+
+def loha(o=16, i=16, k=1, r=2):
+    shapes = {"hada_w1_a": (o, r), "hada_w1_b": (r, i * k), "hada_w2_a": (o, r), "hada_w2_b": (r, i * k)}
+    return {
+        role: np.random.default_rng(n).standard_normal(s).astype("f4") for n, (role, s) in enumerate(shapes.items())
+    }
+
+
+def numbers(*shape):
+    return np.random.default_rng([9, *shape]).standard_normal(shape).astype("f4")
+
+
+NORM, CONV_KEY = "down_blocks.0.attentions.0.transformer_blocks.0.norm1", f"lora_unet_{CONV.replace('.', '_')}"
+FORMS = {
+    "loha": ({f"{KOHYA}.{role}": x for role, x in loha().items()} | {f"{KOHYA}.alpha": np.float32(3)}, {"unet": [Q]}),
+    "loha of peft": ({f"base_model.model.{Q}.{role}.default": x for role, x in loha().items()}, {"unet": [Q]}),
+    "loha of a convolution": ({f"{CONV_KEY}.{role}": x for role, x in loha(32, 32, 9).items()}, {"unet": [CONV]}),
+    "lokr": (
+        {f"{CONV_KEY}.lokr_w1": numbers(4, 4), f"{CONV_KEY}.lokr_w2": numbers(8, 8, 3, 3), f"{CONV_KEY}.alpha": Z[0]},
+        {"unet": [CONV]},
+    ),
+    "lokr in halves": (
+        {
+            f"{KOHYA}.lokr_w1_a": numbers(4, 2), f"{KOHYA}.lokr_w1_b": numbers(2, 4),
+            f"{KOHYA}.lokr_w2": numbers(4, 4), f"{KOHYA}.alpha": np.full((1, 1), 5, "f4"),
+        },
+        {"unet": [Q]},
+    ),
+    "locon": (
+        {
+            f"{CONV_KEY}.lora_down.weight": numbers(3, 32, 1, 1), f"{CONV_KEY}.lora_mid.weight": numbers(2, 3, 3, 3),
+            f"{CONV_KEY}.lora_up.weight": numbers(32, 2, 1, 1),
+        },
+        {"unet": [CONV]},
+    ),
+    "dora": (pair() | {f"{KOHYA}.dora_scale": numbers(16, 1)}, {"unet": [Q]}),
+    "dora by inputs": (pair() | {f"{KOHYA}.dora_scale": numbers(1, 16)}, {"unet": [Q]}),
+    "dora of peft": (
+        pair(CONV, (3, 3, 32, 32)) | {f"unet.{CONV}.lora_magnitude_vector.weight": numbers(1, 32, 1, 1)},
+        {"unet": [CONV]},
+    ),
+    "full": ({f"{KOHYA}.diff": numbers(16, 16), f"lora_te_{FC.replace('.', '_')}.diff_b": numbers(32)},
+             {"unet": [Q], "text_encoder": [FC]}),
+    "norms": ({f"lora_unet_{NORM.replace('.', '_')}.{x}_norm": numbers(16) for x in "wb"}, {"unet": [NORM]}),
+    "biases": (pair(OUT) | {f"unet.{OUT}.lora_B.bias": numbers(16)}, {"unet": [OUT]}),
+    "a table": (
+        {"lora_te_text_model_embeddings_position_embedding.diff": numbers(32, 16)},
+        {"text_encoder": ["text_model.embeddings.position_embedding"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "modules"), FORMS.values(), ids=FORMS)
+def test_every_form_is_read_merged_and_written_back_bit_for_bit(tiny_pipeline, tmp_path, tensors, modules):
+    lora = LoRA.load(file_of(tmp_path, tensors), tiny_pipeline)
+    assert {part: list(held) for part, held in lora.parts.items()} == modules
+    merged = apply_loras(tiny_pipeline, [(lora, 0.5)]).params
+    for part, held in modules.items():
+        for module in held:
+            before, after = (subtree(p[part], module) for p in (tiny_pipeline.params, merged))
+            assert any(
+                np.abs(np.asarray(a) - b).max() > 1e-4
+                for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)
+            )
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), p) for p in (tiny_pipeline.params, merged)]
+    assert shapes[0] == shapes[1]  # so the programs that take them are the same
+    jax.tree.map(np.testing.assert_array_equal, apply_loras(tiny_pipeline, [(lora, 0)]).params, tiny_pipeline.params)
+    lora.save(tmp_path / "again.safetensors", tiny_pipeline, "kohya")
+    assert_same(LoRA.load(tmp_path / "again.safetensors", tiny_pipeline), lora)
+    if any(set(f) != {"down", "up", "alpha"} for held in lora.parts.values() for f in held.values()):
+        with pytest.raises(InputError, match='hold plain LoRA only, expected format="kohya"'):
+            lora.save(tmp_path / "no.safetensors")
+
+
+def test_dora_scales_say_their_axis(tiny_pipeline, tmp_path):
+    for name, shape in (("dora", (1, 16)), ("dora by inputs", (16, 1)), ("dora of peft", (1, 1, 1, 32))):
+        tensors, _ = FORMS[name]
+        (f,) = LoRA.load(file_of(tmp_path, tensors), tiny_pipeline).parts["unet"].values()
+        assert f["magnitude"].shape == shape
+
+
+def test_the_form_of_a_lora_is_on_its_card(tiny_pipeline, tmp_path):
+    for name, words in (("loha", "rank 2, LoHa"), ("lokr", "1 modules, LoKr"), ("dora", "rank 4, LoRA with DoRA")):
+        assert words in repr(LoRA.load(file_of(tmp_path, FORMS[name][0]), tiny_pipeline))
+
+
+def test_what_belongs_to_nothing_is_one_warning(tiny_pipeline, tmp_path):
+    strange = {"emb.vectors": Z, "bundle_emb.cat.string_to_param.*": Z, f"unet.{Q}.lora_B.bias": numbers(16)}
+    other = pair("down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q")
+    path = file_of(tmp_path, pair() | strange | other)
+    with pytest.warns(CheckpointWarning) as said:
+        lora = LoRA.load(path, tiny_pipeline)
+    assert_same(lora, LoRA({"unet": {Q: factors((16, 16), 4)}}))
+    (text,) = (str(warning.message) for warning in said)
+    assert text.startswith(f"{path}: 1 tensors of bundled textual inversions are left out; 2 of 6 tensors belong to no")
+    assert f"emb.vectors, unet.{Q}.lora_B.bias" in text and "1 of 2 modules are not in this model" in text
+    assert text.endswith("; a LoRA for another base?") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "alpha", [np.float32(3), np.full(1, 3, "f4"), np.full((1, 1, 1), 3, "f2"), np.full(4, 3, "i8")]
+)
+def test_alpha_of_any_shape_is_one_number(tiny_pipeline, tmp_path, alpha):
+    found = LoRA.load(file_of(tmp_path, pair() | {f"{KOHYA}.alpha": alpha}), tiny_pipeline).parts["unet"][Q]
+    assert float(found["alpha"]) == 3 and found["alpha"].shape == ()
+
+
+def test_a_folder_of_peft_adapters_by_part_is_one_lora(tiny_pipeline, tmp_path):
+    for part, module, alpha in (("unet", Q, 0), ("text_encoder", TEXT, 6)):
+        (tmp_path / part).mkdir()
+        tensors = {key.replace("unet.", "base_model.model."): x for key, x in pair(module).items()}
+        file_of(tmp_path, tensors).rename(tmp_path / part / "adapter_model.safetensors")
+        (tmp_path / part / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
+    found = LoRA.load(tmp_path, tiny_pipeline).parts
+    assert {part: list(held) for part, held in found.items()} == {"unet": [Q], "text_encoder": [TEXT]}
+    assert (float(found["unet"][Q]["alpha"]), float(found["text_encoder"][TEXT]["alpha"])) == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"unet.lora_alpha": "7"}, "lora_alpha is '7', expected a number"),
+        ({"unet.lora_alpha": float("nan")}, "lora_alpha is nan, expected a number"),
+        ({"unet.lora_alpha": True}, "lora_alpha is True, expected a number"),
+        ({"unet.alpha_pattern": ["x"]}, r"alpha_pattern is \['x'\], expected an object"),
+        ({"unet.alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(': "),
+        ({"unet.alpha_pattern": {"to_q": "x"}}, "alpha_pattern to_q is 'x', expected a number"),
+    ],
+)
+def test_peft_values_of_the_wrong_kind_are_named(tiny_pipeline, tmp_path, config, message):
+    with pytest.raises(InputError, match=message):
+        LoRA.load(file_of(tmp_path, pair(), {METADATA: json.dumps(config)}), tiny_pipeline)
+
+
+def test_names_with_commas_spaces_and_tildes_open(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("my, lora ~1.SAFETENSORS", "~x.safetensors"):
+        file_of(tmp_path, pair()).rename(tmp_path / name)
+        assert list(LoRA.load(name, tiny_pipeline).parts["unet"]) == [Q]
+    assert list(LoRA.load("~/~x.safetensors").read(tiny_pipeline).parts["unet"]) == [Q]
+    with pytest.raises(InputError, match="not a path"):
+        LoRA.load("~nobody-by-this-name/x.safetensors")
+
+
+def test_a_text_encoder_of_its_own_is_told_by_its_widths(tmp_path):
+    shapes = {"text_encoder": {TEXT: {"kernel": (16, 16)}}, "text_encoder_2": {TEXT: {"kernel": (24, 24)}}}
+    for width, part in ((16, "text_encoder"), (24, "text_encoder_2")):
+        tensors = {key.replace("unet.", "base_model.model."): x for key, x in pair(TEXT, (width, width)).items()}
+        assert list(read_lora(file_of(tmp_path, tensors), shapes | {"unet": {}}, UNET_CONFIG)) == [part]
