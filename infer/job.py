@@ -19,7 +19,7 @@ from infer.measure import CompileClock
 from infer.methods.registry import Methods
 from infer.pictures import picture_size
 from infer.report import summary, write_overview
-from infer.rows import BadRow, Defaults, Row, check_steps, read_rows, rows_of_objects, rows_of_prompts
+from infer.rows import BadRow, Defaults, Fields, Row, check_steps, read_rows, rows_of_objects, rows_of_prompts
 from jaxmix.command import enable_compilation_cache
 from jaxmix.samplers import image_to_image_start, make_solver
 from jaxmix.types import InputError, NotFiniteWarning, TruncatedPromptWarning
@@ -64,8 +64,10 @@ def collect_rows(config: Config, methods: Methods) -> tuple[list[Row], list[BadR
         prompt = {} if config.prompt is None else {"prompt": config.prompt}
         objects = [(where, {**prompt, **held}) for where, held in named]
         rows, bad = rows_of_objects(objects, defaults, fields, config.num_images)
-    elif config.prompt is not None:
+    elif config.prompt is not None and (config.prompt.strip() or not _speaks_without(fields)):
         rows, bad = rows_of_prompts([config.prompt], defaults, fields, config.num_images)
+    elif config.prompts is None and _speaks_without(fields):
+        rows, bad = rows_of_objects([("the flags", {})], defaults, fields, config.num_images)
     elif config.prompts is None and methods.wanted is not None:
         raise InputError(methods.wanted.needs_rows)
     else:
@@ -75,6 +77,11 @@ def collect_rows(config: Config, methods: Methods) -> tuple[list[Row], list[BadR
     if not bad:  # a bad row may be the one a flag is meant for
         methods.check_flags(rows)
     return rows, bad
+
+
+def _speaks_without(fields: Fields) -> bool:
+    """Return whether a flag gives every row what is enough without a prompt, such as a picture to follow."""
+    return any(field.enough and field.default is not None for field in fields.values())
 
 
 def choose_mesh(devices: int | None, images: int) -> Any:

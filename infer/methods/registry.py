@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from infer.methods import compose, dense, fuse, lora, paint, structured, style_aligned, style_id, vmix
+from infer.methods import compose, dense, fuse, image_prompt, lora, paint, structured, style_aligned, style_id, vmix
 from infer.methods.method import BatchRows, Method
 from infer.rows import BadRow, Field, Row, kind_of
 from jaxmix.types import InputError
@@ -22,6 +22,7 @@ class Flags(
     structured.Flags,
     paint.Flags,
     dense.Flags,
+    image_prompt.Flags,
     lora.Flags,
     vmix.Flags,
 ):

@@ -138,18 +138,22 @@ class IPAdapter(Card):
         named = {1280: "ViT-H/14", 1664: "ViT-bigG/14", 1024: "ViT-L/14"}.get(wanted, "an image encoder")
         return f"{named} (its states of {wanted})"
 
+    def needs_encoder(self) -> ImageEncoder:
+        """Return the image encoder; raises `InputError` that says which one the adapter needs if there is none."""
+        if self.image_encoder is None:
+            raise InputError(
+                f"{self.where}: an adapter file holds no image encoder, expected {self.needs}: image_encoder= "
+                "(--image-encoder) names its folder or file"
+            )
+        self._check_encoder(self.image_encoder)
+        return self.image_encoder
+
     def embed(self, pictures: Sequence[Any], negative: Any = None) -> Embeddings:
         """Return what CLIP sees in pictures (paths, arrays or PIL's), and in ``negative``, no picture if None.
 
         Raises `InputError` without an image encoder, and for what is no picture.
         """
-        encoder = self.image_encoder
-        if encoder is None:
-            raise InputError(
-                f"{self.where}: an adapter file holds no image encoder, expected {self.needs}: image_encoder= "
-                "(--image-encoder) names its folder or file"
-            )
-        self._check_encoder(encoder)
+        encoder = self.needs_encoder()
         pixels = encoder.pixels([as_picture(x, f"pictures[{i}]") for i, x in enumerate(pictures)])
         if negative is not None:
             last = encoder.pixels([as_picture(negative, "negative")])
@@ -219,7 +223,7 @@ class Look(Method):
         self._scales(request.n, counts.pop())
         for i, x in enumerate(shown_to):
             if self.adapter.image_encoder is None and not isinstance(x, Embeddings):
-                self.adapter.embed([])
+                self.adapter.needs_encoder()
             for j, one in enumerate(_several(x)):
                 if not isinstance(one, Embeddings):
                     as_picture(one, f"pictures[{i}][{j}]")

@@ -32,7 +32,7 @@ class CLIPConfig(Config):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], notes: list[str] | None = None) -> Self:
-        names = {f.name for f in dataclasses.fields(cls)} | set(cls.fixed)
+        names = {f.name for f in dataclasses.fields(cls)} | set(cls.fixed) | {"_class_name"}
         found = config.get("architectures") or [cls.class_name]
         if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
             raise InputError(f"config: architectures is {shown(found)}, expected a list such as [{cls.class_name!r}]")

@@ -75,7 +75,7 @@ class Config:
             if not any(_same(value, accepted) for accepted in (*cls.fixed[key], None)):
                 accepted = " or ".join(repr(v) for v in cls.fixed[key])
                 raise InputError(f"{cls.class_name} config: {key}={shown(value)} is not supported, expected {accepted}")
-        named = config.get("_class_name", cls.class_name)
+        named = config.get("_class_name") or config.get("architectures") or cls.class_name
         if named not in (cls.class_name, "Flax" + cls.class_name):
             raise InputError(f"config: _class_name is {shown(named)}, expected {cls.class_name!r}")
         given = {key: _tuple(value) for key, value in config.items() if key in fields and value is not None}

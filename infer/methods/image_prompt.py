@@ -1,0 +1,190 @@
+"""IP-Adapter (arXiv 2308.06721) in a job: rows that are told pictures beside words, or instead of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infer.gallery import Picture
+from infer.methods.lora import check_loras as check_files
+from infer.methods.method import BatchRows, Method, size_of
+from infer.methods.method import Flags as Base
+from infer.pictures import open_picture, picture_size, write_picture
+from infer.rows import Field, Row, check_file, check_number, check_text, kind_of
+from jaxmix.types import InputError
+from jaxmix.weights.files import exists, user_path
+
+_SHOWN = 192  # pixels of the longer side of a reference in the gallery
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(Base):
+    """Adapters for image prompts, and pictures for rows that name none.
+
+    Attributes:
+        ip_adapter: IP-Adapter: a .safetensors file, PATH[:SCALE], where the scale (no unit) is 1 by default; the flag
+            may be repeated, or given a JSON list: every adapter sees the pictures
+        image_encoder: IP-Adapter: the CLIP image encoder that the adapter was trained with, a folder or a file
+        ip_image: IP-Adapter: a picture to follow; the flag may be repeated, or given a JSON list
+        ip_scale: IP-Adapter: how strongly, 0 for not at all (no unit); multiplied by the scale of each adapter
+        ip_blocks: IP-Adapter: which blocks listen, style, layout or style+layout (InstantStyle), or a regular
+            expression over the names of cross-attentions; default: all
+        ip_mask: IP-Adapter: where each picture is seen, white in a picture of the result's shape; one for each picture
+    """
+
+    ip_adapter: list[str] | str | None = None
+    image_encoder: str | None = None
+    ip_image: list[str] | str | None = None
+    ip_scale: float = 1.0
+    ip_blocks: str | None = None
+    ip_mask: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse scales that are not numbers, and files that are not there."""
+        super().__post_init__()
+        check_files("--ip-adapter", self.ip_adapter or [])
+        check_number("--ip-scale", self.ip_scale)
+        for flag, value in (("--ip-image", self.ip_image), ("--ip-mask", self.ip_mask)):
+            if value is not None:
+                check_pictures(flag, value)
+
+    def method(self) -> Method:
+        """Return the method under these flags."""
+        return ImagePrompt(self)
+
+
+class ImagePrompt(Method):
+    """Rows with pictures to follow."""
+
+    name = "ip_adapter"
+    switches = ("ip_image",)
+
+    def __init__(self, flags: Flags) -> None:
+        self.flags = flags
+        self.files = check_files("--ip-adapter", flags.ip_adapter or [])
+        pictures = None if flags.ip_image is None else check_pictures("--ip-image", flags.ip_image)
+        masks = None if flags.ip_mask is None else check_pictures("--ip-mask", flags.ip_mask)
+        self.fields = {
+            "ip_image": Field(check_pictures, pictures, list, enough=True),
+            "ip_scale": Field(check_number, flags.ip_scale),
+            "ip_blocks": Field(check_text, flags.ip_blocks),
+            "ip_mask": Field(check_pictures, masks, list),
+        }
+        self._adapters: list[Any] = []
+
+    def prepare(self) -> None:
+        """Look for the adapters and the encoder: a mistake there is one of the whole job."""
+        for path, _ in self.files:
+            if not exists(user_path(path)):
+                raise InputError(f"--ip-adapter: {path}: no such file, expected an IP-Adapter")
+        if self.flags.image_encoder is not None and not exists(user_path(self.flags.image_encoder)):
+            raise InputError(f"--image-encoder: {self.flags.image_encoder}: no such file or folder")
+        if self.flags.image_encoder is not None and not self.files:
+            raise InputError("--image-encoder: found it without an --ip-adapter, expected the adapter that it is for")
+
+    def open(self, pipe: Any) -> None:
+        """Read the adapters for the model, and the encoder once for all of them."""
+        import jaxmix
+
+        encoder = self.flags.image_encoder
+        for path, _ in self.files:
+            read = jaxmix.ImageEncoder.load(encoder, pipe.unet.dtype) if encoder and not self._adapters else None
+            shared = read or (self._adapters[0].image_encoder if self._adapters else None)
+            self._adapters.append(jaxmix.IPAdapter.load(path, pipe, shared))
+
+    def complete(self, row: Row, pipe: Any) -> Row:
+        """Refuse pictures without an adapter, masks of another number, and what cannot be read."""
+        if not self._adapters:
+            raise InputError(f"ip_image: found {_names(row)} without an --ip-adapter, expected one to read it")
+        for adapter in self._adapters:
+            adapter.needs_encoder()
+        for path in row["ip_image"]:
+            picture_size(path, 1)
+        if row["ip_mask"] is not None and len(row["ip_mask"]) != len(row["ip_image"]):
+            raise InputError(
+                f"ip_mask: found {len(row['ip_mask'])}, expected one for each of {len(row['ip_image'])} pictures"
+            )
+        return row
+
+    def settings(self, row: Row) -> dict[str, Any]:
+        """Return what no row can change."""
+        return {"ip_adapter": [f"{path}:{scale:g}" for path, scale in self.files], "encoder": self.flags.image_encoder}
+
+    def program_key(self, rows: Sequence[Row]) -> Hashable:
+        """Return what rows of a batch share: the number of pictures, whether they have masks, and the blocks."""
+        keys = {(len(row["ip_image"]), row["ip_mask"] is None, row["ip_blocks"]) for row in rows if self.on(row)}
+        if len(keys) > 1:
+            raise InputError("ip_image: found several numbers of pictures, or blocks, in one group, expected the same")
+        return next(iter(keys), None)
+
+    def plan(self, row: Row) -> str:
+        """Name the adapters and the blocks."""
+        told = " + ".join(f"{Path(path).name}:{scale:g}" for path, scale in self.files)
+        return f"ip-adapter {told}" + (f" in {row['ip_blocks']}" if row["ip_blocks"] else "")
+
+    def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
+        """Return each adapter with the pictures of the rows; rows of a group without any do not see the others'."""
+        first = next(row for row in batch.rows if self.on(row))
+        rows = [row if self.on(row) else first for row in batch.rows]
+        scales = np.asarray([row["ip_scale"] if self.on(row) else 0.0 for row in batch.rows], np.float32)
+        masks = None
+        if first["ip_mask"] is not None:
+            masks = [[open_picture(path, *size_of(row), mask=True) for path in row["ip_mask"]] for row in rows]
+        shown = [list(row["ip_image"]) for row in rows]
+        return [
+            adapter.on(shown, list(scale * scales), blocks=first["ip_blocks"], masks=masks)
+            for adapter, (_, scale) in zip(self._adapters, self.files, strict=True)
+        ]
+
+    def write_inputs(self, row: Row, out: Path) -> None:
+        """Write the pictures, small, beside the result."""
+        for i, path in enumerate(row["ip_image"]):
+            write_picture(open_picture(path, *_shown_size(path)), out / _input_name(row, i))
+
+    def inputs(self, row: Row, out: Path) -> list[Picture]:
+        """Show the pictures."""
+        found = []
+        for i, path in enumerate(row["ip_image"]):
+            height, width = _shown_size(path)
+            found.append(Picture(_input_name(row, i), width, height, "follows"))
+        return found
+
+    def caption(self, row: Row) -> str:
+        """Name the pictures."""
+        return _names(row)
+
+    def shown(self, row: Row) -> dict[str, str]:
+        """Show the pictures, their scale and the blocks."""
+        blocks = {"blocks": row["ip_blocks"]} if row["ip_blocks"] else {}
+        return {"follows": f"{_names(row)} x {row['ip_scale']:g}", **blocks}
+
+
+def check_pictures(key: str, value: Any) -> tuple[str, ...]:
+    """Return the paths of pictures, from one, a list of them, or a JSON list."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):  # a file with such a name
+            value = json.loads(value)
+    paths = value if isinstance(value, (list, tuple)) else [value]
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise InputError(f"{key}: found {kind_of(value)}, expected a picture or a list of pictures")
+    return tuple(check_file(key, path) for path in paths)
+
+
+def _names(row: Row) -> str:
+    return " + ".join(Path(path).name for path in row["ip_image"])
+
+
+def _shown_size(path: str) -> tuple[int, int]:
+    height, width = picture_size(path, 1)
+    shrink = min(1.0, _SHOWN / max(height, width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink))
+
+
+def _input_name(row: Row, i: int) -> str:
+    return row.file_name.replace(".png", f"_follows{i}.png")
