@@ -336,7 +336,7 @@ def check_sampler(key: str, value: Any) -> str:
     try:
         return known_sampler(value)
     except InputError as error:
-        raise InputError(f"{key}: {str(error).removeprefix('sampler: ')}") from None
+        raise InputError(f"{key}: found {kind_of(value)}, expected{str(error).partition(', expected')[2]}") from None
 
 
 def check_file(key: str, value: Any) -> str:

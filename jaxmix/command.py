@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from jaxmix.types import CheckpointWarning, InputError, shown
 
 _BOOLEANS = ("true", "false", "yes", "no")
+_NOTHING = ("null", "none")
 _OWN_KEYS = ("config", "print_config", "help", "version")
 PROGRAM: list[str] = []
 """How the user calls the command, if not as ``python -m MODULE``: ``["jaxmix", "generate"]``."""
@@ -298,7 +299,7 @@ def _normalise(
         if key not in known and key != "config":
             raise InputError(f"unknown flag {shown('--' + name)[1:-1]}{near_misses(key[:60], known | {'config'})}")
         if not equals:
-            if key in switches and (not rest or rest[0].lower() not in _BOOLEANS):
+            if key in switches and (not rest or rest[0].lower() not in (*_BOOLEANS, *_NOTHING)):
                 value = "true"
             elif rest:
                 value = rest.pop(0)
@@ -308,7 +309,7 @@ def _normalise(
             files.append(value)
         elif key in whole and re.fullmatch(r"[+-]?\d+\.0*", value):
             arguments.append(f"--{key}={value.partition('.')[0]}")  # 7.0 is 7
-        elif key in lists and value.lower() not in ("null", "none"):
+        elif key in lists and value.lower() not in _NOTHING:
             listed.setdefault(key, []).extend(_items(value, lists[key]))
         else:
             arguments.append(f"--{key}={value}")

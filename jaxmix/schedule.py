@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.schedulers import HARMLESS, NUMBERS, SCHEDULERS, SNR_SHIFT, other_noise
-from jaxmix.types import CheckpointWarning, InputError, shown
+from jaxmix.types import InputError, note, shown
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -121,11 +120,7 @@ class NoiseSchedule:
             if not (key.startswith("_") or key in HARMLESS or value is None):
                 unknown.append(f"{key}={shown(value)}")
         if unknown:
-            note = f"unknown keys are ignored: {', '.join(sorted(unknown))}"
-            if notes is None:
-                warnings.warn(f"scheduler config: {note}", CheckpointWarning, stacklevel=2)
-            else:
-                notes.append(note)
+            note(f"unknown keys are ignored: {', '.join(sorted(unknown))}", notes, "scheduler config")
         if fields.get("trained_betas") is not None:
             try:
                 fields["trained_betas"] = tuple(float(beta) for beta in fields["trained_betas"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -42,6 +43,14 @@ class NotFiniteWarning(RuntimeWarning):
 
 class CheckpointWarning(UserWarning):
     """Something in a checkpoint that is left out or replaced; the message names the file."""
+
+
+def note(text: str, notes: list[str] | None, where: str) -> None:
+    """Add a line about a checkpoint to ``notes``, or warn of it if that is None, after the name of what it is about."""
+    if notes is None:
+        warnings.warn(f"{where}: {text}", CheckpointWarning, stacklevel=3)
+    else:
+        notes.append(text)
 
 
 NOT_FINITE = (

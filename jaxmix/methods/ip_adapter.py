@@ -18,7 +18,7 @@ from jaxmix.models.unet import sites, subtree
 from jaxmix.pipeline.blocks import Blocks, at_sites, attn2_names
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request, is_list
-from jaxmix.pipeline.vision import ImageEncoder, as_picture
+from jaxmix.pipeline.vision import ImageEncoder, as_mask, as_picture
 from jaxmix.rows import tile
 from jaxmix.types import AnyArray, InputError, Params, shown
 from jaxmix.weights.files import user_path
@@ -173,6 +173,8 @@ class IPAdapter(Card):
         blocks: Blocks = None,
         masks: Sequence[Any] | None = None,
         negative: Any = None,
+        subtract: Any = None,
+        subtract_scale: float = 1.0,
         window: tuple[float, float] = (0.0, 1.0),
     ) -> Look:
         """Return the method that shows pictures to the model.
@@ -183,17 +185,24 @@ class IPAdapter(Card):
         its own. ``scale`` is a number or one per image, with masks also a list per image: 0 is the base, bit for bit.
         ``blocks`` are those that listen: "style", "layout" or "style+layout" (InstantStyle, arXiv 2404.02733), a
         regular expression over the names of attn2, or diffusers' dictionary ({"up": {"block_0": [0.0, 1.0, 0.0]}},
-        where what is not named gets 0). ``negative`` is a picture for the unconditional branch. ``window`` is the share
-        of the steps in which the pictures are seen.
+        where what is not named gets 0). ``negative`` is a picture for the unconditional branch. ``subtract`` is what to
+        take out of the pictures, ``subtract_scale`` times, in CLIP's projection and so with "base" adapters only
+        (InstantStyle, section 3.3): a phrase or one per image, where the pipeline has the text encoder of the adapter's
+        CLIP (SDXL with ViT-bigG), or that projection of it, (p,) or one per image. ``window`` is the share of the steps
+        in which the pictures are seen.
         """
         if getattr(pictures, "ndim", 0) == 4:
             pictures = list(pictures)
         elif hasattr(pictures, "ndim"):
             pictures = _One(pictures)  # an array, which is no list of images
-        return Look(self, pictures, scale, blocks, masks, negative, window)
+        if getattr(subtract, "ndim", 0) == 2:
+            subtract = list(subtract)
+        elif hasattr(subtract, "ndim"):
+            subtract = _One(subtract)
+        return Look(self, pictures, scale, blocks, masks, negative, subtract, subtract_scale, window)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Look(Method):
     """An IP-Adapter with the pictures of the images; see `IPAdapter.on`."""
 
@@ -203,10 +212,12 @@ class Look(Method):
     blocks: Blocks = None
     masks: Sequence[Any] | None = None
     negative: Any = None
+    subtract: Any = None
+    subtract_scale: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
 
     title: ClassVar[str] = "IP-Adapter"
-    per_image: ClassVar[tuple[str, ...]] = ("pictures", "scale", "masks")
+    per_image: ClassVar[tuple[str, ...]] = ("pictures", "scale", "masks", "subtract")
 
     def check(self, pipe: Pipeline, request: Request) -> None:
         """Refuse another model's adapter, pictures that cannot be read, and lists of other lengths."""
@@ -221,6 +232,7 @@ class Look(Method):
         if len(counts) > 1 or 0 in counts:
             raise InputError(f"IP-Adapter: found {sorted(counts)} pictures an image, expected as many for each")
         self._scales(request.n, counts.pop())
+        self._content(pipe, request.n)
         for i, x in enumerate(shown_to):
             if self.adapter.image_encoder is None and not isinstance(x, Embeddings):
                 self.adapter.needs_encoder()
@@ -253,6 +265,8 @@ class Look(Method):
         found = [self._seen(x) for x in _per_image(self.pictures, n)]
         shown_to = np.stack([x.shown for x in found])  # (n, m, ...)
         none = np.stack([np.broadcast_to(x.none, x.shown.shape) for x in found])
+        if (content := self._content(pipe, n)) is not None:
+            shown_to = shown_to - content[:, None]
         tokens, empty = (self._tokens(pipe, x) for x in (shown_to, none))
         control = maths.bind(
             self.adapter.layers,
@@ -300,6 +314,32 @@ class Look(Method):
             raise InputError("IP-Adapter: scale: found one per picture, which share a softmax, expected masks with it")
         return made
 
+    def _content(self, pipe: Pipeline, n: int) -> np.ndarray | None:
+        """Return what is subtracted from each image's pictures, (n, p), None if nothing is."""
+        if self.subtract is None:
+            return None
+        kind, (width, _) = self.adapter.kind, maths.widths(self.adapter.kind, self.adapter.projection)
+        if kind != "base":
+            raise InputError(
+                f"IP-Adapter: subtract: found a {kind} adapter, which reads no projection, expected a base one"
+            )
+        scale = self.subtract_scale
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not np.isfinite(scale):
+            raise InputError(f"IP-Adapter: subtract_scale: found {shown(scale)}, expected a number")
+        rows = [x.picture if isinstance(x, _One) else x for x in _per_image(self.subtract, n)]
+        phrases = list(dict.fromkeys(x for x in rows if isinstance(x, str)))
+        second = pipe.text_encoder_2
+        if phrases and (second is None or not second.config.projection or second.config.projection_dim != width):
+            raise InputError(
+                f"IP-Adapter: subtract: found {shown(phrases[0])}, but the pipeline has no text encoder of {width} "
+                f"channels beside {self.adapter.needs}, expected CLIP's projection of the phrase, ({width},)"
+            )
+        told = dict(zip(phrases, np.asarray(pipe.encode_prompt(phrases).pooled), strict=True)) if phrases else {}
+        made = [told[x] if isinstance(x, str) else np.asarray(x, np.float32) for x in rows]
+        if wrong := [x.shape for x in made if x.shape != (width,)]:
+            raise InputError(f"IP-Adapter: subtract: found shape {wrong[0]}, expected ({width},)")
+        return np.stack(made).astype(np.float32) * np.float32(scale)
+
     def _masks(self, pipe: Pipeline, request: Request) -> dict[str, np.ndarray]:
         """Return the masks at every grid, (n, m, cells)."""
         assert self.masks is not None and request.height is not None and request.width is not None
@@ -309,7 +349,7 @@ class Look(Method):
             held = list(given) if isinstance(given, (list, tuple)) else [given]
             if len(held) != _count(seen):
                 raise InputError(f"IP-Adapter: masks[{i}]: found {len(held)}, expected one for each of {_count(seen)}")
-            made.append(np.stack([_mask(x, size, f"IP-Adapter: masks[{i}]") for x in held]))
+            made.append(np.stack([as_mask(x, size, f"IP-Adapter: masks[{i}]") for x in held]))
         factor = pipe.vae.config.factor
         grids = sorted({site.hw for site in sites(pipe.unet.config, (size[0] // factor, size[1] // factor))})
         return maths.mask_grids(np.stack(made), grids)
@@ -353,25 +393,3 @@ def _name(given: Any) -> Any:
         path = user_path(given)
         return (str(path), path.stat().st_mtime_ns) if path.exists() else None
     return None
-
-
-def _mask(given: Any, size: tuple[int, int], where: str) -> np.ndarray:
-    """Return a mask of 0 and 1 at the size of the image; raises `InputError` for one of another shape."""
-    from PIL import Image
-
-    if isinstance(given, (str, Path)):
-        given = as_picture(given, where)[..., 0]
-    mask = np.asarray(given.convert("L") if hasattr(given, "convert") else given)
-    if mask.ndim != 2 or 0 in mask.shape:
-        raise InputError(f"{where}: found shape {mask.shape}, expected (height, width)")
-    if abs(mask.shape[0] * size[1] - mask.shape[1] * size[0]) > max(mask.shape) * 2:
-        raise InputError(
-            f"{where}: found {mask.shape[0]} x {mask.shape[1]}, expected the shape of {size[0]} x {size[1]}"
-        )
-    grey = mask if mask.dtype == np.uint8 and mask.max() > 1 else np.asarray(mask, np.float32) * 255
-    if not (np.min(grey) >= 0 and np.max(grey) <= 255):
-        raise InputError(f"{where}: found values from {np.min(mask)} to {np.max(mask)}, expected 0 to 1")
-    if mask.shape != size:
-        resized = Image.fromarray(np.asarray(grey, np.uint8)).resize((size[1], size[0]), Image.Resampling.LANCZOS)
-        grey = np.asarray(resized)
-    return (np.asarray(grey, np.float32) / 255 >= 0.5).astype(np.float32)

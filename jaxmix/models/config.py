@@ -11,11 +11,10 @@ import dataclasses
 import math
 import types
 import typing
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from jaxmix.types import CheckpointWarning, InputError, shown
+from jaxmix.types import InputError, note, shown
 
 _LARGEST = 2**31 - 1
 _MOST_BLOCKS, _MOST_LAYERS = 32, 256  # far above what any model has; more would only take forever to build
@@ -85,11 +84,7 @@ class Config:
         out = cls(**given)
         out.check()
         if unknown:
-            note = f"unknown keys are ignored: {', '.join(sorted(unknown))}"
-            if notes is None:
-                warnings.warn(f"{cls.class_name} config: {note}", CheckpointWarning, stacklevel=2)
-            else:
-                notes.append(note)
+            note(f"unknown keys are ignored: {', '.join(sorted(unknown))}", notes, f"{cls.class_name} config")
         return out
 
     @classmethod

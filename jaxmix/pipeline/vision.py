@@ -94,3 +94,25 @@ def as_picture(value: Any, where: str) -> np.ndarray:
     if not (np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1):  # nan is neither
         raise InputError(f"{where}: found {array.dtype} values, expected uint8, or numbers from 0 to 1")
     return np.round(array * 255).astype(np.uint8)
+
+
+def as_mask(given: Any, size: tuple[int, int], where: str) -> np.ndarray:
+    """Return a mask of 0 and 1 at the size of an image; raises `InputError` for one of another shape."""
+    from PIL import Image
+
+    if isinstance(given, (str, Path)):
+        given = as_picture(given, where)[..., 0]
+    mask = np.asarray(given.convert("L") if hasattr(given, "convert") else given)
+    if mask.ndim != 2 or 0 in mask.shape:
+        raise InputError(f"{where}: found shape {mask.shape}, expected (height, width)")
+    if abs(mask.shape[0] * size[1] - mask.shape[1] * size[0]) > max(mask.shape) * 2:
+        raise InputError(
+            f"{where}: found {mask.shape[0]} x {mask.shape[1]}, expected the shape of {size[0]} x {size[1]}"
+        )
+    grey = mask if mask.dtype == np.uint8 and mask.max() > 1 else np.asarray(mask, np.float32) * 255
+    if not (np.min(grey) >= 0 and np.max(grey) <= 255):
+        raise InputError(f"{where}: found values from {np.min(mask)} to {np.max(mask)}, expected 0 to 1")
+    if mask.shape != size:
+        resized = Image.fromarray(np.asarray(grey, np.uint8)).resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        grey = np.asarray(resized)
+    return (np.asarray(grey, np.float32) / 255 >= 0.5).astype(np.float32)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,22 @@ class SafetensorsFile(Source):
         self.metadata = header.metadata
         self.stored, scales = split_scales(self.where, header.entries)  # as the file has them
         self.scales = {key: header.entries[scale] for key, scale in scales.items()}
+        self._entries = widened(self.stored, self.scales)
 
     @property
     def entries(self) -> Mapping[str, FileEntry]:
-        wide = np.dtype(np.float32)
-        return {k: dataclasses.replace(e, dtype=wide) if k in self.scales else e for k, e in self.stored.items()}
+        return self._entries
 
     def read(self, key: str) -> np.ndarray:
         with open(self.where, "rb") as file:
             array = read_tensor(file, self.stored[key])
             return array if key not in self.scales else scaled(array, read_tensor(file, self.scales[key]))
+
+
+def widened(entries: Mapping[str, FileEntry], scales: Collection[str]) -> dict[str, FileEntry]:
+    """Return the entries of tensors as they are read: those that are scaled are float32."""
+    wide = np.dtype(np.float32)
+    return {key: dataclasses.replace(e, dtype=wide) if key in scales else e for key, e in entries.items()}
 
 
 def read_tensor(file: BufferedReader, entry: FileEntry) -> np.ndarray:

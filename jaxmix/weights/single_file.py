@@ -19,7 +19,7 @@ import numpy as np
 from jaxmix.types import InputError, Params, shown
 from jaxmix.weights import names
 from jaxmix.weights.fp8 import scaled
-from jaxmix.weights.safetensors import FileEntry, SafetensorsFile, encode_header
+from jaxmix.weights.safetensors import FileEntry, SafetensorsFile, encode_header, widened
 from jaxmix.weights.single_file_configs import read_configs, scheduler_config, untold
 from jaxmix.weights.single_file_extras import EXTRAS_FILE, Extras, read_entry, save_extras
 from jaxmix.weights.single_file_kinds import Shapes, family_of
@@ -76,11 +76,11 @@ class PartSource(Source):
         self._stored = entries
         self._transposed = transposed
         self._scales = scales or {}
+        self._entries = widened(entries, self._scales)
 
     @property
     def entries(self) -> Mapping[str, FileEntry]:
-        wide = np.dtype(np.float32)
-        return {k: dataclasses.replace(e, dtype=wide) if k in self._scales else e for k, e in self._stored.items()}
+        return self._entries
 
     def read(self, key: str) -> np.ndarray:
         entry = self._stored[key]

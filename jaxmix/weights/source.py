@@ -5,14 +5,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.types import CheckpointWarning
+from jaxmix.types import note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +71,5 @@ def stored_dtype(source: Source, notes: list[str] | None = None) -> np.dtype:
             for dtype, count in counts.most_common()
         )
         mixed = "mixed precisions: " if len(counts) > 1 else ""
-        note = f"{mixed}found {listed}, loaded as {widest}"
-        if notes is None:
-            warnings.warn(f"{source.where}: {note}", CheckpointWarning, stacklevel=2)
-        else:
-            notes.append(note)
+        note(f"{mixed}found {listed}, loaded as {widest}", notes, source.where)
     return widest

@@ -78,11 +78,12 @@ class _Renamed(Source):
 
     def __init__(self, source: Source, names: Mapping[str, str]):
         self.where, self._source, self._names = source.where, source, names
+        held = source.entries
+        self._entries = {ours: held[theirs] for ours, theirs in names.items()}
 
     @property
     def entries(self) -> Mapping[str, Any]:
-        held = self._source.entries
-        return {ours: held[theirs] for ours, theirs in self._names.items()}
+        return self._entries
 
     def read(self, key: str) -> Any:
         return self._source.read(self._names[key])

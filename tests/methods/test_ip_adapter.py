@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from jaxmix import InputError, Request
 from jaxmix.controls import ip_adapter as maths
-from jaxmix.methods.ip_adapter import IPAdapter
+from jaxmix.methods.ip_adapter import Embeddings, IPAdapter
 from jaxmix.models import CLIPVisionConfig, CLIPVisionModel
 from jaxmix.pipeline.blocks import at_sites, attn2_names
 from jaxmix.pipeline.job import denoise
@@ -106,6 +106,27 @@ def test_ready_embeddings_need_no_encoder(one_level, adapter, tmp_path):
         alone.embed([picture(0)])
 
 
+def test_what_is_subtracted_from_a_picture_is_not_seen(one_level, adapter):
+    seen = adapter.embed([picture(0)]).shown[0]
+    nothing = drawn(one_level, adapter.on(Embeddings(np.zeros((1, 12), "f4"), np.zeros(12, "f4"))))
+    np.testing.assert_allclose(drawn(one_level, adapter.on(picture(0), subtract=seen)), nothing, atol=1e-4)
+    whole = drawn(one_level, adapter.on(picture(0)))
+    np.testing.assert_array_equal(drawn(one_level, adapter.on(picture(0), subtract=seen, subtract_scale=0.0)), whole)
+    rows = drawn(one_level, adapter.on(picture(0), subtract=[seen, 0 * seen]), batch_size=2)
+    np.testing.assert_array_equal(rows[1], whole[1])
+
+
+def test_a_phrase_is_subtracted_where_the_pipeline_can_read_it(tiny_sdxl, encoder):
+    width = tiny_sdxl.text_encoder_2.config.projection_dim
+    seen = ImageEncoder(CLIPVisionModel(CLIPVisionConfig.from_dict(VISION | {"projection_dim": width})), encoder.params)
+    adapter = IPAdapter.init(jax.random.key(1), tiny_sdxl, seen)
+    look = adapter.on(
+        Embeddings(np.ones((1, width), "f4"), np.zeros(width, "f4")), subtract="a cat", subtract_scale=0.5
+    )
+    expected = 0.5 * np.asarray(tiny_sdxl.encode_prompt(["a cat"]).pooled)
+    np.testing.assert_allclose(look._content(tiny_sdxl, 2), np.repeat(expected, 2, 0), rtol=1e-6)
+
+
 def test_a_negative_picture_is_what_the_unconditional_rows_see(one_level, adapter):
     a = drawn(one_level, adapter.on(picture(0)))
     assert np.abs(drawn(one_level, adapter.on(picture(0), negative=picture(5))) - a).max() > 1e-4
@@ -142,6 +163,7 @@ def test_blocks_are_named_by_presets_patterns_and_dictionaries(tiny_pipeline):
 def test_what_does_not_fit_is_one_line_before_anything_is_compiled(one_level, adapter, encoder, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"x")
     hw = (one_level.latent_shape[0] * one_level.vae.config.factor,) * 2
+    plus = IPAdapter.init(jax.random.key(0), one_level, encoder, "plus")
     odd = ImageEncoder(CLIPVisionModel(CLIPVisionConfig.from_dict(VISION | {"projection_dim": 9})), encoder.params)
     for look, message in (
         (lambda: adapter.on("nowhere.png"), "nowhere.png: no such file"),
@@ -157,6 +179,10 @@ def test_what_does_not_fit_is_one_line_before_anything_is_compiled(one_level, ad
         (lambda: adapter.on(picture(0), masks=[[np.ones(hw)] * 2] * 2), "found 2, expected one for each of 1"),
         (lambda: adapter.on(np.full((8, 8, 3), 7.0)), "expected uint8, or numbers from 0 to 1"),
         (lambda: adapter.on(7), "expected a picture"),
+        (lambda: adapter.on(picture(0), subtract="a cat"), "expected CLIP's projection of the phrase, "),
+        (lambda: adapter.on(picture(0), subtract=np.ones(5)), r"subtract: found shape \(5,\), expected \(12,\)"),
+        (lambda: adapter.on(picture(0), subtract=np.ones(12), subtract_scale=None), "subtract_scale: found None"),
+        (lambda: plus.on(picture(0), subtract=np.ones(12)), "found a plus adapter, which reads no projection"),
         (lambda: dataclasses.replace(adapter, image_encoder=odd).on(picture(0)), "needs .*, found an image encoder"),
     ):
         with pytest.raises(InputError, match=message) as error:

@@ -74,4 +74,4 @@ def test_the_old_numbers(parts, case):
     got = parts[0].draw(request, methods, output="latent", **how)
     with np.load(RECORDED) as recorded:
         expected = recorded[case.__name__]
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(got, expected, rtol=0, atol=4e-6 * np.abs(expected).max())  # other CPUs round otherwise
