@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -29,8 +30,21 @@ needs eps or x0 asks ``NoiseSchedule.to_eps`` / ``to_x0`` for it.
 class InputError(ValueError):
     """A user's mistake, in one line: which file, row or key, what was found there, and what was expected.
 
-    Commands print it after ``error:`` and exit with status 2; library users get it as a ``ValueError``.
+    Commands print it after ``error:`` and exit with status 2; library users get it as a ``ValueError``. What a file
+    calls its keys may hold line breaks: they become spaces here.
     """
+
+    def __init__(self, message: object = "") -> None:
+        """Keep the message to one line."""
+        super().__init__(in_one_line(message))
+
+
+def in_one_line(message: object) -> str:
+    """Return a message with spaces for what would begin another line."""
+    return _BREAKS.sub(" ", str(message))
+
+
+_BREAKS = re.compile("[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+")
 
 
 class TruncatedPromptWarning(UserWarning):
@@ -48,9 +62,9 @@ class CheckpointWarning(UserWarning):
 def note(text: str, notes: list[str] | None, where: str) -> None:
     """Add a line about a checkpoint to ``notes``, or warn of it if that is None, after the name of what it is about."""
     if notes is None:
-        warnings.warn(f"{where}: {text}", CheckpointWarning, stacklevel=3)
+        warnings.warn(in_one_line(f"{where}: {text}"), CheckpointWarning, stacklevel=3)
     else:
-        notes.append(text)
+        notes.append(in_one_line(text))
 
 
 NOT_FINITE = (

@@ -19,7 +19,7 @@ from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.released import RELEASED
 from jaxmix.samplers import default_sampler, differences, known_sampler
 from jaxmix.schedule import NoiseSchedule
-from jaxmix.types import CheckpointWarning, InputError, Params, shown
+from jaxmix.types import CheckpointWarning, InputError, Params, in_one_line, shown
 from jaxmix.weights import FlaxTree, Source, load_tree, open_source, read_config, stored_dtype
 from jaxmix.weights.files import exists, user_path
 from jaxmix.weights.hub import download
@@ -184,7 +184,7 @@ def _naming(where: Any) -> Iterator[list[str]]:
     except InputError as e:
         raise InputError(f"{where}: {e}") from None
     if notes:
-        warnings.warn(f"{where}: {'; '.join(notes)}", CheckpointWarning, stacklevel=5)
+        warnings.warn(in_one_line(f"{where}: {'; '.join(notes)}"), CheckpointWarning, stacklevel=5)
 
 
 def _load_folder(folder: Path, kind: np.dtype | None, told: _Told) -> Pipeline:

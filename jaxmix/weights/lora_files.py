@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix import lora_forms as forms
-from jaxmix.types import CheckpointWarning, InputError
+from jaxmix.types import CheckpointWarning, InputError, in_one_line
 from jaxmix.weights import lora_names, names
 from jaxmix.weights.finite import all_finite
 from jaxmix.weights.load import find_weights
@@ -83,7 +83,7 @@ def read_lora(
             f"{_listing(wrong)}; a LoRA for another base?"
         )
     if notes:
-        warnings.warn(f"{source.where}: {'; '.join(notes)}", CheckpointWarning, stacklevel=3)
+        warnings.warn(in_one_line(f"{source.where}: {'; '.join(notes)}"), CheckpointWarning, stacklevel=3)
     return parts
 
 

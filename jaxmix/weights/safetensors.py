@@ -153,9 +153,9 @@ def _read_header(path: Path, file: BufferedReader) -> Header:
         raise InputError(f"{path}: truncated: {size} bytes, expected at least {8 + length} for the header alone")
     try:
         contents = json.loads(file.read(length))
-        metadata = contents.pop("__metadata__", None) or {}
+        metadata = dict(contents.pop("__metadata__", None) or {})
         spans = {key: _entry(value, 8 + length) for key, value in contents.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: corrupt: the safetensors header is not valid ({error})") from None
 
     position = 8 + length
@@ -169,7 +169,7 @@ def _read_header(path: Path, file: BufferedReader) -> Header:
     if size != position:
         what = "truncated" if size < position else "corrupt"
         raise InputError(f"{path}: {what}: {size} bytes, expected {position} by its header")
-    return Header({key: entry for key, (entry, _) in spans.items()}, dict(metadata))
+    return Header({key: entry for key, (entry, _) in spans.items()}, metadata)
 
 
 def _entry(value: dict[str, Any], base: int) -> tuple[FileEntry, int]:

@@ -119,6 +119,8 @@ def rewrite_header(path, change):
         lambda header: header["a.bias"].pop("data_offsets"),
         lambda header: header["a.weight"].update(data_offsets=[0, 8]),
         lambda header: header.update(b=7),
+        lambda header: header.update(__metadata__=[1]),
+        lambda header: header.update({"line\nbreak": header["a.weight"]}),
     ],
 )
 def test_corrupt_headers_are_one_line(model, change):
