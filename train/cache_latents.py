@@ -1,7 +1,10 @@
-"""Encode captioned pictures once: latents and text states in ArrayRecord shards, for trainers with frozen encoders.
+"""Encode captioned pictures once, in ArrayRecord shards, for trainers with frozen encoders.
+
+A record has latents and text states, and with an image encoder what CLIP sees in the picture.
 
     python -m train.cache_latents --pretrained_model_name_or_path MODEL --train_data_dir DIR --out CACHE \
         --resolution 1024 --enable_bucket --labels '[color, lighting]'
+    python -m train.cache_latents ... --image_encoder CLIP              # for train.ip_adapter
 
 Shards appear whole or not at all. A run that was stopped resumes with the missing shards, and several runs may share
 the work (`--worker 0 --workers 4`, ...): the one that finds all of them finished writes the index.
@@ -28,9 +31,9 @@ import jaxmix
 from jaxmix import command
 from jaxmix.sharding import DATA
 from jaxmix.types import InputError
-from train.data import BadRow, LatentCache, PictureConfig, Pictures, check_sizes, open_source
+from train.data import BadRow, LatentCache, PictureConfig, Pictures, check_sizes, make_look, open_source
 from train.data.buckets import crop_to_bucket
-from train.data.cache import EMPTY, INDEX, CacheIndex, encode_record, identify
+from train.data.cache import EMPTY, INDEX, SEEN, CacheIndex, encode_record, identify
 from train.data.pictures import MIDDLE
 
 PLAN = "plan.json"
@@ -46,6 +49,9 @@ class Config(PictureConfig):
         pretrained_model_name_or_path: "mini", a diffusers folder, a single .safetensors file, or a hub id.
         train_data_dir: pictures with a metadata.jsonl, or WebDataset tars (folder, glob or braces), local or gs://.
         out: folder for the cache, local.
+        image_encoder: folder or file of a CLIP image encoder, for image prompts: rows also get its projection of the
+            whole picture; none if empty.
+        image_states: also keep the encoder's states before its last layer, which "plus" and "full" adapters read.
         labels: names of the dimensions that labels may name; null does not read labels.
         text_column: the metadata's column with the caption.
         image_column: the metadata's column with the picture's file.
@@ -62,6 +68,8 @@ class Config(PictureConfig):
     pretrained_model_name_or_path: str = "mini"
     train_data_dir: str = ""
     out: str = ""
+    image_encoder: str = ""
+    image_states: bool = False
     labels: list[str] | None = None
     text_column: str = "text"
     image_column: str = "file_name"
@@ -84,13 +92,18 @@ class Config(PictureConfig):
                 raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
         if not 0 <= self.worker < self.workers:
             raise InputError(f"worker: found {self.worker}, expected 0 to {self.workers - 1}")
+        if self.image_states and not self.image_encoder:
+            raise InputError("image_states: found it without an image_encoder, expected the encoder of the states")
         if self.batch_size % self.devices:
             raise InputError(f"batch_size: found {self.batch_size}, expected a multiple of devices, {self.devices}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cropped:
-    """A picture, cropped and ready: `images` (variants, H, W, 3) uint8, the second mirrored; `time_ids` likewise."""
+    """A picture, cropped and ready: `images` (variants, H, W, 3) uint8, the second mirrored; `time_ids` likewise.
+
+    `pixels` (S, S, 3) float32 is the whole picture as an image encoder reads it, if there is one.
+    """
 
     id: str
     text: str
@@ -98,6 +111,7 @@ class Cropped:
     group: int
     images: np.ndarray
     time_ids: np.ndarray
+    pixels: np.ndarray | None = None
 
 
 def read_cropped(pictures: Pictures, index: int, group: int, seed: int) -> Cropped:
@@ -108,7 +122,8 @@ def read_cropped(pictures: Pictures, index: int, group: int, seed: int) -> Cropp
         crop_to_bucket(row["image"], pictures.buckets[group], at, flip) for flip in (False, True)[: 1 + cfg.random_flip]
     ]
     images, time_ids = (np.stack(part) for part in zip(*cuts, strict=True))
-    return Cropped(row["id"], row["text"], row["labels"], group, images, time_ids)
+    pixels = None if pictures.whole is None else pictures.whole(row["image"])["pixels"]
+    return Cropped(row["id"], row["text"], row["labels"], group, images, time_ids, pixels)
 
 
 def make_moments(pipe: jaxmix.Pipeline, devices: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -141,8 +156,9 @@ def padded(items: Sequence[Any], size: int) -> list[Any]:
 class Encoder:
     """Rows to records."""
 
-    def __init__(self, pipe: jaxmix.Pipeline, cfg: Config) -> None:
+    def __init__(self, pipe: jaxmix.Pipeline, cfg: Config, image_encoder: jaxmix.ImageEncoder | None = None) -> None:
         self.pipe, self.size = pipe, cfg.batch_size
+        self.image_encoder, self.image_states = image_encoder, cfg.image_states
         self._moments = make_moments(pipe, cfg.devices)
 
     def __call__(self, rows: Sequence[Cropped]) -> Iterator[bytes]:
@@ -150,12 +166,21 @@ class Encoder:
         images = np.stack(padded([row.images for row in rows], self.size))
         moments = np.stack([self._moments(images[:, i]) for i in range(images.shape[1])], 1)
         states = encode_texts(self.pipe, padded([row.text for row in rows], self.size))
+        if self.image_encoder is not None:
+            states |= self.look([row.pixels for row in rows])
         for i, row in enumerate(rows):
             arrays = {"moments": moments[i], "time_ids": row.time_ids, **{key: x[i] for key, x in states.items()}}
             for name, array in arrays.items():
                 if not np.isfinite(array).all():
                     raise InputError(f"{row.id}: found {name} that are not finite in float16; is the model damaged?")
             yield encode_record(arrays, row.id, row.labels)
+
+    def look(self, pixels: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Return what the image encoder sees, {"clip_projected" (n, p)[, "clip_penultimate" (n, s, d)]} float16."""
+        assert self.image_encoder is not None
+        states = self.image_encoder(np.stack(padded(pixels, self.size)))
+        found = dict(zip(SEEN, (states.projected, states.penultimate if self.image_states else None), strict=True))
+        return {name: np.asarray(x, np.float16) for name, x in found.items() if x is not None}
 
 
 def size_batches(rows: np.ndarray, groups: np.ndarray, size: int) -> Iterator[list[tuple[int, int]]]:
@@ -219,6 +244,8 @@ def make_plan(cfg: Config, pictures: Pictures, identity: dict[str, str], order: 
         digest.update(json.dumps([entry.id, entry.text, entry.labels]).encode())
     keys = ("labels", "dtype", "rows_per_shard", "seed", *(f.name for f in dataclasses.fields(PictureConfig)))
     settings = {key: getattr(cfg, key) for key in keys if key != "max_bad_rows"}
+    if cfg.image_states:
+        settings["image_states"] = True
     return {**identity, **settings, "rows": f"{len(order)} {digest.hexdigest()[:16]}"}
 
 
@@ -245,14 +272,17 @@ def main(cfg: Config) -> int:
     if isinstance(source, LatentCache):
         raise InputError(f"train_data_dir: found a cache, {cfg.train_data_dir}, expected pictures")
     check_sizes(cfg, pipe)
-    pictures = Pictures(source, cfg)
+    seen = None if not cfg.image_encoder else jaxmix.ImageEncoder.load(cfg.image_encoder, cfg.dtype)
+    if seen is not None and not (seen.model.config.projection or cfg.image_states):
+        raise InputError(f"image_encoder: {cfg.image_encoder} has no projection, expected --image_states true with it")
+    pictures = Pictures(source, cfg, None if seen is None else make_look(seen))
     print(pictures.describe(), flush=True)
 
     folder = Path(cfg.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     order = np.concatenate(pictures.groups)  # one size after another, so that most batches are full
     groups = np.repeat(np.arange(len(pictures.groups)), [len(group) for group in pictures.groups])
-    identity = identify(pipe)
+    identity = identify(pipe, seen)
     check_plan(folder, make_plan(cfg, pictures, identity, order))
 
     count = -(-len(order) // cfg.rows_per_shard)
@@ -263,7 +293,7 @@ def main(cfg: Config) -> int:
             pictures.bad.reasons.update(json.loads(note.read_text(encoding="utf-8"))["bad"])
     mine = [i for i in range(count) if i % cfg.workers == cfg.worker and not notes[i].is_file()]
     spans = [slice(i * cfg.rows_per_shard, (i + 1) * cfg.rows_per_shard) for i in range(count)]
-    encode = Encoder(pipe, cfg)
+    encode = Encoder(pipe, cfg, seen)
     if mine:
         with command.progress(sum(len(order[spans[i]]) for i in mine), "encoding", "pictures") as bar:
             for i in mine:
@@ -273,22 +303,26 @@ def main(cfg: Config) -> int:
     if missing:
         print(f"{missing} of {count} shards are still missing: the other workers make them", file=sys.stderr)
         return 0
-    finish(folder, cfg, pipe, pictures, identity, shards)
+    finish(folder, cfg, encode, pictures, identity, shards)
     return 0
 
 
 def finish(
     folder: Path,
     cfg: Config,
-    pipe: jaxmix.Pipeline,
+    encode: Encoder,
     pictures: Pictures,
     identity: dict[str, str],
     shards: Sequence[Path],
 ) -> None:
-    """Write the empty caption's states and the index, and say what the cache holds."""
+    """Write what stands for no caption and no picture, and the index, and say what the cache holds."""
     from safetensors.numpy import save
 
-    empty = {key: np.ascontiguousarray(x[0]) for key, x in encode_texts(pipe, [""]).items()}
+    empty = {key: np.ascontiguousarray(x[0]) for key, x in encode_texts(encode.pipe, [""]).items()}
+    if encode.image_states and encode.image_encoder is not None:
+        side = encode.image_encoder.model.config.image_size
+        grey = encode.look([np.zeros((side, side, 3), np.float32)])  # grey, after CLIP's normalisation
+        empty[SEEN[1]] = np.ascontiguousarray(grey[SEEN[1]][0])
     temporary = folder / f".{EMPTY}.{os.getpid()}.tmp"
     temporary.write_bytes(save(empty))
     os.replace(temporary, folder / EMPTY)

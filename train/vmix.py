@@ -10,7 +10,7 @@ modules of the UNet that `lora_targets` matches. The base is an argument of the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,105 +23,65 @@ from jaxmix.controls import vmix
 from jaxmix.models import AddedCond
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.tuning import lora
-from jaxmix.tuning.data import iterate, make_dataset
-from jaxmix.tuning.fit import Hook, fit
-from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
-from train.data import LatentCache, PictureConfig, open_batches
-from train.diffusion import DiffusionConfig, make_loss, make_tokenize
+from train.adapters import (
+    AdapterConfig,
+    check_scenes,
+    freeze,
+    make_captioned,
+    on_host,
+    open_base,
+    open_pictures,
+    train_adapter,
+)
+from train.diffusion import make_tokenize
 from train.grid import make_grid
 from train.scenes import DIMENSIONS as SCENE_DIMENSIONS
 from train.scenes import Scenes
 
 
 @dataclasses.dataclass
-class Config(PictureConfig, DiffusionConfig):
-    """The VMix trainer's keys, after those of every trainer of a denoiser and those of pictures.
+class Config(AdapterConfig):
+    """The VMix trainer's keys, after those of every trainer of an adapter.
 
     Attributes:
-        pretrained_model_name_or_path: the base: "mini", a diffusers folder, a single .safetensors file, or a hub id.
         labels: each aesthetic dimension with its label and the rare token that stands for its absence.
         label_dropout_rate: chance that a positive label of a row is treated as absent.
         value_mixing: false trains the LoRA alone (an ablation).
         rank: rank of the LoRA; 0 for none.
         lora_alpha: the LoRA is scaled by lora_alpha / rank; null for rank.
         lora_targets: regular expression searched for in the names of the UNet's modules.
-        train_data_dir: pictures with a metadata.jsonl, WebDataset tars, or a cache by train.cache_latents.
-        text_column: the metadata's column with the caption.
-        image_column: the metadata's column with the picture's file.
-        scenes: arguments of train.scenes.Scenes, instead of train_data_dir.
-        validation_prompts: drawn at fixed seeds with the averaged weights, one row of pictures each.
-        validation_steps: draw them every this many steps; 0: never.
-        validation_guidance_scale: guidance of those pictures; null for the base's own.
-        validation_scales: strengths at which they are drawn with all labels.
-        validation_batch_size: pictures drawn together.
+        validation_scales: strengths at which validation pictures are drawn with all labels.
     """
 
-    pretrained_model_name_or_path: str = ""
     labels: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     label_dropout_rate: float = 0.0
     value_mixing: bool = True
     rank: int = 16
     lora_alpha: float | None = None
     lora_targets: str = r"attn[12]\.to_(q|k|v|out\.0)$"
-    train_data_dir: str = ""
-    text_column: str = "text"
-    image_column: str = "file_name"
-    scenes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    validation_prompts: list[str] = dataclasses.field(default_factory=list)
-    validation_steps: int = 0
-    validation_guidance_scale: float | None = None
     validation_scales: list[float] = dataclasses.field(default_factory=lambda: [0.5, 1.0, 1.5])
-    validation_batch_size: int = 32
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
-        PictureConfig.__post_init__(self)
-        DiffusionConfig.__post_init__(self)
-        if not self.pretrained_model_name_or_path:
-            raise InputError("pretrained_model_name_or_path: not given, expected the base model")
-        if bool(self.train_data_dir) == bool(self.scenes):
-            found = "both" if self.scenes else "neither"
-            raise InputError(f"train_data_dir, scenes: found {found}, expected one of them")
+        super().__post_init__()
         if not self.value_mixing and self.rank < 1:
             raise InputError("value_mixing: found false with rank 0, expected one of them to learn")
-        for name in ("label_dropout_rate", "caption_dropout_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected 0 to 1")
 
 
 def make_rows(
     tokenize: Callable[[str], dict[str, np.ndarray]], dimensions: tuple[str, ...], cfg: Config
 ) -> Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]]:
-    """Return the transform from a source's row, of pictures or of cached latents and text states, to arrays.
-
-    "present" (N,) float32 are the labels; "dropped" () float32 is 1 if the caption is left out, which makes the row one
-    of the unconditional branch.
-    """
-    empty = tokenize("")
+    """Return the transform from a source's row to `make_captioned`'s arrays and the labels, "present" (N,) float32."""
+    captioned = make_captioned(tokenize)
 
     def row(source: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         dropped = rng.random() < cfg.caption_dropout_rate
         kept = rng.random(len(dimensions)) >= cfg.label_dropout_rate
         present = np.asarray([name in source["labels"] for name in dimensions]) & kept
-        if "context" in source:
-            made = {name: source[name] for name in CACHED if name in source}
-        else:
-            made = {"image": source["image"], **(empty if dropped else tokenize(source["text"]))}
-        if "time_ids" in source:
-            made["time_ids"] = source["time_ids"]
-        return {
-            **made,
-            "present": present.astype(np.float32),
-            "dropped": np.float32(dropped),
-            "id": source["id"],
-        }
+        return {**captioned(source, dropped), "present": present.astype(np.float32)}
 
     return row
-
-
-CACHED = ("latents_mean", "latents_std", "context", "pooled")
-"""What a cached row has instead of a picture and a caption."""
 
 
 class LabelledScenes:
@@ -141,23 +101,12 @@ class LabelledScenes:
 
 def open_rows(cfg: Config, pipe: Pipeline, dimensions: Sequence[str]) -> Any:
     """Return the source of rows that the config names."""
-    if cfg.scenes:
-        if pipe.text_encoder_2 is not None:
-            raise InputError("scenes: found an SDXL base, which needs sizes that scenes lack, expected train_data_dir")
-        if unknown := [name for name in dimensions if name not in SCENE_DIMENSIONS]:
-            raise InputError(f"labels: found {unknown[0]!r}, expected some of {', '.join(SCENE_DIMENSIONS)} for scenes")
-        return LabelledScenes(Scenes(**cfg.scenes))
-    rows = open_batches(cfg.train_data_dir, cfg, pipe, dimensions, cfg.text_column, cfg.image_column)
-    print(rows.describe(), flush=True)
-    return rows
-
-
-def freeze(pipe: Pipeline, rows: Any) -> dict[str, Any]:
-    """Return the parts of the base that a step needs; a cache replaces the autoencoder and the text encoders."""
-    if isinstance(rows, LatentCache):
-        return {"unet": pipe.params["unet"], "empty": dict(rows.empty)}
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-    return {name: pipe.params[name] for name in parts if name in pipe.params}
+    if not cfg.scenes:
+        return open_pictures(cfg, pipe, dimensions)
+    check_scenes(pipe)
+    if unknown := [name for name in dimensions if name not in SCENE_DIMENSIONS]:
+        raise InputError(f"labels: found {unknown[0]!r}, expected some of {', '.join(SCENE_DIMENSIONS)} for scenes")
+    return LabelledScenes(Scenes(**cfg.scenes))
 
 
 def split_adapter(adapter: jaxmix.VMix, cfg: Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -240,43 +189,29 @@ def draw_grid(pipe: Pipeline, adapter: jaxmix.VMix, cfg: Config) -> np.ndarray:
 
 def main(cfg: Config) -> int:
     """Train, draw on the way, export."""
-    command.start(cfg.distributed)
-    out = Path(cfg.output_dir)
-    pipe = jaxmix.load(cfg.pretrained_model_name_or_path, dtype=cfg.dtype)
+    pipe = open_base(cfg)
     fresh = make_adapter(pipe, cfg)
-    if jax.device_count() > 1:
-        # The devices hold the base placed on the mesh; a second copy on the first device might not fit.
-        pipe = dataclasses.replace(pipe, params=jax.device_get(pipe.params))
+    pipe = on_host(pipe)
     learns, constants = split_adapter(fresh, cfg)
-    count = sum(leaf.size for leaf in jax.tree.leaves(learns))
-    held = sum(leaf.size for leaf in jax.tree.leaves(pipe.params))
-    print(f"learns {count:,} parameters; the base holds {held:,}", flush=True)
     rows = open_rows(cfg, pipe, fresh.config.dimensions)
-    frozen = {**freeze(pipe, rows), **constants}
-    optimizer = make_optimizer(cfg)
-    state = TrainState.create(learns, optimizer, ema=cfg.ema_decay > 0)
-    transform = make_rows(make_tokenize(pipe), fresh.config.dimensions, cfg)
-    shard = (jax.process_index(), jax.process_count())
-    dataset = make_dataset(rows, cfg.train_batch_size, cfg.seed, transform, shard=shard)
 
-    def batches(step: int) -> Iterator[Any]:
-        return iterate(dataset, step, cfg.dataloader_num_workers)
+    def save(params: Any, folder: Path) -> None:
+        join_adapter(fresh, params, cfg).save(folder / "adapter.safetensors")
 
-    def export(step: int, state: TrainState) -> None:
-        join_adapter(fresh, state.averaged, cfg).save(out / "adapter.safetensors")
-
-    def picture(step: int, state: TrainState) -> dict[str, np.ndarray]:
-        return {"validation": draw_grid(pipe, join_adapter(fresh, state.averaged, cfg), cfg)}
-
-    hooks = [Hook(cfg.checkpointing_steps, export)]
-    if cfg.validation_prompts and cfg.validation_steps:
-        hooks.append(Hook(cfg.validation_steps, picture))
-    loss_fn = make_loss(pipe, cfg, make_predict(pipe, cfg))
-    update = make_update(loss_fn, optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)
-    fit(cfg, state, update, frozen, batches, hooks, command.progress)
+    status = train_adapter(
+        cfg,
+        pipe,
+        learns,
+        {**freeze(pipe, rows), **constants},
+        rows,
+        make_rows(make_tokenize(pipe), fresh.config.dimensions, cfg),
+        make_predict(pipe, cfg),
+        save,
+        lambda params: draw_grid(pipe, join_adapter(fresh, params, cfg), cfg),
+    )
     if jax.process_index() == 0:
-        print(f"wrote {out / 'adapter.safetensors'}")
-    return 0
+        print(f"wrote {Path(cfg.output_dir) / 'adapter.safetensors'}")
+    return status
 
 
 if __name__ == "__main__":

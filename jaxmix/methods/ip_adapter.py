@@ -17,12 +17,16 @@ from jaxmix.controls import ip_adapter as maths
 from jaxmix.models.unet import sites, subtree
 from jaxmix.pipeline.blocks import Blocks, at_sites, attn2_names
 from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.references import One, name_of, per_image, several
 from jaxmix.pipeline.request import Method, Request, is_list
 from jaxmix.pipeline.vision import ImageEncoder, as_mask, as_picture
 from jaxmix.rows import tile
 from jaxmix.types import AnyArray, InputError, Params, shown
-from jaxmix.weights.files import user_path
-from jaxmix.weights.ip_adapter_files import read_ip_adapter
+from jaxmix.weights.files import ASSETS, user_path
+from jaxmix.weights.ip_adapter_files import read_ip_adapter, write_ip_adapter
+
+EMBEDDED = {name: ASSETS / name / "ip_adapter.safetensors" for name in ("mini-ip", "mini-ip-plus")}
+"""Adapters that come with the package, by name; their image encoder is "mini-clip"."""
 
 _ENCODERS = {1024: "ViT-H/14", 1280: "ViT-bigG/14", 768: "ViT-L/14"}  # by the width of the projection
 
@@ -80,13 +84,15 @@ class IPAdapter(Card):
     ) -> IPAdapter:
         """Read an adapter file for a pipeline.
 
-        The published files as ``.safetensors``, training checkpoints, and UNets that diffusers saved with an adapter.
-        They hold no image encoder: ``image_encoder`` is one, or the folder or file of one; without it pictures cannot
-        be read, only `Embeddings` of them. Raises `InputError` for any other file (with the command that converts a
-        pickle), FaceID, and an adapter or encoder for another base.
+        The published files as ``.safetensors``, training checkpoints, UNets that diffusers saved with an adapter, or
+        the embedded "mini-ip" and "mini-ip-plus", which come with their encoder. Files hold no image encoder:
+        ``image_encoder`` is one, or the folder or file of one; without it pictures cannot be read, only `Embeddings` of
+        them. Raises `InputError` for any other file (with the command that converts a pickle), FaceID, and an adapter
+        or encoder for another base.
         """
-        where = user_path(path)
-        names = attn2_names(pipe)
+        where, names = EMBEDDED.get(str(path)) or user_path(path), attn2_names(pipe)
+        if image_encoder is None and str(path) in EMBEDDED:
+            image_encoder = "mini-clip"
         kind, projection, layers = read_ip_adapter(where, names)
         tree = maths.as_parameters(projection)
         try:
@@ -105,6 +111,10 @@ class IPAdapter(Card):
                 "this model's text; an adapter for another base?"
             )
         return made
+
+    def save(self, path: str | Path, dtype: Any = None) -> None:
+        """Write the adapter in the layout of the published files, which diffusers loads; ``dtype`` casts it."""
+        write_ip_adapter(path, self.projection, self.layers, dtype)
 
     def check(self, pipe: Pipeline) -> None:
         """Raise `InputError` if the adapter does not fit the pipeline, or its encoder not the adapter."""
@@ -194,11 +204,11 @@ class IPAdapter(Card):
         if getattr(pictures, "ndim", 0) == 4:
             pictures = list(pictures)
         elif hasattr(pictures, "ndim"):
-            pictures = _One(pictures)  # an array, which is no list of images
+            pictures = One(pictures)  # an array, which is no list of images
         if getattr(subtract, "ndim", 0) == 2:
             subtract = list(subtract)
         elif hasattr(subtract, "ndim"):
-            subtract = _One(subtract)
+            subtract = One(subtract)
         return Look(self, pictures, scale, blocks, masks, negative, subtract, subtract_scale, window)
 
 
@@ -227,7 +237,7 @@ class Look(Method):
             at_sites(pipe, self.blocks)
         except InputError as error:
             raise InputError(f"IP-Adapter: {error}") from None
-        shown_to = _per_image(self.pictures, request.n)
+        shown_to = per_image(self.pictures, request.n)
         counts = {_count(x) for x in shown_to}
         if len(counts) > 1 or 0 in counts:
             raise InputError(f"IP-Adapter: found {sorted(counts)} pictures an image, expected as many for each")
@@ -236,7 +246,7 @@ class Look(Method):
         for i, x in enumerate(shown_to):
             if self.adapter.image_encoder is None and not isinstance(x, Embeddings):
                 self.adapter.needs_encoder()
-            for j, one in enumerate(_several(x)):
+            for j, one in enumerate(several(x)):
                 if not isinstance(one, Embeddings):
                     as_picture(one, f"pictures[{i}][{j}]")
         if self.masks is not None:
@@ -244,7 +254,7 @@ class Look(Method):
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control with tokens of zeros."""
-        m, n = _count(_per_image(self.pictures, request.n)[0]), request.n
+        m, n = _count(per_image(self.pictures, request.n)[0]), request.n
         made = (1, m, maths.tokens_of(self.adapter.kind, self.adapter.projection), pipe.unet.config.cross_attention_dim)
         zeros = jnp.zeros(made)
         masks = None if self.masks is None else {k: x[:1] for k, x in self._masks(pipe, request).items()}
@@ -262,7 +272,7 @@ class Look(Method):
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control with the tokens of the pictures."""
         n = request.n
-        found = [self._seen(x) for x in _per_image(self.pictures, n)]
+        found = [self._seen(x) for x in per_image(self.pictures, n)]
         shown_to = np.stack([x.shown for x in found])  # (n, m, ...)
         none = np.stack([np.broadcast_to(x.none, x.shown.shape) for x in found])
         if (content := self._content(pipe, n)) is not None:
@@ -289,10 +299,10 @@ class Look(Method):
         if isinstance(given, Embeddings):
             return given
         kept = self.adapter.__dict__.setdefault("_kept", {})
-        several = list(_several(given))
-        key = tuple(_name(x) for x in (*several, self.negative))
+        shown_to = list(several(given))
+        key = tuple(name_of(x) for x in (*shown_to, self.negative))
         if None in key or key not in kept:
-            made = self.adapter.embed(several, self.negative)
+            made = self.adapter.embed(shown_to, self.negative)
             if None in key:
                 return made
             kept[key] = made
@@ -326,7 +336,7 @@ class Look(Method):
         scale = self.subtract_scale
         if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not np.isfinite(scale):
             raise InputError(f"IP-Adapter: subtract_scale: found {shown(scale)}, expected a number")
-        rows = [x.picture if isinstance(x, _One) else x for x in _per_image(self.subtract, n)]
+        rows = [x.picture if isinstance(x, One) else x for x in per_image(self.subtract, n)]
         phrases = list(dict.fromkeys(x for x in rows if isinstance(x, str)))
         second = pipe.text_encoder_2
         if phrases and (second is None or not second.config.projection or second.config.projection_dim != width):
@@ -345,7 +355,7 @@ class Look(Method):
         assert self.masks is not None and request.height is not None and request.width is not None
         size = (request.height, request.width)
         made = []
-        for i, (given, seen) in enumerate(zip(self.masks, _per_image(self.pictures, request.n), strict=True)):
+        for i, (given, seen) in enumerate(zip(self.masks, per_image(self.pictures, request.n), strict=True)):
             held = list(given) if isinstance(given, (list, tuple)) else [given]
             if len(held) != _count(seen):
                 raise InputError(f"IP-Adapter: masks[{i}]: found {len(held)}, expected one for each of {_count(seen)}")
@@ -360,36 +370,5 @@ def _project(kind: str, params: Params, seen: AnyArray) -> Any:
     return maths.project(kind, params, jnp.asarray(seen))
 
 
-def _per_image(given: Any, n: int) -> list[Any]:
-    """Return what each image is shown."""
-    if isinstance(given, (list, tuple)):
-        return list(given)
-    return [given] * n
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _One:
-    """A picture as an array, for all images."""
-
-    picture: AnyArray
-
-
-def _several(given: Any) -> Sequence[Any]:
-    """Return the pictures of one image."""
-    if isinstance(given, _One):
-        return [given.picture]
-    return given if isinstance(given, (list, tuple)) else [given]
-
-
 def _count(given: Any) -> int:
-    return len(given.shown) if isinstance(given, Embeddings) else len(_several(given))
-
-
-def _name(given: Any) -> Any:
-    """Return what tells a picture from others, None if nothing does: a path, with the time it was changed."""
-    if given is None:
-        return ""
-    if isinstance(given, (str, Path)):
-        path = user_path(given)
-        return (str(path), path.stat().st_mtime_ns) if path.exists() else None
-    return None
+    return len(given.shown) if isinstance(given, Embeddings) else len(several(given))

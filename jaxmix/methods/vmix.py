@@ -22,8 +22,8 @@ from jaxmix.rows import numbers, tile
 from jaxmix.tuning.lora import without_alpha
 from jaxmix.types import Array, InputError, Params
 from jaxmix.weights import load_tree, read_header, save_tree
+from jaxmix.weights.files import ASSETS
 
-ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED = {"mini-vmix": ASSETS / "mini-vmix" / "adapter.safetensors"}
 """Adapters that come with the package, by name."""
 

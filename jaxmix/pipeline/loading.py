@@ -21,13 +21,11 @@ from jaxmix.samplers import default_sampler, differences, known_sampler
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import CheckpointWarning, InputError, Params, in_one_line, shown
 from jaxmix.weights import FlaxTree, Source, load_tree, open_source, read_config, stored_dtype
-from jaxmix.weights.files import exists, user_path
+from jaxmix.weights.files import ASSETS, exists, user_path
 from jaxmix.weights.hub import download
 from jaxmix.weights.part_files import open_part
 from jaxmix.weights.single_file import CLIP_TOKENIZER, open_single_file
 from jaxmix.weights.single_file_extras import Extras
-
-ASSETS = Path(__file__).parents[1] / "assets"
 
 _TOKENIZERS = {"sd": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
 _GUIDANCE_SCALE = {"sd": 7.5, "sdxl": 5.0}

@@ -1,4 +1,4 @@
-"""CLIP's image encoder as one object: what image prompts are read with."""
+"""CLIP's image encoder as one object, with the text encoder of the same CLIP where its folder has one."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ import numpy as np
 
 from jaxmix import pictures
 from jaxmix.cards import Card, weights
-from jaxmix.models import CLIPVisionConfig, CLIPVisionModel
+from jaxmix.models import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from jaxmix.models.vision import VisionStates
+from jaxmix.pipeline.text import encode
+from jaxmix.pipeline.tokens import open_tokenizer
 from jaxmix.types import AnyArray, InputError, Params, shown
 from jaxmix.weights import load_tree
-from jaxmix.weights.files import exists, user_path
-from jaxmix.weights.vision_files import open_image_encoder
+from jaxmix.weights.files import ASSETS, exists, user_path
+from jaxmix.weights.vision_files import open_image_encoder, open_text_tower
+
+EMBEDDED = {"mini-clip": ASSETS / "mini-clip"}
+"""The CLIP that comes with the package, of the pictures that "mini" draws."""
 
 _AT_ONCE = 8  # pictures, so that a program serves any number of them
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ImageEncoder(Card):
-    """A CLIP image encoder: its module and its parameters."""
+    """A CLIP image encoder: its module, its parameters, and the folder it is from if that may have a text encoder."""
 
     model: CLIPVisionModel
     params: Params
+    folder: Path | None = None
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         cfg = self.model.config
@@ -38,17 +44,17 @@ class ImageEncoder(Card):
 
     @classmethod
     def load(cls, path: str | Path, dtype: Any = jnp.float32) -> ImageEncoder:
-        """Read an image encoder: a folder of transformers, or a file in its layout or open_clip's.
+        """Read an image encoder: a folder of transformers, a file in its layout or open_clip's, or "mini-clip".
 
         Raises `InputError` for anything else.
         """
-        where = user_path(path)
+        where = EMBEDDED.get(str(path)) or user_path(path)
         config, source = open_image_encoder(where)
         try:
             model = CLIPVisionModel(CLIPVisionConfig.from_dict(config), dtype=jnp.dtype(dtype))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        return cls(model, load_tree(source, model.abstract_params(), dtype))
+        return cls(model, load_tree(source, model.abstract_params(), dtype), where if where.is_dir() else None)
 
     def pixels(self, images: Sequence[AnyArray]) -> np.ndarray:
         """Return pictures, uint8 (h, w, 3) each, as the encoder reads them, float32 (n, size, size, 3)."""
@@ -66,6 +72,30 @@ class ImageEncoder(Card):
             kept = len(some)
             made.append(jax.tree.map(lambda x, kept=kept: np.asarray(x[:kept]), states))
         return jax.tree.map(lambda *x: np.concatenate(x), *made)
+
+    def texts(self, phrases: Sequence[str]) -> np.ndarray:
+        """Return what the text encoder of the same CLIP says of phrases, its projection (n, p), not normalised.
+
+        It is read at the first call. Raises `InputError` if the encoder is not from the folder of a whole CLIP.
+        """
+        model, params, tokenizer = self._text
+        return np.asarray(encode(tokenizer, model, params, phrases).projected, np.float32)
+
+    @functools.cached_property
+    def _text(self) -> tuple[CLIPTextModel, Params, Any]:
+        found = None if self.folder is None else open_text_tower(self.folder)
+        if found is None or self.folder is None:
+            raise InputError(
+                f"{self.folder or 'image encoder'}: found no text encoder beside the image encoder, expected the "
+                "folder of a whole CLIP (transformers' CLIPModel, with its tokenizer)"
+            )
+        config, source = found
+        try:
+            model = CLIPTextModel(CLIPTextConfig.from_dict(config), dtype=self.model.dtype)
+        except InputError as error:
+            raise InputError(f"{self.folder}: {error}") from None
+        params = load_tree(source, model.abstract_params(), self.model.dtype)
+        return model, params, open_tokenizer(self.folder)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

@@ -11,6 +11,9 @@ from typing import Any
 
 from jaxmix.types import InputError
 
+ASSETS = Path(__file__).parents[1] / "assets"
+"""What comes with the package: the embedded models, and a tokenizer for single files."""
+
 STEMS = ("diffusion_pytorch_model", "model")
 FLAX_FILES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
 WEIGHTS = f"{' or '.join(STEMS)}[.VARIANT].safetensors, its .index.json, {' or '.join(FLAX_FILES)}"

@@ -14,11 +14,13 @@ from jaxmix.weights.files import exists
 from jaxmix.weights.finite import all_finite
 from jaxmix.weights.safetensors import SafetensorsFile
 from jaxmix.weights.single_file_kinds import kind_of
+from jaxmix.weights.store import save_tree
 
 _PROJECTION = ("image_proj.", "image_proj_model.")
 _LAYERS = ("ip_adapter.", "adapter_modules.")
 _LAYER = re.compile(r"(\d+)\.to_(k|v)_ip\.weight")
 _OF_DIFFUSERS = "encoder_hid_proj.image_projection_layers."
+_HALVES = ("down", "up", "mid")
 _PROCESSOR = re.compile(r"(.+\.attn2)\.processor\.to_(k|v)_ip\.(\d+)\.weight")
 _CONVERT = (
     "convert it: python -c \"import torch, safetensors.torch as s; d = torch.load('{}', weights_only=True); "
@@ -91,6 +93,25 @@ def read_ip_adapter(path: Path, attn2: Sequence[str]) -> tuple[str, dict[str, np
             "model; an adapter for another base?"
         )
     return kind, held, found
+
+
+def write_ip_adapter(
+    path: str | Path, projection: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], dtype: Any = None
+) -> None:
+    """Write the published layout: image_proj.*, and ip_adapter.N.* with the odd numbers of diffusers' processors.
+
+    ``layers`` maps the names of all attn2 of a UNet to {"to_k", "to_v": {"kernel"}}.
+    """
+    numbers = {name: 2 * i + 1 for i, name in enumerate(sorted(layers, key=_place))}
+    tree = {
+        f"{numbers[name]}.to_{which}_ip": layer[f"to_{which}"] for name, layer in layers.items() for which in ("k", "v")
+    }
+    save_tree({"image_proj": projection, "ip_adapter": tree}, path, dtype)
+
+
+def _place(name: str) -> tuple[int, list[int]]:
+    """Return what sorts the names of cross-attentions as diffusers does, the middle block last."""
+    return _HALVES.index(name.split("_")[0]), [int(x) for x in re.findall(r"\d+", name.removesuffix("attn2"))]
 
 
 def _split(file: SafetensorsFile, attn2: Sequence[str]) -> tuple[dict[str, str], dict[tuple[str, str], str]]:

@@ -17,6 +17,7 @@ from jaxmix.weights.single_file_names import OPEN_CLIP_LAYER, Link, Table
 from jaxmix.weights.source import Source
 
 _MODEL, _PROJECTION = "vision_model.", "visual_projection."
+_TEXT = ("text_model.", "text_projection.")
 _MARK = "embeddings.class_embedding"
 _OPEN_CLIP = ("visual.", "model.visual.", "clip.visual.", "")  # where its tensors may begin
 _IGNORED = (".position_ids",)
@@ -71,6 +72,18 @@ def open_image_encoder(path: Path) -> tuple[dict[str, Any], Source]:
     if found is None:
         raise InputError(f"{path}: this is {kind_of(shapes)}, expected a CLIP image encoder")
     return _config(str(path), {key: entry.shape for key, entry in found.entries.items()}), found
+
+
+def open_text_tower(folder: Path) -> tuple[dict[str, Any], Source] | None:
+    """Return the config and the tensors of the text encoder in a folder of a whole CLIP; None if there is none."""
+    config = read_config(folder / "config.json")
+    inner = config.get("text_config")
+    source = open_source(folder)
+    names = {key: key for key in source.entries if key.startswith(_TEXT) and not key.endswith(_IGNORED)}
+    if not isinstance(inner, Mapping) or not names:
+        return None
+    width = config.get("projection_dim", inner.get("projection_dim"))
+    return {**inner, "projection_dim": width, "architectures": ["CLIPTextModelWithProjection"]}, _Renamed(source, names)
 
 
 class _Renamed(Source):

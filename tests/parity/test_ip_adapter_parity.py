@@ -15,7 +15,7 @@ from tests.parity.oracle import assert_close
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from tests.parity.test_pipeline_parity import torch_pipeline  # noqa: E402
 
@@ -184,8 +184,11 @@ def test_dictionaries_of_scales_agree(both, tmp_path):
 
 
 def test_trajectories_agree(both, tmp_path):
-    """With guidance: the unconditional rows attend to the tokens of an embedding of zeros."""
+    """With guidance: the unconditional rows attend to the tokens of an embedding of zeros. The file is one of ours."""
     (adapter,) = loaded(both, tmp_path, ["base"])
+    adapter.save(tmp_path / "ours.safetensors")
+    both.theirs.unload_ip_adapter()
+    both.theirs.load_ip_adapter(str(tmp_path), "", "ours.safetensors", image_encoder_folder=None)
     set_scale(both, [0.8])
     shown = draws("base")[0]
     both.theirs.set_progress_bar_config(disable=True)
@@ -214,6 +217,9 @@ def test_a_unet_that_diffusers_saved_and_a_training_checkpoint_are_the_same_adap
         both.theirs.unet._load_ip_adapter_weights([state])
         one = IPAdapter.load(file_of(tmp_path / "x.safetensors", state), both.ours)
         save_file({k: v.contiguous() for k, v in both.theirs.unet.state_dict().items()}, tmp_path / "u.safetensors")
+        one.save(tmp_path / "ours.safetensors")
+        saved, flat = load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "x.safetensors")
+        assert saved.keys() == flat.keys() and all(torch.equal(saved[key], flat[key]) for key in flat)
         training = {"image_proj_model": state["image_proj"], "adapter_modules": state["ip_adapter"]}
         training["unet"] = {"conv_in.bias": torch.ones(3)}
         for other in (tmp_path / "u.safetensors", file_of(tmp_path / "t.safetensors", training)):

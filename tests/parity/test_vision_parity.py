@@ -5,15 +5,19 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from jaxmix.models import CLIPVisionConfig, CLIPVisionModel
+from jaxmix.models import CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from jaxmix.models.vision import resized_pixels
 from jaxmix.pictures import clip_pixels
+from jaxmix.pipeline.vision import ImageEncoder
 from jaxmix.released import RELEASED
+from jaxmix.testing import random_params
 from jaxmix.types import InputError
 from jaxmix.weights import load_tree
+from jaxmix.weights.files import ASSETS
 from jaxmix.weights.names import flatten, to_torch_key, to_torch_shape
 from jaxmix.weights.vision_files import open_image_encoder
 from tests.parity.oracle import assert_close, perturbed, run
+from train import clip
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -138,3 +142,36 @@ def test_other_files_are_said_to_be_what_they_are(tmp_path):
         open_image_encoder(tmp_path / "x.safetensors")
     with pytest.raises(InputError, match="found no such file or folder, expected a CLIP image encoder"):
         open_image_encoder(tmp_path / "nowhere")
+
+
+def test_a_clip_of_our_trainer_is_one_of_transformers(tmp_path):
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    cfg = clip.Config(
+        output_dir="unused",
+        vision={**tower, "image_size": 16, "patch_size": 8},
+        text_encoder={**tower, "max_position_embeddings": 20},
+        projection_dim=10,
+        tokenizer=str(ASSETS / "mini" / "tokenizer"),
+    )
+    configs = clip.make_configs(cfg)
+    vision, text = CLIPVisionModel(configs[0]), CLIPTextModel(configs[1])
+    params = {"vision": random_params(vision.abstract_params(), 0), "text": random_params(text.abstract_params(), 1)}
+    clip.export(tmp_path, {**params, "logit_scale": np.float32(1.5)}, configs, cfg.tokenizer)
+    model = transformers.CLIPModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    phrases = ["a cat", "a 3d render of a car by the sea", ""]
+    ids = tokenizer(phrases, padding="max_length", return_tensors="pt")["input_ids"]
+    assert ids.shape == (3, 20) and model.logit_scale.item() == 1.5
+    image = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
+    pixels = transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil.from_pretrained(tmp_path)(image)
+    with torch.no_grad():
+        states = model.text_model(ids), model.vision_model(torch.from_numpy(np.stack(pixels["pixel_values"])))
+        heads = (model.text_projection, model.visual_projection)
+        expected = [head(x.pooler_output) for head, x in zip(heads, states, strict=True)]
+    encoder = ImageEncoder.load(tmp_path)
+    assert_close(encoder.texts(phrases), expected[0].numpy())
+    assert_close(encoder(encoder.pixels([image])).projected, expected[1].numpy())
+    (tmp_path / "alone").mkdir()
+    theirs(True).save_pretrained(tmp_path / "alone")
+    with pytest.raises(InputError, match="found no text encoder beside the image encoder"):
+        ImageEncoder.load(tmp_path / "alone").texts(["a cat"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from etils import epath
 
 from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.vision import ImageEncoder
 from jaxmix.types import InputError
 
 from .buckets import PictureConfig
@@ -25,6 +27,7 @@ __all__ = [
     "Pictures",
     "WebDataset",
     "check_sizes",
+    "make_look",
     "open_batches",
     "open_source",
 ]
@@ -69,17 +72,24 @@ def open_batches(
     labels: Sequence[str] | None = None,
     text_column: str = "text",
     image_column: str = "file_name",
+    whole: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None,
 ) -> Pictures | LatentCache:
     """Open captioned pictures for `make_dataset`: rows with "image", or with latents if `path` is a cache.
 
-    Raises InputError for a cache of another model or other sizes, and for sizes that the model cannot encode.
+    ``whole`` adds entries to a row, made from its picture before it is cropped; a cache has its own. Raises InputError
+    for a cache of another model or other sizes, and for sizes that the model cannot encode.
     """
     source = open_source(path, labels, text_column, image_column)
     if isinstance(source, LatentCache):
         source.check(pipe, cfg)
         return LatentCache(source.folder, labels, cfg.random_flip)
     check_sizes(cfg, pipe)
-    return Pictures(source, cfg)
+    return Pictures(source, cfg, whole)
+
+
+def make_look(encoder: ImageEncoder) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Return a picture uint8 (H, W, 3) -> {"pixels" (S, S, 3) float32}, as CLIP reads the whole of it."""
+    return lambda image: {"pixels": encoder.pixels([image])[0]}
 
 
 def check_sizes(cfg: PictureConfig, pipe: Pipeline) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.vision import ImageEncoder
 from jaxmix.types import InputError
 from train.data.buckets import PictureConfig, Size
 from train.data.order import Stream
@@ -23,26 +24,31 @@ INDEX = "index.json"
 EMPTY = "empty.safetensors"
 FORMAT = "jaxmix latents"
 VERSION = 1
+IMAGE_ENCODER = "image_encoder"
+SEEN = ("clip_projected", "clip_penultimate")
+"""What a row has of its whole picture if the cache was made with an image encoder: see `VisionStates`."""
+
 _META = "meta"  # the entry of a record that holds its id and labels, as JSON in bytes
 _WITHOUT_EFFECT = ("_class_name", "_diffusers_version", "architectures", "model_type", "sample_size", "force_upcast")
 _LEADING = 4096  # values of each tensor that enter the digest of the weights
 
 
-def identify(pipe: Pipeline) -> dict[str, str]:
-    """Return digests of what latents and text states depend on: configs and weights of autoencoder and text encoders.
+def identify(pipe: Pipeline, image_encoder: ImageEncoder | None = None) -> dict[str, str]:
+    """Return digests of what cached rows depend on: configs and weights of autoencoder, text and image encoders.
 
     The decoder is left out: latents do not depend on it. Digests of weights cover the first values of every tensor in
     bfloat16, so they are the same for a model loaded in float32 or in bfloat16.
     """
     found = {}
-    for part in ("vae", "text_encoder", "text_encoder_2"):
-        if (module := getattr(pipe, part)) is None:
+    parts = {part: (getattr(pipe, part), pipe.params.get(part)) for part in ("vae", "text_encoder", "text_encoder_2")}
+    if image_encoder is not None:
+        parts[IMAGE_ENCODER] = (image_encoder.model, image_encoder.params)
+    for part, (module, params) in parts.items():
+        if module is None:
             continue
         config = {key: value for key, value in module.config.to_dict().items() if key not in _WITHOUT_EFFECT}
         found[f"{part}.config"] = _digest([json.dumps(config, sort_keys=True).encode()])
-        paths = [
-            (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(pipe.params[part])
-        ]
+        paths = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
         kept = [(path, leaf) for path, leaf in paths if part != "vae" or "decoder" not in path]
         values = jax.device_get(_leading([leaf for _, leaf in kept]))
         found[f"{part}.weights"] = _digest(
@@ -117,7 +123,9 @@ class LatentCache:
 
     A row has "latents_mean" and "latents_std" (h, w, c) float16, the moments of the autoencoder's posterior, not
     scaled; "context" (s, d) and, for SDXL, "pooled" (p,) float16; "labels", "id", and "time_ids" float32 (6,) as by
-    `train.data.buckets.crop_to_bucket`. `empty` has "context" and "pooled" of the empty caption, for caption dropout.
+    `train.data.buckets.crop_to_bucket`; with an image encoder some of `SEEN`, float16, of the picture before it was
+    cropped or mirrored. `empty` has "context" and "pooled" of the empty caption, for caption dropout, and
+    "clip_penultimate" of a grey picture if rows have it.
     The folder is local (or mounted): ArrayRecord cannot read gs://.
 
     `labels`, if given, must be among the dimensions with which the cache was made; other labels are left out.
@@ -149,7 +157,7 @@ class LatentCache:
 
     @functools.cached_property
     def empty(self) -> dict[str, np.ndarray]:
-        """The text states of the empty caption: "context" (s, d) and, for SDXL, "pooled" (p,), float16."""
+        """What stands for no caption and no picture: "context", for SDXL "pooled", and "clip_penultimate", float16."""
         from safetensors.numpy import load_file
 
         return load_file(str(self.folder / EMPTY))
@@ -197,10 +205,16 @@ class LatentCache:
         sizes = [f"{height}x{width}: {len(g)}" for (height, width), g in zip(self.buckets, self.groups, strict=True)]
         return f"{self.folder}: {len(self)} cached rows, height x width {', '.join(sizes)}"
 
-    def check(self, pipe: Pipeline, cfg: PictureConfig | None = None) -> None:
-        """Raise InputError naming the difference if the cache was made with another model, or for other sizes."""
-        expected = identify(pipe)
-        for key in sorted(set(expected) | set(self.index.identity)):
+    def check(
+        self, pipe: Pipeline, cfg: PictureConfig | None = None, image_encoder: ImageEncoder | None = None
+    ) -> None:
+        """Raise InputError naming the difference if the cache was made with another model, or for other sizes.
+
+        Without an image encoder it does not matter whether the cache was made with one.
+        """
+        expected = identify(pipe, image_encoder)
+        held = {k for k in self.index.identity if image_encoder is not None or not k.startswith(IMAGE_ENCODER)}
+        for key in sorted(set(expected) | held):
             found, wanted = self.index.identity.get(key, "none"), expected.get(key, "none")
             if found != wanted:
                 raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,11 +47,17 @@ class Pictures:
 
     Every batch comes from one bucket; without `enable_bucket` there is only one, a square. With buckets the headers of
     all pictures are read on creation. An unusable row is reported once and replaced by another row of its bucket, which
-    depends on the seed and the place alone; too many of them raise InputError.
+    depends on the seed and the place alone; too many of them raise InputError. ``whole`` adds entries to a row, made
+    from its picture before it is cropped.
     """
 
-    def __init__(self, source: PictureSource, cfg: PictureConfig) -> None:
-        self.source, self.cfg = source, cfg
+    def __init__(
+        self,
+        source: PictureSource,
+        cfg: PictureConfig,
+        whole: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None,
+    ) -> None:
+        self.source, self.cfg, self.whole = source, cfg, whole
         limit = max(10, len(source) // 100) if cfg.max_bad_rows is None else cfg.max_bad_rows
         self.bad = BadRows(source.where, limit)
         sizes = bucket_sizes(cfg)
@@ -77,7 +84,8 @@ class Pictures:
         """Return a row as `crop_to_bucket` crops it for a bucket. Raises BadRow if it cannot be used."""
         row = self.source[index]
         image, time_ids = crop_to_bucket(row["image"], bucket, at, flip)
-        return {**row, "image": image, "time_ids": time_ids}
+        more = {} if self.whole is None else self.whole(row["image"])
+        return {**row, "image": image, "time_ids": time_ids, **more}
 
     def in_batches(self, batch_size: int, seed: int) -> Stream:
         """Return the endless rows, every `batch_size` of them a batch; see `jaxmix.tuning.data.BatchSource`."""
