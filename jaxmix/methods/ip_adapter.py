@@ -197,8 +197,9 @@ class IPAdapter(Card):
         regular expression over the names of attn2, or diffusers' dictionary ({"up": {"block_0": [0.0, 1.0, 0.0]}},
         where what is not named gets 0). ``negative`` is a picture for the unconditional branch. ``subtract`` is what to
         take out of the pictures, ``subtract_scale`` times, in CLIP's projection and so with "base" adapters only
-        (InstantStyle, section 3.3): a phrase or one per image, where the pipeline has the text encoder of the adapter's
-        CLIP (SDXL with ViT-bigG), or that projection of it, (p,) or one per image. ``window`` is the share of the steps
+        (InstantStyle, section 3.3): a phrase or one per image, where the image encoder is from the folder of a whole
+        CLIP or the pipeline has its text encoder (SDXL with ViT-bigG); or CLIP's projection of it, (p,) or one per
+        image. ``window`` is the share of the steps
         in which the pictures are seen.
         """
         if getattr(pictures, "ndim", 0) == 4:
@@ -338,17 +339,24 @@ class Look(Method):
             raise InputError(f"IP-Adapter: subtract_scale: found {shown(scale)}, expected a number")
         rows = [x.picture if isinstance(x, One) else x for x in per_image(self.subtract, n)]
         phrases = list(dict.fromkeys(x for x in rows if isinstance(x, str)))
-        second = pipe.text_encoder_2
-        if phrases and (second is None or not second.config.projection or second.config.projection_dim != width):
-            raise InputError(
-                f"IP-Adapter: subtract: found {shown(phrases[0])}, but the pipeline has no text encoder of {width} "
-                f"channels beside {self.adapter.needs}, expected CLIP's projection of the phrase, ({width},)"
-            )
-        told = dict(zip(phrases, np.asarray(pipe.encode_prompt(phrases).pooled), strict=True)) if phrases else {}
+        told = dict(zip(phrases, self._said(pipe, phrases, width), strict=True)) if phrases else {}
         made = [told[x] if isinstance(x, str) else np.asarray(x, np.float32) for x in rows]
         if wrong := [x.shape for x in made if x.shape != (width,)]:
             raise InputError(f"IP-Adapter: subtract: found shape {wrong[0]}, expected ({width},)")
         return np.stack(made).astype(np.float32) * np.float32(scale)
+
+    def _said(self, pipe: Pipeline, phrases: Sequence[str], width: int) -> np.ndarray:
+        """Return the projections of phrases in the space of the adapter's CLIP, (n, p)."""
+        encoder, second = self.adapter.image_encoder, pipe.text_encoder_2
+        if encoder is not None and encoder.has_texts:
+            return encoder.texts(phrases)
+        if second is None or not second.config.projection or second.config.projection_dim != width:
+            raise InputError(
+                f"IP-Adapter: subtract: found {shown(phrases[0])}, but no text encoder of {width} channels beside "
+                f"{self.adapter.needs}, expected an image encoder from the folder of its whole CLIP, or CLIP's "
+                f"projection of the phrase, ({width},)"
+            )
+        return np.asarray(pipe.encode_prompt(phrases).pooled)
 
     def _masks(self, pipe: Pipeline, request: Request) -> dict[str, np.ndarray]:
         """Return the masks at every grid, (n, m, cells)."""

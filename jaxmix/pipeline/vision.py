@@ -82,6 +82,11 @@ class ImageEncoder(Card):
         return np.asarray(encode(tokenizer, model, params, phrases).projected, np.float32)
 
     @functools.cached_property
+    def has_texts(self) -> bool:
+        """Whether the encoder is from the folder of a whole CLIP, whose texts are in the space of its pictures."""
+        return self.folder is not None and open_text_tower(self.folder) is not None
+
+    @functools.cached_property
     def _text(self) -> tuple[CLIPTextModel, Params, Any]:
         found = None if self.folder is None else open_text_tower(self.folder)
         if found is None or self.folder is None:

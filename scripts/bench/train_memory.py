@@ -1,10 +1,12 @@
-"""What a VMix training step of SD 1.5, 2.1 or SDXL needs: parameters, bytes and FLOPs, without weights or the device.
+"""What a step of an adapter's trainer needs for SD 1.5, 2.1 or SDXL: parameters, bytes and FLOPs, without weights.
 
     python -m scripts.bench.train_memory --model sd15 --topology v5e:2x2 --per_device_batch 8
     python -m scripts.bench.train_memory --model sdxl --topology v5e:4x4 --fsdp 4 --cached true
+    python -m scripts.bench.train_memory --trainer ip_adapter --model sd15 --per_device_batch 8
     python -m scripts.bench.train_memory --model sd15 --platform cpu --steps 3      # runs it here, with random weights
 
-The step is the trainer's own (`train.vmix`) with the keys of configs/vmix_MODEL.yaml, compiled from shapes alone.
+The step is the trainer's own (`train.vmix`, `train.ip_adapter`) with the keys of configs/TRAINER_MODEL.yaml, compiled
+from shapes alone.
 Compiling for a TPU needs no TPU, only libtpu: pip install "jax[tpu]". The status is 1 if the compiled step holds
 something twice, or the optimiser holds more than the adapter.
 """
@@ -35,8 +37,8 @@ from jaxmix.testing import quick_params
 from jaxmix.tuning.flops import model_flops
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
-from scripts.bench.train_shapes import abstract_adapter, abstract_batch, abstract_pipeline
-from train import vmix
+from scripts.bench.train_shapes import TRAINERS, abstract_batch, abstract_pipeline
+from train.adapters import AdapterConfig
 from train.diffusion import make_loss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +51,9 @@ class Config:
     """What to compile, and for what. Null takes the recipe's value.
 
     Attributes:
+        trainer: vmix or ip_adapter, whose pictures CLIP ViT-H/14 reads.
         model: sd15, sd21 (the 512 px base) or sdxl.
-        recipe: YAML file of train.vmix; configs/vmix_MODEL.yaml if empty (SD 2.1 has that of SD 1.5).
+        recipe: YAML file of the trainer; configs/TRAINER_MODEL.yaml if empty (SD 2.1 has that of SD 1.5).
         platform: tpu (compile only), or cpu (this machine).
         topology: of the TPU, such as v5e:2x2, v5p:2x2x1, v6e:2x4.
         devices: of them; 0: all. On the CPU always one.
@@ -59,8 +62,9 @@ class Config:
         fsdp: devices over which the weights are split.
         cached: latents and text states come from a cache, so that no encoder is in the step.
         latents: side of the square latents, in cells of 8 px; the model's own if null.
-        rank: rank of the LoRA; 0 for none.
-        lora_targets: regular expression over the UNet's modules.
+        rank: vmix: rank of the LoRA; 0 for none.
+        lora_targets: vmix: regular expression over the UNet's modules.
+        kind: ip_adapter: base, plus or full.
         mixed_precision: "no" or bf16.
         gradient_checkpointing: recompute activations in the backward pass.
         effort: XLA's effort from -1 (fast compiling) to 1, for a TPU.
@@ -69,6 +73,7 @@ class Config:
         out: JSON file for the numbers; none if empty.
     """
 
+    trainer: Literal["vmix", "ip_adapter"] = "vmix"
     model: Literal["sd15", "sd21", "sdxl"] = "sd15"
     recipe: str = ""
     platform: Literal["tpu", "cpu"] = "tpu"
@@ -81,6 +86,7 @@ class Config:
     latents: int | None = None
     rank: int | None = None
     lora_targets: str | None = None
+    kind: Literal["base", "plus", "full"] | None = None
     mixed_precision: Literal["no", "bf16"] | None = None
     gradient_checkpointing: bool | None = None
     effort: float = -1.0
@@ -108,52 +114,56 @@ class Step:
     frozen: Any
     batch: dict[str, jax.ShapeDtypeStruct]
     spare: Any
+    parts: dict[str, Any]
 
 
-def trainer_config(config: Config) -> vmix.Config:
+def trainer_config(config: Config) -> AdapterConfig:
     """Return the trainer's configuration from the recipe, with the overrides of the command line.
 
     Only the keys of the step are read: the trainer itself checks the others.
     """
     name = "sdxl" if config.model == "sdxl" else "sd15"
-    path = Path(config.recipe) if config.recipe else ROOT / "configs" / f"vmix_{name}.yaml"
+    path = Path(config.recipe) if config.recipe else ROOT / "configs" / f"{config.trainer}_{name}.yaml"
     if not path.is_file():
         raise InputError(f"recipe {path}: no such file")
     told = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(told, dict):
         raise InputError(f"recipe {path}: found {type(told).__name__}, expected keys and values")
-    fields = {field.name for field in dataclasses.fields(vmix.Config)}
+    kind = TRAINERS[config.trainer][0]
+    fields = {field.name for field in dataclasses.fields(kind)}
     keys = {key: value for key, value in told.items() if key in fields}
-    for key in ("rank", "lora_targets", "mixed_precision", "gradient_checkpointing"):
-        if getattr(config, key) is not None:
-            keys[key] = getattr(config, key)
+    for key in ("rank", "lora_targets", "kind", "mixed_precision", "gradient_checkpointing"):
+        if getattr(config, key) is None:
+            continue
+        if key not in fields:
+            raise InputError(f"{key}: found it with trainer {config.trainer}, which has no such key")
+        keys[key] = getattr(config, key)
     rows = config.per_device_batch * config.accumulate
     keys |= {"output_dir": "unused", "train_batch_size": rows, "gradient_accumulation_steps": config.accumulate}
-    return vmix.Config(**keys)
+    return kind(**keys)
 
 
-def make_step(config: Config, cfg: vmix.Config, devices: int = 1) -> Step:
+def make_step(config: Config, cfg: AdapterConfig, devices: int = 1) -> Step:
     """Return the trainer's update for a model, and its arguments as shapes."""
     pipe = abstract_pipeline(config.model, cfg.dtype, config.tiny)
-    adapter = abstract_adapter(pipe, cfg)
-    learns, constants = vmix.split_adapter(adapter, cfg)
-    optimizer = make_optimizer(cfg)
-    state = jax.eval_shape(lambda params: TrainState.create(params, optimizer, ema=cfg.ema_decay > 0), learns)
-    side = config.latents or pipe.latent_shape[0]
     rows = cfg.train_batch_size * devices
-    batch = abstract_batch(pipe, rows, side, config.cached, len(adapter.config.dimensions))
+    made = TRAINERS[config.trainer][1](pipe, cfg, rows, config.cached, config.tiny)
+    optimizer = make_optimizer(cfg)
+    state = jax.eval_shape(lambda params: TrainState.create(params, optimizer, ema=cfg.ema_decay > 0), made.learns)
+    side = config.latents or pipe.latent_shape[0]
+    batch = abstract_batch(pipe, rows, side, config.cached) | made.batch
     encoders = {name: tree for name, tree in pipe.params.items() if name != "unet"}
     spare: Any = encoders
-    frozen: dict[str, Any] = {"unet": pipe.params["unet"], **constants}
+    frozen: dict[str, Any] = {"unet": pipe.params["unet"], **made.frozen}
     if config.cached:
         empty = {name: batch[name].shape[1:] for name in ("context", "pooled") if name in batch}
         frozen["empty"] = {name: jax.ShapeDtypeStruct((1, *shape), jnp.float16) for name, shape in empty.items()}
     else:
         spare = {name: tree for name, tree in encoders["vae"].items() if name in _UNUSED}
         frozen |= encoders | {"vae": {name: tree for name, tree in encoders["vae"].items() if name not in _UNUSED}}
-    loss_fn = make_loss(pipe, cfg, vmix.make_predict(pipe, cfg))
+    loss_fn = make_loss(pipe, cfg, made.predict)
     update = make_update(loss_fn, optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)
-    return Step(update, state, frozen, batch, spare)
+    return Step(update, state, frozen, batch, spare, made.parts)
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
@@ -171,17 +181,6 @@ def size(tree: Any) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         total += int(np.prod(shape)) * leaf.dtype.itemsize
     return total
-
-
-def parameters(params: Any) -> dict[str, int]:
-    """Return how many values of each part of an adapter train."""
-    mixing, factors = params.get("vmix", {}), params.get("lora", {})
-    return {
-        "F and its norm": count([mixing.get("token_proj"), mixing.get("norm")]),
-        "Z": count(mixing.get("zero_proj")),
-        "W_V^a": count(mixing.get("to_v")),
-        "LoRA": count(factors),
-    }
 
 
 def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
@@ -225,11 +224,11 @@ def compile_step(step: Step, devices: Sequence[Any] | None, fsdp: int) -> tuple[
     found["peak_bytes"] = found["argument_bytes"] + new + found["temp_bytes"]
     parts = {"frozen": step.frozen, "state": step.state, "batch": step.batch, "spare": step.spare}
     found |= {f"{name}_bytes": size(tree) for name, tree in parts.items()}
-    found["parameters"] = parameters(step.state.params)
+    found["parameters"] = {name: count(tree) for name, tree in step.parts.items()}
     found["frozen_parameters"] = count(step.frozen)
     found["state_values"] = count(step.state)
     found["averaged"] = step.state.ema is not None
-    found["rows"] = int(step.batch["present"].shape[0])
+    found["rows"] = int(step.batch["dropped"].shape[0])
     found["flops"] = model_flops(traced.jaxpr)  # recomputation does not count as work
     found["compile_s"] = seconds
     return step, compiled, found
@@ -279,7 +278,7 @@ def _feed(name: str, leaf: jax.ShapeDtypeStruct, rng: np.random.Generator) -> ja
         return jnp.asarray(rng.integers(0, 256, leaf.shape), jnp.uint8)
     if leaf.dtype == jnp.int32:
         return jnp.asarray(rng.integers(0, 16, leaf.shape), jnp.int32)
-    if name in ("dropped", "present"):
+    if name in ("dropped", "present", "unseen"):
         return jnp.full(leaf.shape, float(name == "present"), leaf.dtype)
     return jnp.asarray(512.0 if name == "time_ids" else rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
@@ -306,18 +305,20 @@ def tpu_devices(config: Config) -> list[Any]:
     return list(found[: config.devices or len(found)])
 
 
-def report(config: Config, cfg: vmix.Config, found: dict[str, Any]) -> str:
+def report(config: Config, cfg: AdapterConfig, found: dict[str, Any]) -> str:
     """Return the numbers in words."""
     gib = {name[: -len("_bytes")]: value / GIB for name, value in found.items() if name.endswith("_bytes")}
     learns = found["parameters"]
     where = "this CPU" if config.platform == "cpu" else f"{found['devices']} x {config.topology}, fsdp {config.fsdp}"
     source = "cached latents and text states" if config.cached else "pictures and token ids"
     dtype = "bfloat16" if cfg.mixed_precision == "bf16" else "float32"
+    what = f"rank {cfg.rank}" if hasattr(cfg, "rank") else getattr(cfg, "kind", "")
     remat = "on" if cfg.gradient_checkpointing else "off"
     average = "its average, " if found["averaged"] else ""
     lines = [
-        f"{config.model}{' (tiny)' if config.tiny else ''} on {where}: {found['rows']} rows per step, {source}, "
-        f"{dtype}, rank {cfg.rank}, gradient checkpointing {remat}, compiled in {found['compile_s']:.0f} s",
+        f"{config.trainer}, {config.model}{' (tiny)' if config.tiny else ''} on {where}: "
+        f"{found['rows']} rows per step, "
+        f"{source}, {dtype}, {what}, gradient checkpointing {remat}, compiled in {found['compile_s']:.0f} s",
         f"trains {sum(learns.values()):,}: " + ", ".join(f"{name} {n:,}" for name, n in learns.items()),
         f"frozen {found['frozen_parameters']:,}: {gib['frozen']:.3f} GiB (held beside it: {gib['spare']:.3f})",
         f"state {gib['state']:.3f} GiB: the adapter, {average}two moments, float32",

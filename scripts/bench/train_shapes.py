@@ -1,7 +1,9 @@
-"""The shapes of a VMix training step's arguments, for the real architectures: nothing is computed, no weights exist."""
+"""The shapes of a training step's arguments, for the real architectures: nothing is computed, no weights exist."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,14 +11,23 @@ import jax.numpy as jnp
 
 import jaxmix
 from jaxmix.controls.vmix import abstract_params
-from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
+from jaxmix.models import (
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UNet2DConditionModel,
+    UNetConfig,
+    VAEConfig,
+)
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.released import RELEASED
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning import lora
 from scripts.bench.ours import vmix_config
 from scripts.bench.rows import configs
-from train import vmix
+from train import ip_adapter, vmix
 
 
 def abstract_pipeline(model: str, dtype: Any, tiny: bool = False) -> Pipeline:
@@ -41,8 +52,22 @@ def abstract_pipeline(model: str, dtype: Any, tiny: bool = False) -> Pipeline:
     return Pipeline(**modules, params=params, schedule=NoiseSchedule.from_config(found["scheduler"]), tokenizer=None)
 
 
-def abstract_adapter(pipe: Pipeline, cfg: vmix.Config) -> jaxmix.VMix:
-    """Return the shapes of the adapter that `train.vmix.make_adapter` makes."""
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What a trainer adds to the base, as shapes, and its prediction.
+
+    `learns` and `frozen` are trees, `batch` further entries of the rows; `parts` names the parts of what learns.
+    """
+
+    learns: Any
+    frozen: dict[str, Any]
+    batch: dict[str, Any]
+    predict: Callable[..., Any]
+    parts: dict[str, Any]
+
+
+def vmix_pieces(pipe: Pipeline, cfg: vmix.Config, rows: int, cached: bool, tiny: bool) -> Pieces:
+    """Return the pieces of `train.vmix`."""
     unet = pipe.params["unet"]
     made = vmix_config(pipe.unet, unet, pipe.text_length, cfg.labels or None)
     factors = None
@@ -50,15 +75,63 @@ def abstract_adapter(pipe: Pipeline, cfg: vmix.Config) -> jaxmix.VMix:
         key = jax.random.key(0)
         shapes = jax.eval_shape(lambda: lora.init(key, unet, cfg.lora_targets, cfg.rank, cfg.lora_alpha))
         factors = jaxmix.LoRA({"unet": shapes})
-    return jaxmix.VMix(made, abstract_params(made), factors)
+    adapter = jaxmix.VMix(made, abstract_params(made), factors)
+    learns, constants = vmix.split_adapter(adapter, cfg)
+    mixing = learns.get("vmix", {})
+    parts = {
+        "F and its norm": [mixing.get("token_proj"), mixing.get("norm")],
+        "Z": mixing.get("zero_proj"),
+        "W_V^a": mixing.get("to_v"),
+        "LoRA": learns.get("lora", {}),
+    }
+    present = jax.ShapeDtypeStruct((rows, len(made.dimensions)), jnp.float32)
+    return Pieces(learns, constants, {"present": present}, vmix.make_predict(pipe, cfg), parts)
 
 
-def abstract_batch(pipe: Pipeline, rows: int, side: int, cached: bool, labels: int) -> dict[str, Any]:
+def ip_adapter_pieces(pipe: Pipeline, cfg: ip_adapter.Config, rows: int, cached: bool, tiny: bool) -> Pieces:
+    """Return the pieces of `train.ip_adapter`, which reads pictures with CLIP ViT-H/14."""
+    told = RELEASED["clip_vit_h"]["image_encoder"]
+    if tiny:
+        told = {**told, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        told |= {"image_size": 28, "projection_dim": 8}
+    model = CLIPVisionModel(CLIPVisionConfig.from_dict(told), cfg.dtype)
+    shape = jax.ShapeDtypeStruct
+    params = jax.tree.map(lambda leaf: shape(leaf.shape, cfg.dtype), model.abstract_params())
+    encoder = jaxmix.ImageEncoder(model, params)
+
+    def fresh(unet: Any) -> Any:
+        base = dataclasses.replace(pipe, params={**pipe.params, "unet": unet})
+        made = jaxmix.IPAdapter.init(jax.random.key(0), base, encoder, cfg.kind, cfg.tokens)
+        return {"projection": made.projection, "layers": made.layers}
+
+    learns = jax.eval_shape(fresh, pipe.params["unet"])
+    side, states = model.config.image_size, (model.config.tokens, model.config.hidden_size)
+    seen = (model.config.projection_dim,) if cfg.kind == "base" else states
+    batch = {"unseen": shape((rows,), jnp.float32)}
+    if cached:
+        batch["seen"] = shape((rows, *seen), jnp.float16)
+    else:
+        batch["pixels"] = shape((rows, side, side, 3), jnp.float32)
+    frozen: dict[str, Any] = {} if cached else {"image_encoder": params}
+    if cfg.kind != "base":
+        frozen["grey"] = shape(states, jnp.float32)
+    parts = {"projection": learns["projection"], "keys and values": learns["layers"]}
+    return Pieces(learns, frozen, batch, ip_adapter.make_predict(pipe, encoder, cfg), parts)
+
+
+TRAINERS: dict[str, tuple[Any, Callable[..., Pieces]]] = {
+    "vmix": (vmix.Config, vmix_pieces),
+    "ip_adapter": (ip_adapter.Config, ip_adapter_pieces),
+}
+"""The configuration and the pieces of every trainer, by its name."""
+
+
+def abstract_batch(pipe: Pipeline, rows: int, side: int, cached: bool) -> dict[str, Any]:
     """Return the shapes of a batch of square pictures, from pictures or from a cache of latents and text states."""
     shape = jax.ShapeDtypeStruct
     tokens, width = pipe.text_length, pipe.unet.config.cross_attention_dim
     second = pipe.text_encoder_2
-    batch = {"present": shape((rows, labels), jnp.float32), "dropped": shape((rows,), jnp.float32)}
+    batch = {"dropped": shape((rows,), jnp.float32)}
     if cached:
         for name in ("latents_mean", "latents_std"):
             batch[name] = shape((rows, side, side, pipe.unet.config.in_channels), jnp.float16)

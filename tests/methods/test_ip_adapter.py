@@ -127,6 +127,14 @@ def test_a_phrase_is_subtracted_where_the_pipeline_can_read_it(tiny_sdxl, encode
     np.testing.assert_allclose(look._content(tiny_sdxl, 2), np.repeat(expected, 2, 0), rtol=1e-6)
 
 
+def test_a_phrase_is_read_by_the_text_encoder_of_the_adapters_own_clip(one_level, adapter, monkeypatch):
+    said = np.arange(12, dtype="f4")[None]
+    monkeypatch.setattr(ImageEncoder, "has_texts", True)
+    monkeypatch.setattr(ImageEncoder, "texts", lambda self, phrases: np.repeat(said, len(phrases), 0))
+    look = adapter.on(picture(0), subtract="a cat", subtract_scale=0.5)
+    np.testing.assert_allclose(look._content(one_level, 1), 0.5 * said)
+
+
 def test_a_negative_picture_is_what_the_unconditional_rows_see(one_level, adapter):
     a = drawn(one_level, adapter.on(picture(0)))
     assert np.abs(drawn(one_level, adapter.on(picture(0), negative=picture(5))) - a).max() > 1e-4
@@ -179,7 +187,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_compiled(one_level, ad
         (lambda: adapter.on(picture(0), masks=[[np.ones(hw)] * 2] * 2), "found 2, expected one for each of 1"),
         (lambda: adapter.on(np.full((8, 8, 3), 7.0)), "expected uint8, or numbers from 0 to 1"),
         (lambda: adapter.on(7), "expected a picture"),
-        (lambda: adapter.on(picture(0), subtract="a cat"), "expected CLIP's projection of the phrase, "),
+        (lambda: adapter.on(picture(0), subtract="a cat"), "or CLIP's projection of the phrase, "),
         (lambda: adapter.on(picture(0), subtract=np.ones(5)), r"subtract: found shape \(5,\), expected \(12,\)"),
         (lambda: adapter.on(picture(0), subtract=np.ones(12), subtract_scale=None), "subtract_scale: found None"),
         (lambda: plus.on(picture(0), subtract=np.ones(12)), "found a plus adapter, which reads no projection"),

@@ -15,12 +15,10 @@ from scripts.bench.train_memory import (
     checks,
     count,
     make_step,
-    parameters,
     size,
     trainer_config,
 )
-from scripts.bench.train_shapes import abstract_adapter, abstract_pipeline
-from train import vmix
+from scripts.bench.train_shapes import abstract_pipeline, ip_adapter_pieces, vmix_pieces
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"platform": "cpu", "tiny": True, "rank": 2, "mixed_precision": "no", "lora_targets": r"attn2\.to_q$"}
@@ -31,15 +29,34 @@ def test_the_adapter_of_a_real_model_has_the_sizes_of_the_paper(model, width):
     """F: 6 -> 77 tokens and a norm of the text's width; Z: width -> width; W_V^a: one of each attn2's to_v."""
     cfg = trainer_config(Config(model=model))
     pipe = abstract_pipeline(model, cfg.dtype)
-    learns, constants = vmix.split_adapter(abstract_adapter(pipe, cfg), cfg)
-    found = parameters(learns)
+    made = vmix_pieces(pipe, cfg, 1, cached=False, tiny=False)
+    found = {name: count(tree) for name, tree in made.parts.items()}
     assert found["F and its norm"] == 6 * 77 + 77 + 2 * width
     assert found["Z"] == width * width + width
     values = 5 * 320 + 5 * 640 + 6 * 1280  # SD 1 and 2 have 16 attn2: two in each way down, three up, one between
     assert found["W_V^a"] == width * values
-    assert sum(found.values()) == count(learns) and constants["aes_emb"].shape == (6, 2, width)
+    assert sum(found.values()) == count(made.learns) and made.frozen["aes_emb"].shape == (6, 2, width)
     assert count(pipe.params["unet"]) == {"sd15": 859_520_964, "sd21": 865_910_724}[model]
     assert count(pipe.params["text_encoder"]) == {"sd15": 123_060_480, "sd21": 340_387_840}[model]
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "projection", "layers"),
+    [
+        ("sd15", "base", 3_150_336, 19_169_280),
+        ("sd15", "plus", 29_918_208, 19_169_280),
+        ("sd15", "full", 2_625_024, 19_169_280),
+        ("sdxl", "plus", 82_961_664, 340_787_200),
+    ],
+)
+def test_an_ip_adapter_of_a_real_model_has_the_sizes_of_the_published_ones(model, kind, projection, layers):
+    cfg = trainer_config(Config(trainer="ip_adapter", model=model, kind=kind))
+    made = ip_adapter_pieces(abstract_pipeline(model, cfg.dtype), cfg, 1, cached=True, tiny=False)
+    assert {name: count(tree) for name, tree in made.parts.items()} == {
+        "projection": projection,
+        "keys and values": layers,
+    }
+    assert set(made.frozen) == (set() if kind == "base" else {"grey"})  # a cache has read the pictures
 
 
 def test_the_state_of_a_real_step_is_the_adapters_alone_and_the_base_is_there_once():
