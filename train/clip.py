@@ -51,6 +51,7 @@ class Config(FitConfig):
         tokenizer: folder of the CLIP tokenizer.
         scenes: arguments of train.scenes.Scenes.
         arrangements: arrangements of the scenes, which take turns.
+        backgrounds_per_batch: number of backgrounds that the scenes of a batch share; 0: each has its own.
         blur: share of the training pictures that are blurred a little, as a decoder blurs.
         noise: largest standard deviation of the noise added to training pictures, in [0, 1].
         evaluate: do not train; print how well this encoder ("mini-clip", or a folder) tells fresh real scenes.
@@ -64,6 +65,7 @@ class Config(FitConfig):
     tokenizer: str = ""
     scenes: dict[str, Any] = dataclasses.field(default_factory=dict)
     arrangements: list[str] = dataclasses.field(default_factory=lambda: ["centred"])
+    backgrounds_per_batch: int = 0
     blur: float = 0.5
     noise: float = 0.03
     evaluate: str = ""
@@ -74,6 +76,8 @@ class Config(FitConfig):
         super().__post_init__()
         if not self.arrangements:
             raise InputError("arrangements: found none, expected some of centred, anywhere")
+        if self.backgrounds_per_batch < 0:
+            raise InputError(f"backgrounds_per_batch: found {self.backgrounds_per_batch}, expected 0 or more")
         if self.gradient_accumulation_steps > 1:
             raise InputError(
                 f"gradient_accumulation_steps: found {self.gradient_accumulation_steps}, expected 1: every picture is "
@@ -82,18 +86,50 @@ class Config(FitConfig):
 
 
 class InTurns:
-    """The scenes of several arrangements in turn."""
+    """The scenes of several arrangements in turn, a `BatchSource` in which each batch has but a few backgrounds.
+
+    A background is told at a glance; where most of a batch shares one, object and style must be told as well.
+    """
 
     def __init__(self, cfg: Config, seed: int, **shares: float) -> None:
         settings = {"styles": (*STYLES, HELD_OUT_STYLE), "split": "all", **cfg.scenes, "seed": seed, **shares}
         size = make_configs(cfg)[0].image_size
         self.parts = [Scenes(**{**settings, "size": size, "arrangement": a}) for a in cfg.arrangements]
+        self.backgrounds = cfg.backgrounds_per_batch
 
     def __len__(self) -> int:
         return len(self.parts[0])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.parts[index % len(self.parts)][index // len(self.parts)]
+        return self.scene(index)
+
+    def scene(self, index: int, background: str = "") -> dict[str, Any]:
+        """Return a scene, before another background if one is named."""
+        return self.parts[index % len(self.parts)].scene(index // len(self.parts), background)
+
+    def in_batches(self, batch_size: int, seed: int) -> Batches:
+        """Return the endless rows, every `batch_size` of them a batch; see `jaxmix.tuning.data.BatchSource`."""
+        return Batches(self, batch_size, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The rows of `InTurns` in the order of batches, each of few backgrounds."""
+
+    scenes: InTurns
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        count = self.scenes.backgrounds
+        if not count:
+            return self.scenes[index]
+        batch = np.random.Generator(np.random.Philox(key=[self.seed, index // self.batch_size]))
+        chosen = batch.choice(len(BACKGROUNDS), min(count, len(BACKGROUNDS)), replace=False)
+        return self.scenes.scene(index, BACKGROUNDS[chosen[index % len(chosen)]])
 
 
 def make_configs(cfg: Config) -> tuple[CLIPVisionConfig, CLIPTextConfig]:

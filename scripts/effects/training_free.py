@@ -11,28 +11,24 @@ and other baselines. Pictures are kept under `out`, so an interrupted run can be
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import jaxmix
 from jaxmix import command
 from jaxmix.types import InputError
 from scripts.effects import fusion, layouts, styles
 from scripts.effects.draw import digest
 from scripts.effects.measures import round_trip
 from scripts.effects.pictures import labelled_grid
-from scripts.effects.stats import paired
+from scripts.effects.studio import Studio, means, table
 from scripts.effects.vmix import load_model
 from train.scorer import load_scorer
 from train.segmenter import load_segmenter
 
 METHODS = ("dense", "aligned", "styleid", "fusion")
-Measured = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass
@@ -72,74 +68,12 @@ class Config:
             raise InputError("methods: found fusion, expected also --expert, the folder of a fine-tuned model")
 
 
-class Studio:
-    """Draw pictures batch by batch, keep them, and report progress."""
-
-    def __init__(self, cfg: Config, pipe: jaxmix.Pipeline) -> None:
-        self.cfg, self.pipe = cfg, pipe
-        self.folder = Path(cfg.out) / "drawn"
-        self._model = digest(pipe.params)
-
-    def draw(
-        self, key: Sequence[Any], n: int, some: Callable[[slice, list[int]], np.ndarray], a_batch: int
-    ) -> np.ndarray:
-        """Return uint8 pictures of n cases; ``some`` draws those of a slice with the given seeds of its images.
-
-        ``key`` names everything that the pictures depend on besides the model, the seeds and the steps: the first three
-        of it are shown.
-        """
-        settings = [*key, n, self._model, self.cfg.seed, self.pipe.default_steps]
-        name = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:24]
-        path = self.folder / f"{name}.npz"
-        if path.is_file():
-            with np.load(path) as kept:
-                return kept["images"]
-        parts = []
-        with command.progress(n, " ".join(str(x) for x in key[:3]), "cases") as bar:
-            for start in range(0, n, a_batch):
-                rows = slice(start, min(start + a_batch, n))
-                parts.append(some(rows, [self.cfg.seed + i for i in range(rows.start, rows.stop)]))
-                bar.update(rows.stop - rows.start)
-        images = np.concatenate(parts)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        with open(unfinished, "wb") as file:
-            np.savez_compressed(file, images=images)
-        unfinished.replace(path)
-        return images
-
-
-def table(title: str, found: Measured, base: str, units: Mapping[str, str]) -> str:
-    """Return a Markdown table: means, and in brackets the paired difference from `base` with half its interval."""
-    columns = list(next(iter(found.values())))
-    lines = [f"**{title}**", "", "| | " + " | ".join(f"{c}{units.get(c, '')}" for c in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for name, measures in found.items():
-        cells = []
-        for c in columns:
-            if np.isnan(measures[c]).all():
-                cells.append("")
-                continue
-            cell = f"{np.nanmean(measures[c]):.3f}"
-            if (
-                not np.isnan(found[base][c]).all()
-                and name != base
-                and not name.startswith("real")
-                and len(measures[c]) == len(found[base][c])
-            ):
-                effect = paired(measures[c], found[base][c])
-                cell += f" ({effect.mean:+.3f} ±{effect.half:.3f})"
-            cells.append(cell)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def dense(studio: Studio, judges: Any) -> dict[str, Any]:
+def dense(cfg: Config, studio: Studio, judges: Any) -> dict[str, Any]:
     """Measure layouts of two and of three objects, under captions that name their places and captions that do not.
 
     The ablations are for two objects under captions that do not: otherwise the words do nearly everything.
     """
-    cfg, pipe = studio.cfg, studio.pipe
+    pipe = studio.pipe
     segmenter, scorer = judges
     found: dict[str, Any] = {}
     for count, worded in ((2, False), (3, False), (2, True), (3, True)):
@@ -174,9 +108,9 @@ def _layout(case: layouts.Case) -> np.ndarray:
     return image
 
 
-def aligned(studio: Studio, judges: Any) -> dict[str, Any]:
+def aligned(cfg: Config, studio: Studio, judges: Any) -> dict[str, Any]:
     """Measure sets drawn in the style of their first image."""
-    cfg, pipe = studio.cfg, studio.pipe
+    pipe = studio.pipe
     some = styles.sets(cfg.cases, cfg.seed)
     drawn = {}
     for name, controls in styles.set_controls(pipe).items():
@@ -199,9 +133,9 @@ def aligned(studio: Studio, judges: Any) -> dict[str, Any]:
     return {"StyleAligned, sets of four": (measured, "plain prompts")}
 
 
-def styleid(studio: Studio, judges: Any) -> dict[str, Any]:
+def styleid(cfg: Config, studio: Studio, judges: Any) -> dict[str, Any]:
     """Measure real pictures redrawn in the style of others."""
-    cfg, pipe = studio.cfg, studio.pipe
+    pipe = studio.pipe
     segmenter, scorer = judges
     some = styles.pairs(cfg.cases, cfg.seed)
     mark = digest([some.content, some.style])
@@ -225,9 +159,9 @@ def styleid(studio: Studio, judges: Any) -> dict[str, Any]:
     return {"StyleID, real pictures": (measured, "content after the autoencoder")}
 
 
-def fuse(studio: Studio, judges: Any) -> dict[str, Any]:
+def fuse(cfg: Config, studio: Studio, judges: Any) -> dict[str, Any]:
     """Measure two models in one picture."""
-    cfg, pipe = studio.cfg, studio.pipe
+    pipe = studio.pipe
     expert = load_model(cfg.expert)
     some = fusion.fused(cfg.cases, cfg.seed)
     mark = [digest(expert.params), [(one.general, one.expert) for one in some]]
@@ -284,21 +218,15 @@ def main(cfg: Config) -> int:
     pipe = load_model(cfg.model)
     judges = load_segmenter(), load_scorer()
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    studio, found = Studio(cfg, pipe), {}
+    studio, found = Studio(Path(cfg.out), pipe, cfg.seed), {}
     for name in cfg.methods.split(","):
         if name == "fusion" and not cfg.expert:
             print("fusion: left out, --expert names no model", flush=True)
             continue
-        found |= RUN[name](studio, judges)
+        found |= RUN[name](cfg, studio, judges)
     text = "\n\n".join(table(title, measured, base, {}) for title, (measured, base) in found.items())
     print(text)
-    numbers = {
-        title: {
-            name: {k: float(np.nanmean(v)) for k, v in m.items() if not np.isnan(v).all()}
-            for name, m in measured.items()
-        }
-        for title, (measured, _) in found.items()
-    }
+    numbers = {title: means(measured) for title, (measured, _) in found.items()}
     out = Path(cfg.out)
     (out / "effects.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), **numbers}, indent=1) + "\n")
     (out / "effects.md").write_text(text + "\n", encoding="utf-8")

@@ -326,8 +326,13 @@ class Scenes:
         for none; `object_names`; `style`, `background`, indices, and their names; `relation` and `size_word`, possibly
         "", and `places`, possibly (), as in the caption; `count`, of objects.
         """
+        return self.scene(index)
+
+    def scene(self, index: int, background: str = "") -> dict[str, Any]:
+        """Return the scene of an index, before another background if one is named."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, int(index)]))
         plan = self.plan(rng)
+        plan = replace(plan, background=background or plan.background)
         said = rng.random() < self.label_words
         image, masks = self.render(plan, rng)
         content = self.caption(plan)
