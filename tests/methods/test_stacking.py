@@ -23,7 +23,11 @@ from jaxmix import (
     StyleAligned,
     StyleID,
 )
+from jaxmix.controls import ip_adapter
+from jaxmix.methods.ip_adapter import Embeddings
 from jaxmix.methods.style_id import style_id_sites
+from jaxmix.models.unet import subtree
+from jaxmix.pipeline.blocks import attn2_names
 from jaxmix.pipeline.job import denoise
 from jaxmix.testing import moved
 from jaxmix.tuning import lora
@@ -32,6 +36,7 @@ README = Path(__file__).parents[2] / "jaxmix" / "README.md"
 PROMPTS, SEEDS, STEPS = ["a red car on the snow", "a dog"], [1, 2], 2
 NAMES = [
     "VMix",
+    "IPAdapter",
     "LoRA",
     "DenseDiffusion",
     "PaintWithWords",
@@ -74,6 +79,11 @@ def pieces(one_level):
     factors = lora.init(jax.random.key(2), pipe.params["unet"], r"attn1\.to_q$|conv1$", 2, 2.0)
     factors = lora.with_alpha(moved(lora.without_alpha(factors), jax.random.key(3), 0.3), 2.0)
     learnt = jaxmix.LoRA({"unet": factors})
+    width = pipe.unet.config.cross_attention_dim
+    kernels = {name: subtree(pipe.params["unet"], name) for name in attn2_names(pipe)}
+    layers = {name: {x: {"kernel": kernels[name][x]["kernel"]} for x in ("to_k", "to_v")} for name in kernels}
+    seer = jaxmix.IPAdapter("base", ip_adapter.init_projection(jax.random.key(5), "base", 6, width), layers)
+    seen = [Embeddings(np.full((1, 6), x, "f4"), np.zeros(6, "f4")) for x in (0.7, -0.4)]
     left = np.pad(np.ones((16, 8), bool), ((0, 0), (0, 8)))
     layout = [[Segment("a red car", left), Segment("the snow", ~left)], [Segment("a dog", left)]]
     pictures = np.random.default_rng(4).integers(0, 255, (2, 16, 16, 3), np.uint8)
@@ -81,6 +91,7 @@ def pieces(one_level):
     style = {"found": found, "pairs": [(0, 1), (1, 0)], "pairing": "diffusers", "adain": False, "guided": True}
     return found.noise, {
         "VMix": lambda s: mixer.on("all", s),
+        "IPAdapter": lambda s: seer.on(seen, s),
         "LoRA": lambda s: learnt.on(s),
         "DenseDiffusion": lambda s: DenseDiffusion(layout, cross=s, self_=0.3 * s, splice=False),
         "PaintWithWords": lambda s: PaintWithWords(layout, weight=0.4 * s),
