@@ -8,6 +8,7 @@ from jaxmix.methods.lora import LoRA, apply_loras
 from jaxmix.methods.magic_fusion import MagicFusion
 from jaxmix.methods.paint_with_words import PaintWithWords
 from jaxmix.methods.structured_diffusion import StructuredDiffusion
+from jaxmix.methods.style_adapter import StyleAdapter
 from jaxmix.methods.style_aligned import StyleAligned, style_aligned
 from jaxmix.methods.style_id import StyleID, style_id
 from jaxmix.methods.vmix import VMix
@@ -49,6 +50,7 @@ __all__ = [
     "Site",
     "Sizes",
     "StructuredDiffusion",
+    "StyleAdapter",
     "StyleAligned",
     "StyleID",
     "Text",

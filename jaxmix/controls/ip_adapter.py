@@ -25,13 +25,13 @@ from jaxtyping import Float
 
 from jaxmix import kernels
 from jaxmix.control import KV, QKV, Control, Site
+from jaxmix.controls.networks import dense, norm
 from jaxmix.rows import dataclass, gate, like, per_row
 from jaxmix.types import AnyArray, Array, InputError, Params
 
 ATTN2 = r"\.attn2$"
 KINDS = ("base", "plus", "full")
 _HEAD = 64  # channels of each head of the resampler
-_EPS = 1e-5
 
 
 @dataclass
@@ -139,38 +139,38 @@ def init_projection(key: Array, kind: str, width: int, context: int, tokens: int
     """
     keys = iter(jax.random.split(key, 64))
 
-    def dense(i: int, o: int, bias: bool = True) -> dict[str, Any]:
+    def linear(i: int, o: int, bias: bool = True) -> dict[str, Any]:
         bound = i**-0.5
         made = {"kernel": jax.random.uniform(next(keys), (i, o), jnp.float32, -bound, bound)}
         return {**made, "bias": jax.random.uniform(next(keys), (o,), jnp.float32, -bound, bound)} if bias else made
 
-    def norm(n: int) -> dict[str, Any]:
+    def layer_norm(n: int) -> dict[str, Any]:
         return {"scale": jnp.ones(n), "bias": jnp.zeros(n)}
 
     if kind == "base":
-        return {"proj": dense(width, (tokens or 4) * context), "norm": norm(context)}
+        return {"proj": linear(width, (tokens or 4) * context), "norm": layer_norm(context)}
     if kind == "full":
-        return {"proj.0": dense(width, width), "proj.2": dense(width, context), "proj.3": norm(context)}
+        return {"proj.0": linear(width, width), "proj.2": linear(width, context), "proj.3": layer_norm(context)}
     inner = context if context < 1280 else 1280  # as in the published ones
     inner = -(-inner // _HEAD) * _HEAD
     made = {
         "latents": jax.random.normal(next(keys), (1, tokens or 16, inner)) * inner**-0.5,
-        "proj_in": dense(width, inner),
-        "proj_out": dense(inner, context),
-        "norm_out": norm(context),
+        "proj_in": linear(width, inner),
+        "proj_out": linear(inner, context),
+        "norm_out": layer_norm(context),
     }
     for i in range(4):
         made[f"layers.{i}.0"] = {
-            "norm1": norm(inner),
-            "norm2": norm(inner),
-            "to_q": dense(inner, inner, False),
-            "to_kv": dense(inner, 2 * inner, False),
-            "to_out": dense(inner, inner, False),
+            "norm1": layer_norm(inner),
+            "norm2": layer_norm(inner),
+            "to_q": linear(inner, inner, False),
+            "to_kv": linear(inner, 2 * inner, False),
+            "to_out": linear(inner, inner, False),
         }
         made[f"layers.{i}.1"] = {
-            "0": norm(inner),
-            "1": dense(inner, 4 * inner, False),
-            "3": dense(4 * inner, inner, False),
+            "0": layer_norm(inner),
+            "1": linear(inner, 4 * inner, False),
+            "3": linear(4 * inner, inner, False),
         }
     return made
 
@@ -191,36 +191,25 @@ def widths(kind: str, params: Params) -> tuple[int, int]:
     return params["proj.0"]["kernel"].shape[0], params["proj.2"]["kernel"].shape[1]
 
 
-def _dense(params: Params, x: Array) -> Array:
-    y = x @ params["kernel"].astype(x.dtype)
-    return y + params["bias"].astype(x.dtype) if "bias" in params else y
-
-
-def _norm(params: Params, x: Array) -> Array:
-    y = x.astype(jnp.float32)
-    y = (y - y.mean(-1, keepdims=True)) * jax.lax.rsqrt(y.var(-1, keepdims=True) + _EPS)
-    return (y * params["scale"] + params["bias"]).astype(x.dtype)
-
-
 def _base(params: Params, embedding: Float[Array, "b p"]) -> Float[Array, "b t c"]:
     width = params["norm"]["scale"].shape[0]
-    return _norm(params["norm"], _dense(params["proj"], embedding).reshape(embedding.shape[0], -1, width))
+    return norm(params["norm"], dense(params["proj"], embedding).reshape(embedding.shape[0], -1, width))
 
 
 def _full(params: Params, states: Float[Array, "b s d"]) -> Float[Array, "b s c"]:
-    x = jax.nn.gelu(_dense(params["proj.0"], states), approximate=False)
-    return _norm(params["proj.3"], _dense(params["proj.2"], x))
+    x = jax.nn.gelu(dense(params["proj.0"], states), approximate=False)
+    return norm(params["proj.3"], dense(params["proj.2"], x))
 
 
 def _plus(params: Params, states: Float[Array, "b s d"]) -> Float[Array, "b t c"]:
-    x = _dense(params["proj_in"], states)
+    x = dense(params["proj_in"], states)
     latents = jnp.broadcast_to(params["latents"].astype(x.dtype), (x.shape[0], *params["latents"].shape[1:]))
     for i in range(depth(params)):
         latents = latents + _perceive(params[f"layers.{i}.0"], x, latents)
-        y = _norm(params[f"layers.{i}.1"]["0"], latents)
-        y = jax.nn.gelu(_dense(params[f"layers.{i}.1"]["1"], y), approximate=False)
-        latents = latents + _dense(params[f"layers.{i}.1"]["3"], y)
-    return _norm(params["norm_out"], _dense(params["proj_out"], latents))
+        y = norm(params[f"layers.{i}.1"]["0"], latents)
+        y = jax.nn.gelu(dense(params[f"layers.{i}.1"]["1"], y), approximate=False)
+        latents = latents + dense(params[f"layers.{i}.1"]["3"], y)
+    return norm(params["norm_out"], dense(params["proj_out"], latents))
 
 
 def depth(params: Params) -> int:
@@ -230,11 +219,11 @@ def depth(params: Params) -> int:
 
 def _perceive(params: Params, x: Array, latents: Array) -> Array:
     """Let the latents attend to the states and to themselves."""
-    x, q = _norm(params["norm1"], x), _norm(params["norm2"], latents)
-    k, v = jnp.split(_dense(params["to_kv"], jnp.concatenate([x, q], 1)), 2, axis=-1)
-    q, k, v = (y.reshape(*y.shape[:2], -1, _HEAD) for y in (_dense(params["to_q"], q), k, v))
+    x, q = norm(params["norm1"], x), norm(params["norm2"], latents)
+    k, v = jnp.split(dense(params["to_kv"], jnp.concatenate([x, q], 1)), 2, axis=-1)
+    q, k, v = (y.reshape(*y.shape[:2], -1, _HEAD) for y in (dense(params["to_q"], q), k, v))
     o = kernels.plain(q, k, v)
-    return _dense(params["to_out"], o.reshape(*o.shape[:2], -1))
+    return dense(params["to_out"], o.reshape(*o.shape[:2], -1))
 
 
 # Masks --------------------------------------------------------------------------------------------------------------

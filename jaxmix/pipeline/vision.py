@@ -151,3 +151,12 @@ def as_mask(given: Any, size: tuple[int, int], where: str) -> np.ndarray:
         resized = Image.fromarray(np.asarray(grey, np.uint8)).resize((size[1], size[0]), Image.Resampling.LANCZOS)
         grey = np.asarray(resized)
     return (np.asarray(grey, np.float32) / 255 >= 0.5).astype(np.float32)
+
+
+def shuffled(pixels: np.ndarray, patch: int, rng: np.random.Generator) -> np.ndarray:
+    """Return pixels (size, size, c) with their patches in a random order: what an encoder sees without a layout."""
+    size, _, c = pixels.shape
+    k = size // patch
+    patches = pixels.reshape(k, patch, k, patch, c).swapaxes(1, 2).reshape(k * k, patch, patch, c)
+    mixed = patches[rng.permutation(k * k)].reshape(k, k, patch, patch, c)
+    return mixed.swapaxes(1, 2).reshape(size, size, c)
