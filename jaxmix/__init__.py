@@ -4,6 +4,7 @@ from jaxmix.control import KV, QKV, Control, Moments, Site
 from jaxmix.methods.composable import ComposableDiffusion, split_and
 from jaxmix.methods.dense_diffusion import DenseDiffusion, dense_diffusion
 from jaxmix.methods.ip_adapter import IPAdapter
+from jaxmix.methods.layer_prompts import LayerPrompts
 from jaxmix.methods.lora import LoRA, apply_loras
 from jaxmix.methods.magic_fusion import MagicFusion
 from jaxmix.methods.paint_with_words import PaintWithWords
@@ -38,6 +39,7 @@ __all__ = [
     "InputError",
     "Inverted",
     "LatentEdit",
+    "LayerPrompts",
     "LoRA",
     "MagicFusion",
     "Method",

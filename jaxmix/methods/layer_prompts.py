@@ -1,0 +1,106 @@
+"""A prompt per layer (P+, arXiv 2303.09522) as a method: patterns of layers and their prompts in, a control out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmix.controls import layer_prompts as maths
+from jaxmix.pipeline.blocks import at_sites, attn2_names
+from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.request import Method, Request
+from jaxmix.pipeline.text import encode_prompts
+from jaxmix.types import InputError, shown
+
+PLUS = (*(f"IN{i:02d}" for i in (1, 2, 4, 5, 7, 8)), "MID", *(f"OUT{i:02d}" for i in range(3, 12)))
+"""What files of P+ call the 16 layers of Stable Diffusion 1 and 2, in the order in which they run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPrompts(Method):
+    """Give layers prompts of their own; see `jaxmix.controls.layer_prompts`.
+
+    ``prompts`` has for each image a mapping from layers to a prompt, {} for none: {"up_blocks.1": "an ink drawing"}.
+    Layers are named by a regular expression over the names of attn2, by "style" or "layout" (`jaxmix.IPAdapter.on`), or
+    as P+ does ("IN01" ... "MID" ... "OUT11", in models with these 16); of several that name a layer the last counts.
+    All other layers attend to the image's own prompt. SDXL's pooled state stays that of the image's own prompt.
+    ``window`` is the share of the steps with layer prompts.
+    """
+
+    prompts: Sequence[Mapping[str, str]]
+    window: tuple[float, float] = (0.0, 1.0)
+
+    title: ClassVar[str] = "LayerPrompts"
+    per_image: ClassVar[tuple[str, ...]] = ("prompts",)
+
+    def check(self, pipe: Pipeline, request: Request) -> None:
+        """Refuse lists of other lengths, patterns that name nothing, and prompts that are no text."""
+        if isinstance(self.prompts, (str, Mapping)) or len(self.prompts) != request.n:
+            raise InputError(
+                f"LayerPrompts: prompts: found {shown(self.prompts)}, expected a mapping of layers for each of "
+                f"{request.n} images"
+            )
+        super().check(pipe, request)
+        for i, told in enumerate(self.prompts):
+            _by_layer(pipe, told, f"LayerPrompts: prompts[{i}]")
+
+    def sketch(self, pipe: Pipeline, request: Request) -> Request:
+        """Add the control with states of zeros."""
+        told = [_by_layer(pipe, x, "LayerPrompts") for x in self.prompts]
+        shape = (request.n, self._count(told), pipe.text_length, pipe.unet.config.cross_attention_dim)
+        return self._add(pipe, request, told, np.zeros(shape, np.float32))
+
+    def apply(self, pipe: Pipeline, request: Request) -> Request:
+        """Add the control with the states of the layer prompts."""
+        told = [_by_layer(pipe, x, "LayerPrompts") for x in self.prompts]
+        distinct = list(dict.fromkeys(prompt for layers in told for prompt in layers.values()))
+        if not distinct:
+            return request
+        encoded = np.asarray(encode_prompts(pipe, distinct).context.astype(jnp.float32))
+        states = np.zeros((request.n, self._count(told), *encoded.shape[1:]), np.float32)
+        for i, layers in enumerate(told):
+            for k, prompt in enumerate(dict.fromkeys(layers.values())):
+                states[i, k] = encoded[distinct.index(prompt)]
+        return self._add(pipe, request, told, states)
+
+    def _count(self, told: Sequence[Mapping[str, str]]) -> int:
+        return max((len(set(layers.values())) for layers in told), default=0)
+
+    def _add(self, pipe: Pipeline, request: Request, told: Sequence[Mapping[str, str]], states: np.ndarray) -> Request:
+        """Add the control for prompts by layer; a layer prompt that is the image's own is no other one."""
+        named = [name for name in attn2_names(pipe) if any(name in layers for layers in told)]
+        if not named:
+            return request
+        which = {name: np.zeros(request.n, np.int32) for name in named}
+        for i, (layers, own) in enumerate(zip(told, request.prompts, strict=True)):
+            numbers = {prompt: k + 1 for k, prompt in enumerate(dict.fromkeys(layers.values()))}
+            for name, prompt in layers.items():
+                which[name][i] = 0 if prompt == own else numbers[prompt]
+        return request.add(controls=(maths.bind(states, which, window=self.window),))
+
+
+def _by_layer(pipe: Pipeline, told: Mapping[str, str], where: str) -> dict[str, str]:
+    """Return the prompt of each attn2 that has one of its own."""
+    if not isinstance(told, Mapping):
+        raise InputError(f"{where}: found {shown(told)}, expected a mapping from layers to prompts")
+    names = sorted(attn2_names(pipe), key=_execution)
+    plus = dict(zip(PLUS, names, strict=True)) if len(names) == len(PLUS) else {}
+    made: dict[str, str] = {}
+    for pattern, prompt in told.items():
+        if not isinstance(prompt, str):
+            raise InputError(f"{where}: {shown(pattern)}: found {shown(prompt)}, expected a prompt")
+        try:
+            found = [plus[pattern]] if pattern in plus else list(at_sites(pipe, pattern))
+        except InputError as error:
+            raise InputError(f"{where}: {str(error).removeprefix('blocks: ')}") from None
+        made |= dict.fromkeys(found, prompt)
+    return made
+
+
+def _execution(name: str) -> int:
+    """Return what sorts names of attn2, whose order is that of diffusers, in the order in which they run."""
+    return ("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0])
