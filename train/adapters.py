@@ -13,6 +13,7 @@ import numpy as np
 import jaxmix
 from jaxmix import command
 from jaxmix.pipeline.pipeline import Pipeline
+from jaxmix.pipeline.vision import as_picture
 from jaxmix.tuning.data import BatchSource, Source, iterate, make_dataset
 from jaxmix.tuning.fit import Hook, fit
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
@@ -84,6 +85,27 @@ def make_captioned(
         return {**made, "dropped": np.float32(dropped), "id": source["id"]}
 
     return captioned
+
+
+def check_validation_images(cfg: Any) -> None:
+    """Refuse validation pictures that cannot be read, or of another number than the prompts that they go with."""
+    wanted = len(cfg.validation_prompts) if cfg.validation_steps and not cfg.scenes else 0
+    if len(cfg.validation_images) != wanted and (cfg.validation_images or wanted):
+        raise InputError(
+            f"validation_images: found {len(cfg.validation_images)}, expected one for each of {wanted} "
+            "validation_prompts, and none with scenes or without validation_steps"
+        )
+    for i, path in enumerate(cfg.validation_images):
+        as_picture(path, f"validation_images[{i}]")
+
+
+def left_out(drawn: float, first: float, caption: float, both: float) -> tuple[bool, bool]:
+    """Return whether a row does without what an adapter sees, and without its caption, from one number in [0, 1).
+
+    The shares are those of rows without the first, without the caption, and without either.
+    """
+    neither = first + caption <= drawn < first + caption + both
+    return drawn < first or neither, first <= drawn < first + caption or neither
 
 
 def check_scenes(pipe: Pipeline) -> None:

@@ -30,6 +30,13 @@ def make_grid(images: np.ndarray, columns: int, enlarge: int = 1, titles: Sequen
     return np.concatenate([np.asarray(strip), sheet])
 
 
+def fitted(image: np.ndarray, side: Sequence[int]) -> np.ndarray:
+    """Return a picture uint8 (H, W, 3) at another height and width."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize((side[1], side[0]), Image.Resampling.BICUBIC))
+
+
 def save_grid(path: str | Path, images: np.ndarray, columns: int, enlarge: int = 1, titles: Sequence[str] = ()) -> Path:
     """Write `make_grid` of the same arguments as a PNG and return the path."""
     from PIL import Image

@@ -29,7 +29,9 @@ from jaxmix.types import InputError
 from train.adapters import (
     AdapterConfig,
     check_scenes,
+    check_validation_images,
     freeze,
+    left_out,
     make_captioned,
     on_host,
     open_base,
@@ -39,7 +41,7 @@ from train.adapters import (
 from train.data import LatentCache, make_look
 from train.data.cache import SEEN
 from train.diffusion import make_tokenize
-from train.grid import make_grid
+from train.grid import fitted, make_grid
 from train.scenes import Scenes
 
 FILE = "ip_adapter.safetensors"
@@ -83,14 +85,7 @@ class Config(AdapterConfig):
             raise InputError(f"tokens: found {self.tokens} for {self.kind}, expected null, or base or plus")
         if self.image_dropout_rate + self.caption_dropout_rate + self.both_dropout_rate > 1:
             raise InputError("image_dropout_rate, caption_dropout_rate, both_dropout_rate: found a sum above 1")
-        wanted = len(self.validation_prompts) if self.validation_steps and not self.scenes else 0
-        if len(self.validation_images) != wanted and (self.validation_images or wanted):
-            raise InputError(
-                f"validation_images: found {len(self.validation_images)}, expected one for each of {wanted} "
-                "validation_prompts, and none with scenes or without validation_steps"
-            )
-        for i, path in enumerate(self.validation_images):
-            as_picture(path, f"validation_images[{i}]")
+        check_validation_images(self)
 
 
 class SeenScenes:
@@ -136,13 +131,10 @@ def make_rows(
     seen = SEEN[0] if cfg.kind == "base" else SEEN[1]
 
     def row(source: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        drawn = rng.random()
-        no_picture = drawn < cfg.image_dropout_rate
-        no_caption = not no_picture and drawn < cfg.image_dropout_rate + cfg.caption_dropout_rate
-        rest = cfg.image_dropout_rate + cfg.caption_dropout_rate
-        neither = rest <= drawn < rest + cfg.both_dropout_rate
+        shares = (cfg.image_dropout_rate, cfg.caption_dropout_rate, cfg.both_dropout_rate)
+        unseen, dropped = left_out(rng.random(), *shares)
         picture = {"seen": source[seen]} if seen in source else {"pixels": source["pixels"]}
-        return {**captioned(source, no_caption or neither), **picture, "unseen": np.float32(no_picture or neither)}
+        return {**captioned(source, dropped), **picture, "unseen": np.float32(unseen)}
 
     return row
 
@@ -230,15 +222,9 @@ def draw_grid(pipe: Pipeline, adapter: IPAdapter, cfg: Config, shown: Sequence[n
         look = adapter.on([[x] for x in shown], scale)
         columns[title] = pipe.generate(list(texts), range(n), methods=(look,), **options)
     side = next(iter(columns.values())).shape[1:3]
-    columns = {"follows": np.stack([_fitted(x, side) for x in shown]), **columns}
+    columns = {"follows": np.stack([fitted(x, side) for x in shown]), **columns}
     whole = np.stack(list(columns.values()), 1)
     return make_grid(whole.reshape(-1, *whole.shape[2:]), len(columns), max(1, 128 // side[0]), list(columns))
-
-
-def _fitted(image: np.ndarray, side: Sequence[int]) -> np.ndarray:
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(image).resize((side[1], side[0]), Image.Resampling.BICUBIC))
 
 
 def main(cfg: Config) -> int:
