@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.types import InputError
+from jaxmix.weights.identity import config_digest, weights_digest
 from train.data.buckets import PictureConfig, Size
 from train.data.order import Stream
 
@@ -24,8 +22,6 @@ EMPTY = "empty.safetensors"
 FORMAT = "jaxmix latents"
 VERSION = 1
 _META = "meta"  # the entry of a record that holds its id and labels, as JSON in bytes
-_WITHOUT_EFFECT = ("_class_name", "_diffusers_version", "architectures", "model_type", "sample_size", "force_upcast")
-_LEADING = 4096  # values of each tensor that enter the digest of the weights
 
 
 def identify(pipe: Pipeline) -> dict[str, str]:
@@ -38,19 +34,8 @@ def identify(pipe: Pipeline) -> dict[str, str]:
     for part in ("vae", "text_encoder", "text_encoder_2"):
         if (module := getattr(pipe, part)) is None:
             continue
-        config = {key: value for key, value in module.config.to_dict().items() if key not in _WITHOUT_EFFECT}
-        found[f"{part}.config"] = _digest([json.dumps(config, sort_keys=True).encode()])
-        paths = [
-            (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(pipe.params[part])
-        ]
-        kept = [(path, leaf) for path, leaf in paths if part != "vae" or "decoder" not in path]
-        values = jax.device_get(_leading([leaf for _, leaf in kept]))
-        found[f"{part}.weights"] = _digest(
-            [
-                f"{path} {leaf.shape}".encode() + value.tobytes()
-                for (path, leaf), value in zip(kept, values, strict=True)
-            ]
-        )
+        found[f"{part}.config"] = config_digest(module.config.to_dict())
+        found[f"{part}.weights"] = weights_digest(pipe.params[part], "decoder" if part == "vae" else None)
     return found
 
 
@@ -213,12 +198,3 @@ class LatentCache:
                     f"{self.folder}: made with another {key}: found {getattr(self.index, key)}, "
                     f"expected {getattr(cfg, key)}"
                 )
-
-
-@jax.jit
-def _leading(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [leaf.reshape(-1)[:_LEADING].astype(jnp.bfloat16) for leaf in leaves]
-
-
-def _digest(parts: Sequence[bytes]) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
