@@ -11,10 +11,14 @@ from safetensors.numpy import save_file
 import jaxmix
 from infer.flags import Config
 from infer.generate import main
+from infer.methods.image_prompt import ImagePrompt
+from infer.methods.method import BatchRows
 from infer.png import read_settings
+from infer.rows import Defaults, rows_of_objects
 from jaxmix.command import run
 from jaxmix.models import CLIPVisionConfig, CLIPVisionModel
 from jaxmix.testing import random_params
+from jaxmix.types import InputError
 from jaxmix.weights import save_tree, write_config
 from tests.jobs import only
 from tests.methods.test_ip_adapter import VISION, tensors
@@ -77,9 +81,9 @@ def followed(files, tmp_path_factory):
 
 def test_rows_follow_their_pictures_and_scale_0_is_the_model_itself(files, followed, tmp_path):
     _, found, out = followed
-    more = drawn(files, tmp_path / "b", [{}, {"ip_image": str(files / "0.png"), "ip_mask": str(files / "nowhere.png")}])
-    np.testing.assert_array_equal(found[2], more[0])
-    np.testing.assert_array_equal(found[2], more[1])  # a mask that shows the picture nowhere
+    nowhere = {"ip_image": str(files / "0.png"), "ip_mask": str(files / "nowhere.png")}  # a mask that is all black
+    more = drawn(files, tmp_path / "b", [{}] * 4 + [nowhere] * 4)  # as many as share programs with the others
+    assert all(np.array_equal(found[2], x) for x in more)
     assert all(np.abs(a - b).max() > 0 for i, a in enumerate(found) for b in found[:i])
     settings = read_settings(only(out, "0000_seed0.png"))
     assert settings["ip_image"] == [str(files / "0.png")]
@@ -97,6 +101,28 @@ def test_what_is_seen_is_kept_and_then_needs_no_encoder(files, followed, tmp_pat
     again = drawn(files, tmp_path / "b", rows, image_embeds=str(kept), image_encoder=None)
     np.testing.assert_array_equal(again, expected)
     assert "encode:" not in capsys.readouterr().err
+
+
+def test_rows_say_in_which_steps_their_pictures_are_seen(files, one_level, tmp_path):
+    one = {"prompt": "a cat", "ip_image": str(files / "0.png")}
+    windows = ["0,0.5", [0, 0.5], "[0, 0.5]", None, (0.5, 1)]
+    method = ImagePrompt(flags(files, tmp_path / "a", ip_window="0.25,1"))
+    method.open(one_level)
+    rows, bad = rows_of_objects([("a row", one | {"ip_window": x}) for x in windows], Defaults(steps=4), method.fields)
+    assert not bad
+    looks = [method.build(one_level, BatchRows([method.complete(row, one_level)], draft=True))[0] for row in rows]
+    assert [look.window for look in looks] == [(0, 0.5)] * 3 + [(0.25, 1), (0.5, 1)]
+    assert len({method.program_key([row]) for row in rows}) == 3
+    assert method.fields["ip_window"].stored(rows[0]["ip_window"]) == [0, 0.5]
+    with pytest.raises(InputError, match="several numbers of pictures, blocks or windows in one group"):
+        method.program_key(rows)
+    assert method.plan(rows[3]) == "ip-adapter ip.safetensors:0.9 from 0.25 to 1 of the steps"
+    (short,), _ = rows_of_objects([("a row", one | {"ip_window": [0, 0.1]})], Defaults(steps=4), method.fields)
+    with pytest.raises(InputError, match=r"^ip_window: found 0 to 0\.1, none of 4 steps, expected at least one$"):
+        method.complete(short, one_level)
+    for wrong in ("0.5,0.2", "0.5", "half", "0,1,1", "-1,1", "0,nan", "0,true", 7, [0, "x"], {"a": 1}):
+        _, (row,) = rows_of_objects([("a row", one | {"ip_window": wrong})], Defaults(), method.fields)
+        assert row.reason.endswith("expected two numbers START,END with 0 <= START < END <= 1")
 
 
 @pytest.mark.parametrize("prompt", ["", None])
@@ -132,6 +158,8 @@ def test_a_flag_is_enough_without_a_prompt(files, tmp_path, prompt):
             [*SEEN, "others", "--image-encoder", "clip", "--ip-image", "0.png"],
             "others/none.safetensors: made by another image encoder: weights: found",
         ),
+        (["--ip-window", "0.5,0.2"], "--ip-window: found '0.5,0.2', expected two numbers START,END"),
+        (["--ip-window", "0,0.5"], "--ip-window: found '0,0.5' without 'ip_image' in any row"),
         (["--ip-image", "nowhere"], "--ip-image: no such file: nowhere"),
         (
             ["--ip-adapter", "ip.safetensors", "--image-encoder", "clip", "--ip-image", "0.png", "--ip-blocks", "x"],
