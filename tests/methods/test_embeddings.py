@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxmix import EmbeddingFolder, Embeddings, ImageEncoder, InputError, IPAdapter, Request
+from jaxmix import EmbeddingFolder, Embeddings, ImageEncoder, InputError, Request
 from jaxmix.models import CLIPVisionConfig, CLIPVisionModel
 from jaxmix.testing import random_params
-from tests.methods.test_ip_adapter import VISION, picture
+from tests.methods.test_ip_adapter import VISION, picture, random_adapter
 
 
 def encoder_of(seed=0, **changes):
@@ -24,12 +24,12 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def base(one_level, encoder):
-    return IPAdapter.init(jax.random.key(1), one_level, encoder)
+    return random_adapter(one_level, encoder)
 
 
 @pytest.fixture(scope="module")
 def plus(one_level, encoder):
-    return IPAdapter.init(jax.random.key(1), one_level, encoder, "plus")
+    return random_adapter(one_level, encoder, "plus")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +20,7 @@ from jaxmix.testing import random_params
 from jaxmix.types import InputError
 from jaxmix.weights import save_tree, write_config
 from tests.jobs import only
-from tests.methods.test_ip_adapter import VISION, tensors
+from tests.methods.test_ip_adapter import VISION, random_adapter, tensors
 
 SEEN = ["--ip-adapter", "ip.safetensors", "--image-embeds"]
 
@@ -44,7 +43,7 @@ def files(one_level, tmp_path_factory):
     encoder, other = (jaxmix.ImageEncoder(model, random_params(model.abstract_params(), seed)) for seed in range(2))
     save_tree(encoder.params, path / "clip" / "model.safetensors")
     write_config(model.config.to_dict(), path / "clip" / "config.json")
-    adapter = jaxmix.IPAdapter.init(jax.random.key(1), one_level, encoder)
+    adapter = random_adapter(one_level, encoder)
     save_file(tensors(one_level, adapter), path / "ip.safetensors")
     for i in range(2):
         picture = np.random.default_rng(i).integers(0, 256, (300, 200, 3), np.uint8)
