@@ -142,6 +142,7 @@ def draw(
                 return 2 if bad else 0
             for failed in bad:
                 manifest.add_error(failed.number, failed.where, failed.reason)
+            methods.begin(pipe, todo)
             drawing = Drawing(pipe, mesh, config.tile, methods, folder.path, manifest, cuts, common)
             interrupted = drawing.run(batches, len(todo), clock)
     bad = sorted([*bad, *drawing.failed], key=lambda row: row.number)

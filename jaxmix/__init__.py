@@ -13,6 +13,7 @@ from jaxmix.methods.style_adapter import StyleAdapter
 from jaxmix.methods.style_aligned import StyleAligned, style_aligned
 from jaxmix.methods.style_id import StyleID, style_id
 from jaxmix.methods.vmix import VMix
+from jaxmix.pipeline.embedded import EmbeddingFolder, Embeddings
 from jaxmix.pipeline.inverted import Inverted, hold
 from jaxmix.pipeline.layouts import Segment
 from jaxmix.pipeline.loading import from_flax, load
@@ -33,6 +34,8 @@ __all__ = [
     "ComposableDiffusion",
     "Control",
     "DenseDiffusion",
+    "EmbeddingFolder",
+    "Embeddings",
     "Guidance",
     "IPAdapter",
     "ImageEncoder",

@@ -178,7 +178,7 @@ class Encoder:
     def look(self, pixels: Sequence[Any]) -> dict[str, np.ndarray]:
         """Return what the image encoder sees, {"clip_projected" (n, p)[, "clip_penultimate" (n, s, d)]} float16."""
         assert self.image_encoder is not None
-        states = self.image_encoder(np.stack(padded(pixels, self.size)))
+        states = self.image_encoder.at_once(np.stack(padded(pixels, self.size)))
         found = dict(zip(SEEN, (states.projected, states.penultimate if self.image_states else None), strict=True))
         return {name: np.asarray(x, np.float16) for name, x in found.items() if x is not None}
 
@@ -320,9 +320,7 @@ def finish(
 
     empty = {key: np.ascontiguousarray(x[0]) for key, x in encode_texts(encode.pipe, [""]).items()}
     if encode.image_states and encode.image_encoder is not None:
-        side = encode.image_encoder.model.config.image_size
-        grey = encode.look([np.zeros((side, side, 3), np.float32)])  # grey, after CLIP's normalisation
-        empty[SEEN[1]] = np.ascontiguousarray(grey[SEEN[1]][0])
+        empty[SEEN[1]] = np.asarray(encode.image_encoder.none.penultimate[0], np.float16)
     temporary = folder / f".{EMPTY}.{os.getpid()}.tmp"
     temporary.write_bytes(save(empty))
     os.replace(temporary, folder / EMPTY)

@@ -154,9 +154,7 @@ def freeze_encoder(encoder: jaxmix.ImageEncoder, rows: Any, cfg: Config) -> dict
     cached = isinstance(rows, LatentCache)
     frozen: dict[str, Any] = {} if cached else {"image_encoder": encoder.params}
     if cfg.kind != "base":
-        side = encoder.model.config.image_size
-        grey = rows.empty[SEEN[1]] if cached else encoder(np.zeros((1, side, side, 3), np.float32)).penultimate[0]
-        frozen["grey"] = jnp.asarray(grey)
+        frozen["grey"] = jnp.asarray(rows.empty[SEEN[1]] if cached else encoder.none.penultimate[0])
     return frozen
 
 

@@ -128,6 +128,9 @@ class Method:
         """Return the plan's description of the method for a bucket that contains `row`."""
         return self.name
 
+    def begin(self, pipe: Any, rows: Sequence[Row]) -> None:
+        """Make what rows of the method that are about to be drawn have in common, once for the job."""
+
     def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the `jaxmix.Method`s for rows, which must leave alone rows of a group that do not have this method.
 

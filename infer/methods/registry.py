@@ -248,6 +248,12 @@ class Methods:
         """Return the rows that are drawn together with a row, itself included."""
         return self._grouped.get(row, (row,))
 
+    def begin(self, pipe: Any, rows: Sequence[Row]) -> None:
+        """Let each method prepare for those of the rows, about to be drawn, that are its own."""
+        for method in self.all:
+            if mine := [row for row in rows if method in self.of(row)]:
+                method.begin(pipe, mine)
+
     def undone(self, rows: Sequence[Row], done: Sequence[bool]) -> list[Row]:
         """Return the rows still to draw, given which are `done`; groups are drawn whole."""
         missing = {other for row, there in zip(rows, done, strict=True) if not there for other in self.members(row)}

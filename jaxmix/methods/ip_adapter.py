@@ -16,6 +16,7 @@ from jaxmix.cards import Card, weights
 from jaxmix.controls import ip_adapter as maths
 from jaxmix.models.unet import sites, subtree
 from jaxmix.pipeline.blocks import Blocks, at_sites, attn2_names
+from jaxmix.pipeline.embedded import Embeddings, Takes
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.references import One, name_of, per_image, several
 from jaxmix.pipeline.request import Method, Request, is_list
@@ -29,17 +30,6 @@ EMBEDDED = {name: ASSETS / name / "ip_adapter.safetensors" for name in ("mini-ip
 """Adapters that come with the package, by name; their image encoder is "mini-clip"."""
 
 _ENCODERS = {1024: "ViT-H/14", 1280: "ViT-bigG/14", 768: "ViT-L/14"}  # by the width of the projection
-
-
-@dataclasses.dataclass(frozen=True)
-class Embeddings:
-    """Pictures as CLIP sees them: ``shown`` (n, ...) for n pictures, ``none`` (...) for no picture.
-
-    "base" adapters take the projection (p,), others the states before the last layer (s, d).
-    """
-
-    shown: np.ndarray
-    none: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -131,13 +121,13 @@ class IPAdapter(Card):
                 "another base?"
             )
         if self.image_encoder is not None:
-            self._check_encoder(self.image_encoder)
+            self.takes.check(self.image_encoder)
 
-    def _check_encoder(self, encoder: ImageEncoder) -> None:
-        cfg, (wanted, _) = encoder.model.config, maths.widths(self.kind, self.projection)
-        found = (cfg.projection_dim if cfg.projection else 0) if self.kind == "base" else cfg.hidden_size
-        if found != wanted:
-            raise InputError(f"{self.where}: needs {self.needs}, found an image encoder that gives {found}")
+    @property
+    def takes(self) -> Takes:
+        """What the adapter takes of CLIP."""
+        width, _ = maths.widths(self.kind, self.projection)
+        return Takes("projected" if self.kind == "base" else "penultimate", width, self.where, self.needs)
 
     @property
     def needs(self) -> str:
@@ -155,7 +145,7 @@ class IPAdapter(Card):
                 f"{self.where}: an adapter file holds no image encoder, expected {self.needs}: image_encoder= "
                 "(--image-encoder) names its folder or file"
             )
-        self._check_encoder(self.image_encoder)
+        self.takes.check(self.image_encoder)
         return self.image_encoder
 
     def embed(self, pictures: Sequence[Any], negative: Any = None) -> Embeddings:
@@ -163,17 +153,14 @@ class IPAdapter(Card):
 
         Raises `InputError` without an image encoder, and for what is no picture.
         """
-        encoder = self.needs_encoder()
-        pixels = encoder.pixels([as_picture(x, f"pictures[{i}]") for i, x in enumerate(pictures)])
+        encoder, output = self.needs_encoder(), self.takes.output
+        seen = encoder(encoder.pixels([as_picture(x, f"pictures[{i}]") for i, x in enumerate(pictures)]))
         if negative is not None:
-            last = encoder.pixels([as_picture(negative, "negative")])
+            states = encoder(encoder.pixels([as_picture(negative, "negative")]))
         else:
-            last = np.zeros_like(pixels[:1])  # grey once more, after CLIP's normalisation
-        states = encoder(np.concatenate([pixels, last]))
-        seen = states.projected if self.kind == "base" else states.penultimate
-        seen = np.asarray(seen, np.float32)
-        none = np.zeros_like(seen[-1]) if self.kind == "base" and negative is None else seen[-1]
-        return Embeddings(seen[:-1], none)
+            states = encoder.none
+        shown_to, none = (np.asarray(getattr(x, output), np.float32) for x in (seen, states))
+        return Embeddings(shown_to, np.zeros_like(none[0]) if self.kind == "base" and negative is None else none[0])
 
     def on(
         self,
@@ -248,7 +235,9 @@ class Look(Method):
             if self.adapter.image_encoder is None and not isinstance(x, Embeddings):
                 self.adapter.needs_encoder()
             for j, one in enumerate(several(x)):
-                if not isinstance(one, Embeddings):
+                if isinstance(one, Embeddings):
+                    one.check(self.adapter.takes, f"IP-Adapter: pictures[{i}]")
+                else:
                     as_picture(one, f"pictures[{i}][{j}]")
         if self.masks is not None:
             self._masks(pipe, request)

@@ -1,14 +1,18 @@
 """IP-Adapters in torch diffusers and here: the same files, pictures, masks and scales give the same predictions."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import jaxmix
 from jaxmix.controls import ip_adapter as maths
 from jaxmix.methods.ip_adapter import Embeddings, IPAdapter
 from jaxmix.models.unet import AddedCond
-from jaxmix.pipeline.blocks import attn2_names
+from jaxmix.pipeline.blocks import at_sites, attn2_names
 from jaxmix.rows import to_branches
 from tests.parity.oracle import assert_close
 
@@ -97,19 +101,30 @@ class Both:
             ).sample
         return y.numpy().transpose(0, 2, 3, 1)
 
-    def our_output(self, *controls):
+    def our_output(self, adapters, shown, scales, at_site=None, masks=None):
+        """Return what the UNet predicts for embeddings (2, m, ...) of each adapter, which both rows see."""
         added = AddedCond(jnp.asarray(self.pooled), jnp.asarray(self.time_ids)) if self.sdxl else None
-        params = {"params": self.ours.params["unet"]}
-        return np.asarray(self.ours.unet.apply(params, self.x, 500, self.context, controls, added))
+        ours = [(a.projection, a.layers) for a in adapters]
+        at_site = dict.fromkeys(attn2_names(self.ours), 0.0 if at_site else 1.0) | (at_site or {})
+        scales = [np.broadcast_to(np.asarray(s, "f4"), x.shape[:2]) for s, x in zip(scales, shown, strict=True)]
+        kinds = tuple(a.kind for a in adapters)
+        given = (self.ours.params["unet"], self.x, self.context, added, ours, shown, scales, at_site, masks)
+        return np.asarray(predicted(self.ours.unet, kinds, *given))
 
-    def control(self, adapter, shown, scale, at_site=None, masks=None):
-        """Return the control for embeddings (2, m, ...) of the two rows, which both see their pictures."""
-        n, m = shown.shape[:2]
-        tokens = maths.project(adapter.kind, adapter.projection, jnp.asarray(shown).reshape(n * m, *shown.shape[2:]))
-        tokens = tokens.reshape(n, m, *tokens.shape[1:])
-        at_site = at_site or dict.fromkeys(attn2_names(self.ours), 1.0)
-        scale = np.broadcast_to(np.asarray(scale, "f4"), (2, m))
-        return maths.bind(adapter.layers, tokens, 0 * tokens, scale=scale, at_site=at_site, masks=masks)
+
+def control_of(kind, projection, layers, shown, scale, at_site, masks=None):
+    n, m = shown.shape[:2]
+    tokens = maths.project(kind, projection, jnp.asarray(shown).reshape(n * m, *shown.shape[2:]))
+    tokens = tokens.reshape(n, m, *tokens.shape[1:])
+    return maths.bind(layers, tokens, 0 * tokens, scale=scale, at_site=at_site, masks=masks)
+
+
+@functools.partial(jax.jit, static_argnames=("unet", "kinds"))
+def predicted(unet, kinds, params, x, context, added, adapters, shown, scales, at_site, masks):
+    """One program for all kinds at once: whatever is not asked for has the scale 0."""
+    each = zip(kinds, adapters, shown, scales, strict=True)
+    controls = tuple(control_of(k, *a, seen, scale, at_site, masks) for k, a, seen, scale in each)
+    return unet.apply({"params": params}, x, 500, context, controls, added)
 
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
@@ -133,56 +148,49 @@ def set_scale(both, scales):
             processor.scale = list(scales)
 
 
-@pytest.mark.parametrize("kind", ["base", "plus", "full"])
-def test_every_kind_agrees(both, tmp_path, kind):
-    (adapter,) = loaded(both, tmp_path, [kind])
-    assert adapter.kind == kind
-    shown = draws(kind)
-    set_scale(both, [0.7])
-    expected = both.torch_output([torch.from_numpy(shown)])
-    assert_close(both.our_output(both.control(adapter, shown, 0.7)), expected)
-    plain = both.our_output()
-    assert np.abs(expected - plain).max() > 1e-2 * np.abs(plain).max()
-    np.testing.assert_array_equal(both.our_output(both.control(adapter, shown, 0.0)), plain)
+KINDS = ["base", "plus", "full"]
 
 
-def test_several_pictures_and_adapters_agree(both, tmp_path):
-    adapters = loaded(both, tmp_path, ["base", "plus"])
-    shown = [draws("base", 3), draws("plus", 1)]
-    set_scale(both, [0.5, 0.8])
+def test_every_kind_agrees_alone_and_beside_the_others(both, tmp_path):
+    adapters = loaded(both, tmp_path, KINDS)
+    assert [adapter.kind for adapter in adapters] == KINDS
+    shown = [draws("base", 3), draws("plus"), draws("full")]
+    plain = both.our_output(adapters, shown, [0.0] * 3)
+    for scales in ([0.7, 0.0, 0.0], [0.0, 0.7, 0.0], [0.0, 0.0, 0.7], [0.5, 0.8, 0.3]):
+        set_scale(both, scales)
+        expected = both.torch_output([torch.from_numpy(x) for x in shown])
+        assert_close(both.our_output(adapters, shown, scales), expected)
+        assert np.abs(expected - plain).max() > 1e-2 * np.abs(plain).max()
+
+
+def test_dictionaries_of_scales_agree(both, tmp_path):
+    adapters = loaded(both, tmp_path, KINDS)
+    shown = [draws("base", 3), draws("plus"), draws("full")]
+    dictionary = {"up": {"block_0": [0.3, 1.0]}} if both.sdxl else {"down": {"block_0": [0.3]}, "up": 0.5}
+    type(both.theirs).set_ip_adapter_scale(both.theirs, [dictionary, 0.0, 0.0])
     expected = both.torch_output([torch.from_numpy(x) for x in shown])
-    controls = [both.control(a, x, s) for a, x, s in zip(adapters, shown, (0.5, 0.8), strict=True)]
-    assert_close(both.our_output(*controls), expected)
+    assert_close(both.our_output(adapters, shown, [1.0, 0.0, 0.0], at_sites(both.ours, dictionary)), expected)
 
 
+one_family = pytest.mark.parametrize("both", ["sd1"], indirect=True)  # for what no family changes
+
+
+@one_family
 def test_masks_agree(both, tmp_path):
     (adapter,) = loaded(both, tmp_path, ["base"])
     shown = draws("base", 2)
     processor = diffusers.image_processor.IPAdapterMaskProcessor()
     drawn = np.zeros((2, 32, 32), np.uint8)
     drawn[0, :, :13], drawn[1, 7:, 13:] = 255, 255
-    from PIL import Image
-
     made = processor.preprocess([Image.fromarray(x) for x in drawn], height=32, width=32)
     masks = [made.reshape(1, 2, 32, 32)]
     set_scale(both, [[0.6, 1.1]])
     expected = both.torch_output([torch.from_numpy(shown)], masks)
-    grids = maths.mask_grids((drawn / 255.0)[None], [(16, 16), (8, 8)])
-    got = both.our_output(both.control(adapter, shown, [0.6, 1.1], masks=grids))
-    assert_close(got, expected)
+    grids = maths.mask_grids((drawn / 255.0)[None].repeat(2, 0), [(16, 16), (8, 8)])
+    assert_close(both.our_output([adapter], [shown], [[0.6, 1.1]], masks=grids), expected)
 
 
-def test_dictionaries_of_scales_agree(both, tmp_path):
-    from jaxmix.pipeline.blocks import at_sites
-
-    (adapter,) = loaded(both, tmp_path, ["base"])
-    dictionary = {"up": {"block_0": [0.3, 1.0]}} if both.sdxl else {"down": {"block_0": [0.3]}, "up": 0.5}
-    type(both.theirs).set_ip_adapter_scale(both.theirs, dictionary)
-    shown = draws("base")
-    expected = both.torch_output([torch.from_numpy(shown)])
-    assert_close(both.our_output(both.control(adapter, shown, 1.0, at_sites(both.ours, dictionary))), expected)
-
-
+@one_family
 def test_trajectories_agree(both, tmp_path):
     """With guidance: the unconditional rows attend to the tokens of an embedding of zeros. The file is one of ours."""
     (adapter,) = loaded(both, tmp_path, ["base"])
@@ -231,8 +239,7 @@ def test_a_unet_that_diffusers_saved_and_a_training_checkpoint_are_the_same_adap
                 assert all(np.array_equal(flat[0][k], flat[1][k]) for k in flat[0])
 
 
-def test_unconditional_rows_see_no_picture(both, tmp_path):
-    (adapter,) = loaded(both, tmp_path, ["base"])
-    control = both.control(adapter, draws("base"), 1.0)
+def test_unconditional_rows_see_no_picture():
+    control = maths.bind({}, np.ones((2, 1, 4, 8)), np.zeros((2, 1, 4, 8)), scale=np.ones((2, 1)), at_site={})
     one = to_branches(control, (0.0, 1.0))
     assert np.asarray(one.live).tolist() == [0, 1, 0, 1]

@@ -48,7 +48,7 @@ def encoded(path):
     return run(ours, load_tree(source, ours.abstract_params()), PIXELS)
 
 
-@pytest.mark.parametrize(("projection", "act"), [(True, "gelu"), (True, "quick_gelu"), (False, "gelu")])
+@pytest.mark.parametrize(("projection", "act"), [(True, "quick_gelu"), (False, "gelu")])
 def test_states_agree(projection, act, tmp_path):
     model = theirs(projection, hidden_act=act)
     model.save_pretrained(tmp_path)

@@ -9,6 +9,9 @@ import pytest
 
 import jaxmix
 from jaxmix import InputError, VMix
+from jaxmix.controls import ip_adapter
+from jaxmix.models.unet import subtree
+from jaxmix.pipeline.blocks import attn2_names
 from jaxmix.pipeline.job import denoise
 from jaxmix.rows import take, tile
 from jaxmix.samplers import DDIM
@@ -27,9 +30,15 @@ def mesh():
 
 
 def controls_for(pipe):
+    """Return VMix with labels and strengths, and an IP-Adapter with two pictures and a scale, others for each image."""
     adapter = VMix.init(jax.random.key(0), pipe)
     params = jax.tree.map(lambda x: x + 0.1, adapter.params)
-    return (VMix(adapter.config, params).bind(pipe, ["all", "none"] * 5 + ["color"], list(np.linspace(0, 2, 11))),)
+    vmix = VMix(adapter.config, params).bind(pipe, ["all", "none"] * 5 + ["color"], list(np.linspace(0, 2, 11)))
+    ctx, names = pipe.unet.config.cross_attention_dim, attn2_names(pipe)
+    layers = {name: {x: subtree(pipe.params["unet"], name)[x] for x in ("to_k", "to_v")} for name in names}
+    tokens, none = np.random.default_rng(0).standard_normal((2, 11, 2, 4, ctx)).astype("f4")
+    made = {"scale": np.linspace(0, 1, 11)[:, None] * [1, 1], "at_site": dict.fromkeys(names, 1.0)}
+    return (vmix, ip_adapter.bind(layers, tokens, none, **made))
 
 
 def test_eight_devices_draw_what_one_draws(tiny_pipeline, mesh):

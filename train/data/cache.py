@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.vision import ImageEncoder
 from jaxmix.types import InputError
+from jaxmix.weights.identity import config_digest, weights_digest
 from train.data.buckets import PictureConfig, Size
 from train.data.order import Stream
 
@@ -29,8 +27,6 @@ SEEN = ("clip_projected", "clip_penultimate")
 """What a row has of its whole picture if the cache was made with an image encoder: see `VisionStates`."""
 
 _META = "meta"  # the entry of a record that holds its id and labels, as JSON in bytes
-_WITHOUT_EFFECT = ("_class_name", "_diffusers_version", "architectures", "model_type", "sample_size", "force_upcast")
-_LEADING = 4096  # values of each tensor that enter the digest of the weights
 
 
 def identify(pipe: Pipeline, image_encoder: ImageEncoder | None = None) -> dict[str, str]:
@@ -40,23 +36,13 @@ def identify(pipe: Pipeline, image_encoder: ImageEncoder | None = None) -> dict[
     bfloat16, so they are the same for a model loaded in float32 or in bfloat16.
     """
     found = {}
-    parts = {part: (getattr(pipe, part), pipe.params.get(part)) for part in ("vae", "text_encoder", "text_encoder_2")}
+    names = [name for name in ("vae", "text_encoder", "text_encoder_2") if getattr(pipe, name) is not None]
+    parts = {name: (getattr(pipe, name), pipe.params[name]) for name in names}
     if image_encoder is not None:
         parts[IMAGE_ENCODER] = (image_encoder.model, image_encoder.params)
     for part, (module, params) in parts.items():
-        if module is None:
-            continue
-        config = {key: value for key, value in module.config.to_dict().items() if key not in _WITHOUT_EFFECT}
-        found[f"{part}.config"] = _digest([json.dumps(config, sort_keys=True).encode()])
-        paths = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-        kept = [(path, leaf) for path, leaf in paths if part != "vae" or "decoder" not in path]
-        values = jax.device_get(_leading([leaf for _, leaf in kept]))
-        found[f"{part}.weights"] = _digest(
-            [
-                f"{path} {leaf.shape}".encode() + value.tobytes()
-                for (path, leaf), value in zip(kept, values, strict=True)
-            ]
-        )
+        found[f"{part}.config"] = config_digest(module.config.to_dict())
+        found[f"{part}.weights"] = weights_digest(params, "decoder" if part == "vae" else None)
     return found
 
 
@@ -227,12 +213,3 @@ class LatentCache:
                     f"{self.folder}: made with another {key}: found {getattr(self.index, key)}, "
                     f"expected {getattr(cfg, key)}"
                 )
-
-
-@jax.jit
-def _leading(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [leaf.reshape(-1)[:_LEADING].astype(jnp.bfloat16) for leaf in leaves]
-
-
-def _digest(parts: Sequence[bytes]) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
