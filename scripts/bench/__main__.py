@@ -29,7 +29,13 @@ from scripts.bench.rows import PARAMETERS, PRESETS, BenchRow
 from scripts.bench.table import markdown, peak_tflops, summary
 from scripts.bench.workers import Worker, WorkerError, available_bytes, machine
 
-_COMPILED = ("ours", "flax", "torch-compile", "ours-vmix", *bench_rows.METHODS)  # engines whose first call compiles
+_COMPILED = (
+    "ours",
+    "flax",
+    "torch-compile",
+    *bench_rows.ADAPTERS,
+    *bench_rows.METHODS,
+)  # engines whose first call compiles
 _SLOW = 30.0  # seconds: if a call takes longer, its first run counts as a round, not a warm-up
 _ROOM = 1.6  # memory of a running model as a multiple of its weights, for deciding what fits together
 
@@ -46,7 +52,8 @@ class Config:
         latents: comma list of sides, in latents of 8 px (4 px of mini).
         batch: comma list of numbers of images.
         engines: comma list of ours, flax, torch, torch-compile, and our sampler with a method: ours-vmix, ours-dense,
-            ours-paint, ours-structured, ours-aligned, ours-styleid, ours-fusion, ours-composable.
+            ours-paint, ours-structured, ours-aligned, ours-styleid, ours-fusion, ours-composable, ours-ip (IP-Adapter
+            of 4 tokens), ours-ip-plus (of 16).
         rounds: timed calls of each engine.
         device: cpu or gpu.
         dtype: float32 or bfloat16.

@@ -27,7 +27,7 @@ from scripts.bench.table import seconds, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = ("ours", "flax")  # whose ratios the table has
-ENGINES = (*PAIR, "ours-vmix", *bench_rows.METHODS)
+ENGINES = (*PAIR, *bench_rows.ADAPTERS, *bench_rows.METHODS)
 TASKS = ("sample", "decode", "unet")
 _SIDES = {"mini": 16, "sd15": 64, "sdxl": 128}
 _PARTS = ("argument", "temp", "output")

@@ -161,6 +161,31 @@ def ours_with_vmix(row: BenchRow) -> Program:
     return Program(sample, params, {**plain.inputs, "present": present})
 
 
+def ours_with_pictures(row: BenchRow, tokens: int) -> Program:
+    """Run our sampler under an IP-Adapter at all attn2, including the keys and values of a picture's tokens."""
+    from jaxmix.controls import ip_adapter
+    from jaxmix.models import UNet2DConditionModel, UNetConfig
+    from jaxmix.models.unet import sites, subtree
+    from jaxmix.types import InputError
+
+    if row.task != "sample":
+        raise InputError(f"{row.name}: IP-Adapter has a part in the sampler alone, expected --tasks sample")
+    plain, found = ours(row), configs(row.model, row.tiny)
+    unet = UNet2DConditionModel(UNetConfig.from_dict(found["unet"]))
+    names = [site.name for site in sites(unet.config, (8, 8)) if site.name.endswith(".attn2")]
+    base = {name: subtree(plain.params, name) for name in names}
+    layers = {name: {x: {"kernel": base[name][x]["kernel"]} for x in ("to_k", "to_v")} for name in names}
+
+    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
+        scale, at_site = jnp.ones((row.batch, 1)), dict.fromkeys(names, 1.0)
+        control = ip_adapter.bind(params["layers"], x["shown"], x["none"], scale=scale, at_site=at_site)
+        return plain.fn(params["unet"], x, (control,))
+
+    seen = jax.ShapeDtypeStruct((row.batch, 1, tokens, unet.config.cross_attention_dim), jnp.dtype(row.dtype))
+    params = {"unet": plain.params, "layers": layers}
+    return Program(sample, params, {**plain.inputs, "shown": seen, "none": seen})
+
+
 def materialize(made: Program, seed: int = 0, params: Any = None) -> tuple[Any, dict[str, Any]]:
     """Return device arrays for a program: weights by `quick_params` (unless given), normals and fixed numbers."""
     rng = np.random.default_rng(seed)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from scripts.bench.methods import method_program
-from scripts.bench.ours import Program, cast, inputs_of, ours, ours_with_vmix, unet_of
-from scripts.bench.rows import METHODS, BenchRow, configs
+from scripts.bench.ours import Program, cast, inputs_of, ours, ours_with_pictures, ours_with_vmix, unet_of
+from scripts.bench.rows import METHODS, PICTURES, BenchRow, configs
 
 
 def program(engine: str, row: BenchRow) -> Program:
@@ -19,6 +19,8 @@ def program(engine: str, row: BenchRow) -> Program:
     """
     if engine in METHODS:
         return method_program(engine, row, ours(row), unet_of(row))
+    if engine in PICTURES:
+        return ours_with_pictures(row, PICTURES[engine])
     return {"ours": ours, "ours-vmix": ours_with_vmix, "flax": _flax}[engine](row)
 
 

@@ -26,7 +26,10 @@ METHODS = (
     "ours-fusion",
     "ours-composable",
 )
-ENGINES = (*PEERS, "ours-vmix", *METHODS)  # those after the peers: for their ratio to our plain sampler
+# Our sampler with an adapter; those that read pictures with the number of tokens that one of them becomes.
+PICTURES = {"ours-ip": 4, "ours-ip-plus": 16}
+ADAPTERS = ("ours-vmix", *PICTURES)
+ENGINES = (*PEERS, *ADAPTERS, *METHODS)  # those after the peers: for their ratio to our plain sampler
 DTYPES = ("float32", "bfloat16")
 PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent
 
