@@ -32,9 +32,10 @@ class Flags(Base):
     """Adapters for image prompts, and pictures for rows that name none.
 
     Attributes:
-        ip_adapter: IP-Adapter: a .safetensors file, PATH[:SCALE], where the scale (no unit) is 1 by default; the flag
-            may be repeated, or given a JSON list: every adapter sees the pictures
-        image_encoder: IP-Adapter: the CLIP image encoder that the adapter was trained with, a folder or a file
+        ip_adapter: IP-Adapter: mini-ip, mini-ip-plus (embedded) or a .safetensors file, PATH[:SCALE], where the scale
+            (no unit) is 1 by default; the flag may be repeated, or given a JSON list: every adapter sees the pictures
+        image_encoder: IP-Adapter, StyleAdapter: the CLIP image encoder that the adapter was trained with, a folder or a
+            file; embedded adapters come with theirs
         image_embeds: IP-Adapter: a folder that keeps what the image encoder sees in each picture, for other rows, jobs
             and workers; one that holds all of them needs no image encoder
         ip_image: IP-Adapter: a picture to follow; the flag may be repeated, or given a JSON list
@@ -94,13 +95,19 @@ class ImagePrompt(Method):
 
     def prepare(self) -> None:
         """Look for the adapters, the encoder and the folder: a mistake there is one of the whole job."""
+        from jaxmix.methods.ip_adapter import EMBEDDED
+        from jaxmix.pipeline.vision import EMBEDDED as ENCODERS
+
         for path, _ in self.files:
-            if not exists(user_path(path)):
-                raise InputError(f"--ip-adapter: {path}: no such file, expected an IP-Adapter")
-        if self.flags.image_encoder is not None and not exists(user_path(self.flags.image_encoder)):
-            raise InputError(f"--image-encoder: {self.flags.image_encoder}: no such file or folder")
-        for flag, value in (("--image-encoder", self.flags.image_encoder), ("--image-embeds", self.flags.image_embeds)):
-            if value is not None and not self.files:
+            if path not in EMBEDDED and not exists(user_path(path)):
+                names = ", ".join(EMBEDDED)
+                raise InputError(f"--ip-adapter: {path}: no such file, expected an IP-Adapter or one of {names}")
+        encoder = self.flags.image_encoder
+        if encoder is not None and encoder not in ENCODERS and not exists(user_path(encoder)):
+            raise InputError(f"--image-encoder: {encoder}: no such file or folder, nor one of {', '.join(ENCODERS)}")
+        styled = getattr(self.flags, "style_adapter", None)  # which reads with the same encoder
+        for flag, value in (("--image-encoder", encoder and not styled), ("--image-embeds", self.flags.image_embeds)):
+            if value and not self.files:
                 raise InputError(f"{flag}: found it without an --ip-adapter, expected the adapter that it is for")
         if (kept := self.flags.image_embeds) is not None:
             if "://" in kept:
@@ -215,13 +222,13 @@ class ImagePrompt(Method):
     def write_inputs(self, row: Row, out: Path) -> None:
         """Write the pictures, small, beside the result."""
         for i, path in enumerate(row["ip_image"]):
-            write_picture(open_picture(path, *_shown_size(path)), out / _input_name(row, i))
+            write_picture(open_picture(path, *shown_size(path)), out / _input_name(row, i))
 
     def inputs(self, row: Row, out: Path) -> list[Picture]:
         """Show the pictures."""
         found = []
         for i, path in enumerate(row["ip_image"]):
-            height, width = _shown_size(path)
+            height, width = shown_size(path)
             found.append(Picture(_input_name(row, i), width, height, "follows"))
         return found
 
@@ -273,7 +280,7 @@ def _names(row: Row) -> str:
     return " + ".join(Path(path).name for path in row["ip_image"])
 
 
-def _shown_size(path: str) -> tuple[int, int]:
+def shown_size(path: str) -> tuple[int, int]:
     height, width = picture_size(path, 1)
     shrink = min(1.0, _SHOWN / max(height, width))
     return max(1, round(height * shrink)), max(1, round(width * shrink))

@@ -7,7 +7,20 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from infer.methods import compose, dense, fuse, image_prompt, lora, paint, structured, style_aligned, style_id, vmix
+from infer.methods import (
+    compose,
+    dense,
+    fuse,
+    image_prompt,
+    layers,
+    lora,
+    paint,
+    structured,
+    style_adapter,
+    style_aligned,
+    style_id,
+    vmix,
+)
 from infer.methods.method import BatchRows, Method
 from infer.rows import BadRow, Field, Row, kind_of
 from jaxmix.types import InputError
@@ -22,6 +35,8 @@ class Flags(
     structured.Flags,
     paint.Flags,
     dense.Flags,
+    layers.Flags,
+    style_adapter.Flags,
     image_prompt.Flags,
     lora.Flags,
     vmix.Flags,

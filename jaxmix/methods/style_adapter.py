@@ -22,9 +22,10 @@ from jaxmix.pipeline.references import One, name_of, per_image, several
 from jaxmix.pipeline.request import Method, Request
 from jaxmix.pipeline.vision import ImageEncoder, as_picture, shuffled
 from jaxmix.rows import numbers, tile
-from jaxmix.types import AnyArray, Array, InputError, Params, shown
+from jaxmix.types import AnyArray, Array, InputError, Params
 from jaxmix.weights import SafetensorsFile, load_tree, save_tree
 from jaxmix.weights.files import ASSETS, user_path
+from jaxmix.weights.single_file_kinds import kind_of
 
 EMBEDDED = {"mini-style": ASSETS / "mini-style" / "style_adapter.safetensors"}
 """Adapters that come with the package, by name; their image encoder is "mini-clip"."""
@@ -250,7 +251,8 @@ def _read_config(where: Path, file: SafetensorsFile) -> tuple[list[str], int]:
     try:
         config = json.loads(file.metadata.get(_KEY, "{}"))
         if config.get("class") != "StyleAdapter":
-            raise InputError(f"{where}: found {shown(config.get('class', 'another file'))}, expected a StyleAdapter")
+            found = config.get("class") or kind_of({key: entry.shape for key, entry in file.entries.items()})
+            raise InputError(f"{where}: this is {found}, expected a StyleAdapter by train.style_adapter")
         return [str(name) for name in config["layers"]], int(config["blocks"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):

@@ -17,6 +17,7 @@ EXPECTED = "expected a Stable Diffusion 1.x, 2.x or SDXL checkpoint with UNet, V
 _KINDS = [
     (r".*(lora_(up|down|A|B|unet|te)|\.lora\.|_lora\.|hada_w1|lokr_w|\.dora_scale)", "a LoRA or another adapter"),
     (r"(ip_adapter|image_proj|proj\.norm)\.|image_proj$", "an IP-Adapter"),
+    (r"style_emb\.", "a StyleAdapter"),
     (r"control_model\.|.*zero_convs\.|controlnet_|input_hint_block\.", "a ControlNet"),
     (r"emb_params$|string_to_param|(clip_l|clip_g)$", "a textual inversion embedding"),
     (r".*motion_modules\.", "an AnimateDiff motion module"),
@@ -36,6 +37,7 @@ _KINDS = [
 ]
 # The same for files that do have such a UNet, anywhere in a key.
 _VARIANTS = [
+    (r"style_emb\.", "a StyleAdapter"),
     (r"control_model\.", "a ControlNet with its Stable Diffusion model"),
     (r"(^|\.)edm_(mean|std)$|edm_vpred\.", "a model with the EDM noise schedule, such as Playground 2.5"),
     (r"\.(time_stack|time_mixer|temporal_transformer|motion_modules)\.", "a video model"),

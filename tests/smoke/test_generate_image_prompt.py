@@ -1,7 +1,10 @@
 """infer.generate with pictures to follow, on a small random pipeline, adapter and encoder: flags, rows and mistakes."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,6 +48,9 @@ def files(one_level, tmp_path_factory):
     write_config(model.config.to_dict(), path / "clip" / "config.json")
     adapter = random_adapter(one_level, encoder)
     save_file(tensors(one_level, adapter), path / "ip.safetensors")
+    style = jaxmix.StyleAdapter.init(jax.random.key(0), one_level, encoder, blocks=1)
+    layers = {name: {**layer, "strength": jnp.asarray(5.0)} for name, layer in style.layers.items()}
+    dataclasses.replace(style, layers=layers).save(path / "style.safetensors")
     for i in range(2):
         picture = np.random.default_rng(i).integers(0, 256, (300, 200, 3), np.uint8)
         Image.fromarray(picture).save(path / f"{i}.png")
@@ -160,6 +166,14 @@ def test_a_flag_is_enough_without_a_prompt(files, tmp_path, prompt):
         (["--ip-window", "0.5,0.2"], "--ip-window: found '0.5,0.2', expected two numbers START,END"),
         (["--ip-window", "0,0.5"], "--ip-window: found '0,0.5' without 'ip_image' in any row"),
         (["--ip-image", "nowhere"], "--ip-image: no such file: nowhere"),
+        (["--style-images", "0.png"], "style_images: found 0.png without a --style-adapter"),
+        (["--style-adapter", "gone"], "gone: no such file, expected a StyleAdapter or one of mini-style"),
+        (["--style-adapter", "ip.safetensors", "--style-images", "0.png"], "this is an IP-Adapter"),
+        (["--ip-adapter", "style.safetensors", "--ip-image", "0.png"], "this is a StyleAdapter"),
+        (["--style-adapter", "style.safetensors", "--style-images", "0.png"], "holds no image encoder, expected"),
+        (["--layers", "nowhere: a dog"], "'nowhere' names none of"),
+        (["--layers", "a dog"], "--layers: found 'a dog', expected"),
+        (["--layers", "{}"], "--layers: found none, expected prompts by layer"),
         (
             ["--ip-adapter", "ip.safetensors", "--image-encoder", "clip", "--ip-image", "0.png", "--ip-blocks", "x"],
             "blocks: 'x' names none of",
@@ -177,3 +191,20 @@ def test_mistakes_are_one_line_and_status_2(files, tmp_path, monkeypatch, capsys
         run(main, ["--model", "model", "--prompt", "a cat", "--steps", "2", "--out", str(tmp_path / "x"), *words])
     text = capsys.readouterr().err
     assert end.value.code == 2 and said in text and "Traceback" not in text
+
+
+def test_rows_take_the_style_of_pictures_and_layers_have_prompts_of_their_own(files, tmp_path):
+    one, two = str(files / "0.png"), str(files / "1.png")
+    rows = [{"style_images": [one, two]}, {"style_images": one}, {"style_images": one, "style_scale": 0}]
+    rows += [{}, {"layers": {"up_blocks": "a dog"}}, {"layers": "attn2: a cat"}]
+    styled = {"style_adapter": f"{files / 'style.safetensors'}:0.8", "ip_adapter": None}
+    found = drawn(files, tmp_path / "a", rows, **styled)
+    assert all(np.abs(found[a] - found[b]).max() > 0 for a, b in ((0, 1), (0, 3), (1, 3), (4, 3)))
+    np.testing.assert_array_equal(found[2], found[3])
+    np.testing.assert_array_equal(found[5], found[3])  # the row's own prompt
+    out = tmp_path / "a"
+    settings = read_settings(only(out, "0000_seed0.png"))
+    assert settings["style_images"] == [one, two] and settings["style_adapter"].endswith("style.safetensors:0.8")
+    assert read_settings(only(out, "0004_seed0.png"))["layers"] == {"up_blocks": "a dog"}
+    page = (out / "gallery.html").read_text()
+    assert only(out, "0000_seed0_style1.png").name in page and "up_blocks: a dog" in page
