@@ -31,7 +31,7 @@ class LayerPromptsControl(Control):
     which: dict[str, Int[Array, " b"]] = per_row()
     live: Float[Array, " b"] = gate(first=True)
 
-    claims = frozenset({"places of the keys"})
+    claims = frozenset({"places of the keys", "text states"})
 
     def told(self, site: Site, c: Told) -> Told:
         """Replace the states of both keys and values."""

@@ -35,6 +35,8 @@ class StructuredControl(Control):
     change: Float[Array, "b s d"] = per_row()
     strength: Float[Array, " b"] = gate(first=True)  # words are known by their places in one prompt
 
+    claims = frozenset({"text states"})
+
     def told(self, site: Site, c: Told) -> Told:
         """Move the states of the values; keys, and with them the map, stay those of the prompt."""
         change = self.change.astype(c.v.dtype)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxmix import DenseDiffusion, InputError, LayerPrompts, Request, Segment
+from jaxmix import DenseDiffusion, InputError, LayerPrompts, Request, Segment, StructuredDiffusion
 from jaxmix.methods.layer_prompts import PLUS, _by_layer
 from jaxmix.pipeline.blocks import attn2_names
 
@@ -54,6 +54,7 @@ def test_a_mistake_is_one_line(one_level):
         ([LayerPrompts([{"up_blocks": 3}, {}])], r"prompts\[0\]: 'up_blocks': found 3, expected a prompt"),
         ([LayerPrompts(["a cat", {}])], r"prompts\[0\]: found 'a cat', expected a mapping from layers to prompts"),
         ([LayerPrompts([{"up_blocks": "x"}, {}]), layout], "both set its places of the keys"),
+        ([LayerPrompts([{"up_blocks": "x"}, {}]), StructuredDiffusion([["cat"], []])], "both set its text states"),
     ):
         with pytest.raises(InputError, match=words) as error:
             one_level.check(Request(prompts=PROMPTS, steps=2), tuple(methods))

@@ -4,10 +4,12 @@ All that go together are drawn by one program, a pair being two strengths of it 
 each pair would cost minutes and say less.
 """
 
+import dataclasses
 import itertools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,17 +28,20 @@ from jaxmix import (
 from jaxmix.controls import ip_adapter
 from jaxmix.methods.ip_adapter import Embeddings
 from jaxmix.methods.style_id import style_id_sites
+from jaxmix.models import CLIPVisionConfig, CLIPVisionModel
 from jaxmix.models.unet import subtree
 from jaxmix.pipeline.blocks import attn2_names
 from jaxmix.pipeline.job import denoise
-from jaxmix.testing import moved
+from jaxmix.testing import moved, random_params
 from jaxmix.tuning import lora
+from tests.methods.test_style_adapter import VISION
 
 README = Path(__file__).parents[2] / "jaxmix" / "README.md"
 PROMPTS, SEEDS, STEPS = ["a red car on the snow", "a dog"], [1, 2], 2
 NAMES = [
     "VMix",
     "IPAdapter",
+    "StyleAdapter",
     "LoRA",
     "DenseDiffusion",
     "PaintWithWords",
@@ -88,10 +93,16 @@ def pieces(one_level):
     layout = [[Segment("a red car", left), Segment("the snow", ~left)], [Segment("a dog", left)]]
     pictures = np.random.default_rng(4).integers(0, 255, (2, 16, 16, 3), np.uint8)
     found = pipe.invert(pictures, steps=STEPS, record=style_id_sites(pipe, "diffusers"))
+    looker = CLIPVisionModel(CLIPVisionConfig.from_dict(VISION))
+    encoder = jaxmix.ImageEncoder(looker, random_params(looker.abstract_params(), 0))
+    styled = jaxmix.StyleAdapter.init(jax.random.key(6), pipe, encoder, blocks=1)
+    strong = {name: {**layer, "strength": jnp.asarray(2.0)} for name, layer in styled.layers.items()}
+    styled = dataclasses.replace(styled, layers=strong)
     style = {"found": found, "pairs": [(0, 1), (1, 0)], "pairing": "diffusers", "adain": False, "guided": True}
     return found.noise, {
         "VMix": lambda s: mixer.on("all", s),
         "IPAdapter": lambda s: seer.on(seen, s),
+        "StyleAdapter": lambda s: styled.on([[pictures[0], pictures[1]], [pictures[1]]], s),
         "LoRA": lambda s: learnt.on(s),
         "DenseDiffusion": lambda s: DenseDiffusion(layout, cross=s, self_=0.3 * s, splice=False),
         "PaintWithWords": lambda s: PaintWithWords(layout, weight=0.4 * s),
