@@ -1,22 +1,29 @@
-"""Put a trained pipeline into the package as the embedded model, or a trained VMix adapter as the embedded adapter.
+"""Put a trained pipeline into the package as the embedded model, or trained adapters and their CLIP beside it.
 
 python -m scripts.mini.package --pipeline runs/t2i/pipeline --vae runs/decoder/vae
 python -m scripts.mini.package --vmix runs/vmix/adapter.safetensors
+python -m scripts.mini.package --clip runs/clip/clip
+python -m scripts.mini.package --ip runs/ip/ip_adapter.safetensors --ip_plus runs/ip_plus/ip_adapter.safetensors
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import jaxmix
 from jaxmix import command
+from jaxmix.methods.ip_adapter import EMBEDDED as PICTURES
+from jaxmix.methods.style_adapter import EMBEDDED as STYLES
 from jaxmix.methods.vmix import EMBEDDED
 from jaxmix.models import AutoencoderKL, VAEConfig
 from jaxmix.pipeline.loading import ASSETS
+from jaxmix.pipeline.vision import EMBEDDED as ENCODERS
 from jaxmix.types import InputError
 from jaxmix.weights import load_tree, read_config
 
@@ -28,7 +35,11 @@ class Config:
     Attributes:
         pipeline: diffusers folder written by train.text_to_image.
         vae: folder of the autoencoder to use instead of the pipeline's; the pipeline's if empty.
-        vmix: adapter.safetensors written by train.vmix for the embedded model, instead of a pipeline.
+        vmix: adapter.safetensors written by train.vmix for the embedded model.
+        clip: folder written by train.clip.
+        ip: ip_adapter.safetensors written by train.ip_adapter for the embedded model, of kind base.
+        ip_plus: the same of kind plus.
+        style: style_adapter.safetensors written by train.style_adapter for the embedded model.
         out: folder to which a pipeline is written.
         default_steps: default number of sampling steps.
         default_guidance_scale: default guidance.
@@ -37,14 +48,20 @@ class Config:
     pipeline: str = ""
     vae: str = ""
     vmix: str = ""
+    clip: str = ""
+    ip: str = ""
+    ip_plus: str = ""
+    style: str = ""
     out: str = str(ASSETS / "mini")
     default_steps: int = 25
     default_guidance_scale: float = 3.0
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
-        if bool(self.pipeline) == bool(self.vmix):
-            raise InputError(f"pipeline, vmix: found {'both' if self.vmix else 'neither'}, expected one of them")
+        others = ("vmix", "clip", "ip", "ip_plus", "style")
+        if bool(self.pipeline) == any(getattr(self, name) for name in others):
+            found = "both" if self.pipeline else "neither"
+            raise InputError(f"pipeline, or some of {', '.join(others)}: found {found}, expected one of the two")
 
 
 def package_vmix(path: str) -> None:
@@ -58,10 +75,33 @@ def package_vmix(path: str) -> None:
     print(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB, {count:,} parameters beside its LoRA")
 
 
+def package_clip(path: str) -> None:
+    """Copy the CLIP of the scenes, which train.clip writes in float16."""
+    jaxmix.ImageEncoder.load(path).texts(["a cat"])
+    out = ENCODERS["mini-clip"]
+    shutil.copytree(path, out, dirs_exist_ok=True)
+    encoder = jaxmix.ImageEncoder.load("mini-clip")
+    print(f"wrote {out}: {sum(x.stat().st_size for x in out.iterdir()) / 1e6:.2f} MB\n{encoder}")
+
+
+def package_reader(name: str, kind: Any, path: str) -> None:
+    """Cast an adapter that reads pictures with the embedded CLIP to float16 and write it."""
+    pipe = jaxmix.load("mini")
+    out = {**PICTURES, **STYLES}[name]
+    kind.load(path, pipe, "mini-clip").save(out, jnp.float16)
+    print(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB\n{kind.load(name, pipe)}")
+
+
 def main(cfg: Config) -> int:
     """Load, cast to float16 and write; then load the result to check that it opens."""
-    if cfg.vmix:
-        package_vmix(cfg.vmix)
+    if not cfg.pipeline:
+        for name, package in (("vmix", package_vmix), ("clip", package_clip)):
+            if path := getattr(cfg, name):
+                package(path)
+        readers = {"ip": "mini-ip", "ip_plus": "mini-ip-plus", "style": "mini-style"}
+        for key, name in readers.items():
+            if path := getattr(cfg, key):
+                package_reader(name, jaxmix.StyleAdapter if key == "style" else jaxmix.IPAdapter, path)
         return 0
     pipe = jaxmix.load(cfg.pipeline)
     changes = {"default_steps": cfg.default_steps, "default_guidance_scale": cfg.default_guidance_scale}
