@@ -33,7 +33,7 @@ class Absent(Exception):
 
 
 class JaxEngine:
-    """Ours, with VMix or without, or diffusers' Flax models, compiled ahead of time and called as one program."""
+    """Ours, also with an adapter or a method, or diffusers' Flax models, compiled ahead of time: one program."""
 
     def __init__(self, name: str, device: str) -> None:
         import jax

@@ -1,4 +1,4 @@
-"""The bench's programs of the training-free methods."""
+"""The bench's programs of IP-Adapter and of the training-free methods."""
 
 import jax
 import numpy as np
@@ -7,20 +7,24 @@ import pytest
 from jaxmix.types import InputError
 from scripts.bench.ours import materialize
 from scripts.bench.programs import program
-from scripts.bench.rows import METHODS, BenchRow
+from scripts.bench.rows import METHODS, PICTURES, BenchRow
 
 ROW = BenchRow("mini", "sample", 8, 2, "float32", 2, tiny=True)
 
 
-@pytest.mark.parametrize("engine", METHODS)
+@pytest.mark.parametrize("engine", [*PICTURES, *METHODS])
 def test_a_method_changes_what_is_drawn_by_a_fitting_amount_of_work(engine):
     plain, made = program("ours", ROW), program(engine, ROW)
     work = made.flops() / plain.flops()
     three = (1.4, 1.55)  # branches, where the plain sampler has two
-    bounds = {"ours-fusion": three, "ours-composable": three, "ours-aligned": (1.0, 1.3)}
+    bounds = {"ours-fusion": three, "ours-composable": three, "ours-aligned": (1.0, 1.3), "ours-ip-plus": (1.1, 1.2)}
     low, high = bounds.get(engine, (1.0, 1.05))
     assert low <= work <= high
-    pictures = [np.asarray(jax.jit(p.fn)(*materialize(p))) for p in (plain, made)]
+    weights, inputs = materialize(plain)
+    held, more = materialize(made)
+    held = {**held, "unet": weights} if "unet" in held else weights  # the same model, whatever else a program takes
+    calls = [(plain, weights, inputs), (made, held, {**more, **inputs})]
+    pictures = [np.asarray(jax.jit(p.fn)(*x)) for p, *x in calls]
     assert all(np.isfinite(x).all() for x in pictures)
     assert pictures[0].shape == pictures[1].shape and np.abs(pictures[0] - pictures[1]).max() > 1e-4
 
