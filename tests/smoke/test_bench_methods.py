@@ -17,7 +17,7 @@ def test_a_method_changes_what_is_drawn_by_a_fitting_amount_of_work(engine):
     plain, made = program("ours", ROW), program(engine, ROW)
     work = made.flops() / plain.flops()
     three = (1.4, 1.55)  # branches, where the plain sampler has two
-    bounds = {"ours-fusion": three, "ours-composable": three, "ours-aligned": (1.0, 1.3), "ours-ip-plus": (1.1, 1.2)}
+    bounds = {"ours-fusion": three, "ours-composable": three, "ours-aligned": (1.0, 1.3)}
     low, high = bounds.get(engine, (1.0, 1.05))
     assert low <= work <= high
     weights, inputs = materialize(plain)
