@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ class Flags(Base):
     """Adapters for image prompts, and pictures for rows that name none.
 
     Attributes:
-        ip_adapter: IP-Adapter: mini-ip, mini-ip-plus (embedded) or a .safetensors file, PATH[:SCALE], where the scale
-            (no unit) is 1 by default; the flag may be repeated, or given a JSON list: every adapter sees the pictures
-        image_encoder: IP-Adapter, StyleAdapter: the CLIP image encoder that the adapter was trained with, a folder or a
-            file; embedded adapters come with theirs
+        ip_adapter: IP-Adapter: a .safetensors file, PATH[:SCALE], where the scale (no unit) is 1 by default; the flag
+            may be repeated, or given a JSON list: every adapter sees the pictures
+        image_encoder: IP-Adapter, StyleAdapter: the CLIP image encoder that the adapter was trained with: mini-clip
+            (embedded), a folder or a file
         image_embeds: IP-Adapter: a folder that keeps what the image encoder sees in each picture, for other rows, jobs
             and workers; one that holds all of them needs no image encoder
         ip_image: IP-Adapter: a picture to follow; the flag may be repeated, or given a JSON list
@@ -100,8 +100,7 @@ class ImagePrompt(Method):
 
         for path, _ in self.files:
             if path not in EMBEDDED and not exists(user_path(path)):
-                names = ", ".join(EMBEDDED)
-                raise InputError(f"--ip-adapter: {path}: no such file, expected an IP-Adapter or one of {names}")
+                raise InputError(f"--ip-adapter: {path}: no such file, expected {one_of('an IP-Adapter', EMBEDDED)}")
         encoder = self.flags.image_encoder
         if encoder is not None and encoder not in ENCODERS and not exists(user_path(encoder)):
             raise InputError(f"--image-encoder: {encoder}: no such file or folder, nor one of {', '.join(ENCODERS)}")
@@ -241,6 +240,11 @@ class ImagePrompt(Method):
         more = {"blocks": row["ip_blocks"]} if row["ip_blocks"] else {}
         more |= {"seen": f"from {_shares(row)} of the steps"} if row["ip_window"] else {}
         return {"follows": f"{_names(row)} x {row['ip_scale']:g}", **more}
+
+
+def one_of(what: str, names: Iterable[str]) -> str:
+    """Return what is expected, and the names of those that come with the package."""
+    return " or ".join([what, *names])
 
 
 def check_pictures(key: str, value: Any) -> tuple[str, ...]:

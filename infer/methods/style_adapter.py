@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from infer.gallery import Picture
-from infer.methods.image_prompt import check_pictures, shown_size
+from infer.methods.image_prompt import check_pictures, one_of, shown_size
 from infer.methods.lora import check_loras as check_files
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
@@ -25,8 +25,7 @@ class Flags(Base):
     """A StyleAdapter, and pictures of a style for rows that name none.
 
     Attributes:
-        style_adapter: StyleAdapter: mini-style (embedded) or a file by train.style_adapter, PATH[:SCALE]; its CLIP is
-            --image-encoder
+        style_adapter: StyleAdapter: a file by train.style_adapter, PATH[:SCALE]; its CLIP is --image-encoder
         style_images: StyleAdapter: pictures of one style; the flag may be repeated, or given a JSON list
         style_scale: StyleAdapter: how strongly, 0 for not at all (no unit); multiplied by the scale of the adapter
     """
@@ -69,10 +68,8 @@ class StyleAdapter(Method):
         from jaxmix.methods.style_adapter import EMBEDDED
 
         if self.file is not None and self.file[0] not in EMBEDDED and not exists(user_path(self.file[0])):
-            raise InputError(
-                f"--style-adapter: {self.file[0]}: no such file, expected a StyleAdapter or one of "
-                f"{', '.join(EMBEDDED)}"
-            )
+            expected = one_of("a StyleAdapter", EMBEDDED)
+            raise InputError(f"--style-adapter: {self.file[0]}: no such file, expected {expected}")
 
     def open(self, pipe: Any) -> None:
         """Read the adapter for the model, and its encoder."""

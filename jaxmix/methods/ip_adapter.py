@@ -26,7 +26,8 @@ from jaxmix.types import AnyArray, InputError, Params, shown
 from jaxmix.weights.files import ASSETS, user_path
 from jaxmix.weights.ip_adapter_files import read_ip_adapter, write_ip_adapter
 
-EMBEDDED = {name: ASSETS / name / "ip_adapter.safetensors" for name in ("mini-ip", "mini-ip-plus")}
+PLACES = {name: ASSETS / name / "ip_adapter.safetensors" for name in ("mini-ip", "mini-ip-plus")}
+EMBEDDED = {name: path for name, path in PLACES.items() if path.is_file()}
 """Adapters that come with the package, by name; their image encoder is "mini-clip"."""
 
 _ENCODERS = {1024: "ViT-H/14", 1280: "ViT-bigG/14", 768: "ViT-L/14"}  # by the width of the projection
@@ -75,7 +76,7 @@ class IPAdapter(Card):
         """Read an adapter file for a pipeline.
 
         The published files as ``.safetensors``, training checkpoints, UNets that diffusers saved with an adapter, or
-        the embedded "mini-ip" and "mini-ip-plus", which come with their encoder. Files hold no image encoder:
+        one of `EMBEDDED`, which come with their encoder. Files hold no image encoder:
         ``image_encoder`` is one, or the folder or file of one; without it pictures cannot be read, only `Embeddings` of
         them. Raises `InputError` for any other file (with the command that converts a pickle), FaceID, and an adapter
         or encoder for another base.

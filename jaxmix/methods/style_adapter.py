@@ -27,7 +27,8 @@ from jaxmix.weights import SafetensorsFile, load_tree, save_tree
 from jaxmix.weights.files import ASSETS, user_path
 from jaxmix.weights.single_file_kinds import kind_of
 
-EMBEDDED = {"mini-style": ASSETS / "mini-style" / "style_adapter.safetensors"}
+PLACES = {"mini-style": ASSETS / "mini-style" / "style_adapter.safetensors"}
+EMBEDDED = {name: path for name, path in PLACES.items() if path.is_file()}
 """Adapters that come with the package, by name; their image encoder is "mini-clip"."""
 
 _KEY = "jaxmix"  # of the safetensors metadata, under which the config is stored
@@ -80,7 +81,7 @@ class StyleAdapter(Card):
     def load(
         cls, path: str | Path, pipe: Pipeline, image_encoder: ImageEncoder | str | Path | None = None
     ) -> StyleAdapter:
-        """Read a file that `save` wrote, or the embedded "mini-style", which comes with its image encoder.
+        """Read a file that `save` wrote, or one of `EMBEDDED`, which come with their image encoder.
 
         ``image_encoder`` is one, or the folder or file of one. Raises `InputError` for any other file, and for an
         adapter or encoder for another base.

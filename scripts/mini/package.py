@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 import jaxmix
 from jaxmix import command
-from jaxmix.methods.ip_adapter import EMBEDDED as PICTURES
-from jaxmix.methods.style_adapter import EMBEDDED as STYLES
+from jaxmix.methods.ip_adapter import PLACES as PICTURES
+from jaxmix.methods.style_adapter import PLACES as STYLES
 from jaxmix.methods.vmix import EMBEDDED
 from jaxmix.models import AutoencoderKL, VAEConfig
 from jaxmix.pipeline.loading import ASSETS
@@ -89,7 +89,7 @@ def package_reader(name: str, kind: Any, path: str) -> None:
     pipe = jaxmix.load("mini")
     out = {**PICTURES, **STYLES}[name]
     kind.load(path, pipe, "mini-clip").save(out, jnp.float16)
-    print(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB\n{kind.load(name, pipe)}")
+    print(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB\n{kind.load(out, pipe, 'mini-clip')}")
 
 
 def main(cfg: Config) -> int:

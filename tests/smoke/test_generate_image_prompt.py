@@ -167,7 +167,7 @@ def test_a_flag_is_enough_without_a_prompt(files, tmp_path, prompt):
         (["--ip-window", "0,0.5"], "--ip-window: found '0,0.5' without 'ip_image' in any row"),
         (["--ip-image", "nowhere"], "--ip-image: no such file: nowhere"),
         (["--style-images", "0.png"], "style_images: found 0.png without a --style-adapter"),
-        (["--style-adapter", "gone"], "gone: no such file, expected a StyleAdapter or one of mini-style"),
+        (["--style-adapter", "gone"], "gone: no such file, expected a StyleAdapter"),
         (["--style-adapter", "ip.safetensors", "--style-images", "0.png"], "this is an IP-Adapter"),
         (["--ip-adapter", "style.safetensors", "--ip-image", "0.png"], "this is a StyleAdapter"),
         (["--style-adapter", "style.safetensors", "--style-images", "0.png"], "holds no image encoder, expected"),
