@@ -280,7 +280,9 @@ def _feed(name: str, leaf: jax.ShapeDtypeStruct, rng: np.random.Generator) -> ja
         return jnp.asarray(rng.integers(0, 16, leaf.shape), jnp.int32)
     if name in ("dropped", "present", "unseen"):
         return jnp.full(leaf.shape, float(name == "present"), leaf.dtype)
-    return jnp.asarray(512.0 if name == "time_ids" else rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
+    if name == "time_ids":
+        return jnp.full(leaf.shape, 512.0, leaf.dtype)
+    return jnp.asarray(rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
 
 def tpu_devices(config: Config) -> list[Any]:

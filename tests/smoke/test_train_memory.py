@@ -117,7 +117,7 @@ def test_the_recipes_say_what_the_paper_says(name):
 
 def test_a_shrunk_step_runs_and_holds_everything_once(tmp_path):
     out = tmp_path / "memory.json"
-    keys = {**SMALL, "model": "sd15", "latents": 8, "steps": 2, "out": str(out)}
+    keys = {**SMALL, "model": "sdxl", "cached": True, "latents": 8, "steps": 2, "out": str(out)}
     flags = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()]
     command = [sys.executable, "-m", "scripts.bench.train_memory", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
