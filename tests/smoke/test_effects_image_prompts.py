@@ -10,6 +10,8 @@ import pytest
 import jaxmix
 from jaxmix.types import InputError
 from scripts.effects import image_prompts as script
+from scripts.effects import style_references
+from train.scorer import load_scorer
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,15 @@ def test_the_judges_follow_real_references_and_no_others(cases):
     # Beside its prompt, a reference itself would be all leak.
     both = judges.both(images, cases)
     assert both["leaked object"].mean() > 0.9 and both["prompt's object"].mean() < 0.1
+
+
+def test_further_references_have_the_style_of_the_first(cases):
+    several = style_references.more_references(cases, 3)
+    assert {len(some) for some in several} == {style_references.SEVERAL}
+    assert all(np.array_equal(some[0], case.image) for some, case in zip(several, cases, strict=True))
+    judged = load_scorer()
+    styles = [judged(np.stack([some[i] for some in several]))["style"].argmax(-1) for i in range(3)]
+    assert np.mean(styles[0] == styles[1]) > 0.9 and np.mean(styles[0] == styles[2]) > 0.9
 
 
 def test_a_run_of_two_cases_writes_tables_and_pictures_and_resumes(tmp_path, monkeypatch):
