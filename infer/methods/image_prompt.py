@@ -44,6 +44,9 @@ class Flags(Base):
             expression over the names of cross-attentions; default: all
         ip_mask: IP-Adapter: where each picture is seen, white in a picture of the result's shape; one for each picture
         ip_window: IP-Adapter: when pictures are seen, START,END in shares of the steps, 0 to 1; 0,0.5 is the first half
+        ip_subtract: IP-Adapter, base: a phrase for what is to be taken out of the pictures (InstantStyle), where the
+            image encoder is the folder of a whole CLIP, or the model has its text encoder
+        ip_subtract_scale: IP-Adapter: how often it is taken out (no unit)
     """
 
     ip_adapter: list[str] | str | None = None
@@ -54,12 +57,15 @@ class Flags(Base):
     ip_blocks: str | None = None
     ip_mask: list[str] | str | None = None
     ip_window: str | None = None
+    ip_subtract: str | None = None
+    ip_subtract_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse scales that are not numbers, and files that are not there."""
         super().__post_init__()
         check_files("--ip-adapter", self.ip_adapter or [])
         check_number("--ip-scale", self.ip_scale)
+        check_number("--ip-subtract-scale", self.ip_subtract_scale)
         for flag, value in (("--ip-image", self.ip_image), ("--ip-mask", self.ip_mask)):
             if value is not None:
                 check_pictures(flag, value)
@@ -89,6 +95,8 @@ class ImagePrompt(Method):
             "ip_blocks": Field(check_text, flags.ip_blocks),
             "ip_mask": Field(check_pictures, masks, list),
             "ip_window": Field(check_window, window, list),
+            "ip_subtract": Field(check_text, flags.ip_subtract),
+            "ip_subtract_scale": Field(check_number, flags.ip_subtract_scale),
         }
         self._adapters: list[Any] = []
         self._kept: EmbeddingFolder | None = None
@@ -193,6 +201,7 @@ class ImagePrompt(Method):
         first = next(row for row in batch.rows if self.on(row))
         rows = [row if self.on(row) else first for row in batch.rows]
         scales = np.asarray([row["ip_scale"] if self.on(row) else 0.0 for row in batch.rows], np.float32)
+        told = [row["ip_subtract"] or None for row in rows]
         masks = None
         if first["ip_mask"] is not None:
             masks = [[open_picture(path, *size_of(row), mask=True) for path in row["ip_mask"]] for row in rows]
@@ -202,6 +211,8 @@ class ImagePrompt(Method):
                 list(scale * scales),
                 blocks=first["ip_blocks"],
                 masks=masks,
+                subtract=told if any(told) else None,
+                subtract_scale=[row["ip_subtract_scale"] for row in rows],
                 window=_window(first),
             )
             for adapter, (_, scale) in zip(self._adapters, self.files, strict=True)
@@ -239,6 +250,7 @@ class ImagePrompt(Method):
         """Show the pictures, their scale, the blocks and the steps."""
         more = {"blocks": row["ip_blocks"]} if row["ip_blocks"] else {}
         more |= {"seen": f"from {_shares(row)} of the steps"} if row["ip_window"] else {}
+        more |= {"without": f"{row['ip_subtract']} x {row['ip_subtract_scale']:g}"} if row["ip_subtract"] else {}
         return {"follows": f"{_names(row)} x {row['ip_scale']:g}", **more}
 
 

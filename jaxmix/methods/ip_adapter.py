@@ -21,7 +21,7 @@ from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.references import One, name_of, per_image, several
 from jaxmix.pipeline.request import Method, Request, is_list
 from jaxmix.pipeline.vision import ImageEncoder, as_mask, as_picture
-from jaxmix.rows import tile
+from jaxmix.rows import numbers, tile
 from jaxmix.types import AnyArray, InputError, Params, shown
 from jaxmix.weights.files import ASSETS, user_path
 from jaxmix.weights.ip_adapter_files import read_ip_adapter, write_ip_adapter
@@ -172,7 +172,7 @@ class IPAdapter(Card):
         masks: Sequence[Any] | None = None,
         negative: Any = None,
         subtract: Any = None,
-        subtract_scale: float = 1.0,
+        subtract_scale: float | Sequence[float] = 1.0,
         window: tuple[float, float] = (0.0, 1.0),
     ) -> Look:
         """Return the method that shows pictures to the model.
@@ -187,7 +187,7 @@ class IPAdapter(Card):
         take out of the pictures, ``subtract_scale`` times, in CLIP's projection and so with "base" adapters only
         (InstantStyle, section 3.3): a phrase or one per image, where the image encoder is from the folder of a whole
         CLIP or the pipeline has its text encoder (SDXL with ViT-bigG); or CLIP's projection of it, (p,) or one per
-        image. ``window`` is the share of the steps
+        image; None for an image of which nothing is. ``window`` is the share of the steps
         in which the pictures are seen.
         """
         if getattr(pictures, "ndim", 0) == 4:
@@ -212,11 +212,11 @@ class Look(Method):
     masks: Sequence[Any] | None = None
     negative: Any = None
     subtract: Any = None
-    subtract_scale: float = 1.0
+    subtract_scale: float | Sequence[float] = 1.0
     window: tuple[float, float] = (0.0, 1.0)
 
     title: ClassVar[str] = "IP-Adapter"
-    per_image: ClassVar[tuple[str, ...]] = ("pictures", "scale", "masks", "subtract")
+    per_image: ClassVar[tuple[str, ...]] = ("pictures", "scale", "masks", "subtract", "subtract_scale")
 
     def check(self, pipe: Pipeline, request: Request) -> None:
         """Refuse another model's adapter, pictures that cannot be read, and lists of other lengths."""
@@ -324,16 +324,15 @@ class Look(Method):
             raise InputError(
                 f"IP-Adapter: subtract: found a {kind} adapter, which reads no projection, expected a base one"
             )
-        scale = self.subtract_scale
-        if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not np.isfinite(scale):
-            raise InputError(f"IP-Adapter: subtract_scale: found {shown(scale)}, expected a number")
+        scale = numbers("IP-Adapter: subtract_scale", self.subtract_scale, n, "prompts")
         rows = [x.picture if isinstance(x, One) else x for x in per_image(self.subtract, n)]
         phrases = list(dict.fromkeys(x for x in rows if isinstance(x, str)))
         told = dict(zip(phrases, self._said(pipe, phrases, width), strict=True)) if phrases else {}
-        made = [told[x] if isinstance(x, str) else np.asarray(x, np.float32) for x in rows]
+        none = np.zeros(width, np.float32)
+        made = [told[x] if isinstance(x, str) else none if x is None else np.asarray(x, np.float32) for x in rows]
         if wrong := [x.shape for x in made if x.shape != (width,)]:
             raise InputError(f"IP-Adapter: subtract: found shape {wrong[0]}, expected ({width},)")
-        return np.stack(made).astype(np.float32) * np.float32(scale)
+        return np.stack(made).astype(np.float32) * scale[:, None]
 
     def _said(self, pipe: Pipeline, phrases: Sequence[str], width: int) -> np.ndarray:
         """Return the projections of phrases in the space of the adapter's CLIP, (n, p)."""

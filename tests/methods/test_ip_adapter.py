@@ -163,8 +163,8 @@ def test_a_phrase_is_read_by_the_text_encoder_of_the_adapters_own_clip(one_level
     said = np.arange(12, dtype="f4")[None]
     monkeypatch.setattr(ImageEncoder, "has_texts", True)
     monkeypatch.setattr(ImageEncoder, "texts", lambda self, phrases: np.repeat(said, len(phrases), 0))
-    look = adapter.on(picture(0), subtract="a cat", subtract_scale=0.5)
-    np.testing.assert_allclose(look._content(one_level, 1), 0.5 * said)
+    look = adapter.on(picture(0), subtract=["a cat", None, said[0]], subtract_scale=[0.5, 1.0, 2.0])
+    np.testing.assert_allclose(look._content(one_level, 3), np.concatenate([0.5 * said, 0 * said, 2 * said]))
 
 
 def test_a_negative_picture_is_what_the_unconditional_rows_see(one_level, adapter):

@@ -166,6 +166,12 @@ def test_a_flag_is_enough_without_a_prompt(files, tmp_path, prompt):
         (["--ip-window", "0.5,0.2"], "--ip-window: found '0.5,0.2', expected two numbers START,END"),
         (["--ip-window", "0,0.5"], "--ip-window: found '0,0.5' without 'ip_image' in any row"),
         (["--ip-image", "nowhere"], "--ip-image: no such file: nowhere"),
+        (
+            ["--ip-adapter", "ip.safetensors", "--image-encoder", "clip", "--ip-image", "0.png"]
+            + ["--ip-subtract", "a cat"],
+            "subtract: found 'a cat', but no text encoder of 12 channels",
+        ),
+        (["--ip-subtract", "a cat"], "--ip-subtract: found 'a cat' without 'ip_image' in any row"),
         (["--style-images", "0.png"], "style_images: found 0.png without a --style-adapter"),
         (["--style-adapter", "gone"], "gone: no such file, expected a StyleAdapter"),
         (["--style-adapter", "ip.safetensors", "--style-images", "0.png"], "this is an IP-Adapter"),
