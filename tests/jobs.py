@@ -13,6 +13,17 @@ from jaxmix.pipeline.job import Denoiser, Job
 from jaxmix.rows import Text, tile
 from jaxmix.samplers import ClassifierFree
 
+TWO_STEPS = {
+    "train_batch_size": 4,
+    "devices": 1,
+    "max_train_steps": 2,
+    "checkpointing_steps": 1,
+    "lr_warmup_steps": 0,
+    "lr_cooldown_steps": 0,
+    "log_steps": 1,
+}
+"""The keys of a trainer that make a run of two steps, each saved."""
+
 
 @functools.partial(jax.jit, static_argnames=("unet", "mutable"))
 def predict(unet, params, x, t, context, controls=(), extra=None, mutable=False):

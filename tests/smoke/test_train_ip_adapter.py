@@ -15,26 +15,17 @@ from jaxmix.command import parse
 from jaxmix.controls import ip_adapter as maths
 from jaxmix.weights.files import ASSETS
 from tests.data.made import make_folder, picture
-from tests.jobs import killed_after, predict
+from tests.jobs import TWO_STEPS, killed_after, predict
 from train import cache_latents, clip, ip_adapter
 from train.data import LatentCache
 from train.diffusion import make_tokenize
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-QUICK = {
-    "train_batch_size": 4,
-    "devices": 1,
-    "max_train_steps": 2,
-    "checkpointing_steps": 1,
-    "lr_warmup_steps": 0,
-    "lr_cooldown_steps": 0,
-    "log_steps": 1,
-}
 
 
 def config(module, name, folder, **changes):
     cfg = parse(module.main, ["--config", str(CONFIGS / name), "--output_dir", str(folder)])
-    return dataclasses.replace(cfg, **{**QUICK, **changes})
+    return dataclasses.replace(cfg, **{**TWO_STEPS, **changes})
 
 
 def small_clip(folder, **changes):

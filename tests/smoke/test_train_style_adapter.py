@@ -15,7 +15,7 @@ from jaxmix.controls import style_adapter as maths
 from jaxmix.testing import random_params
 from jaxmix.weights.files import ASSETS
 from tests.data.made import make_folder, picture
-from tests.jobs import killed_after
+from tests.jobs import TWO_STEPS, killed_after
 from train import clip, style_adapter
 from train.diffusion import make_tokenize
 
@@ -55,13 +55,7 @@ def shrunk(base, seen_by, folder, **changes):
         "scenes": {**cfg.scenes, "size": 16, "objects": 4},
         "references": 2,
         "blocks": 1,
-        "train_batch_size": 4,
-        "devices": 1,
-        "max_train_steps": 2,
-        "checkpointing_steps": 1,
-        "lr_warmup_steps": 0,
-        "lr_cooldown_steps": 0,
-        "log_steps": 1,
+        **TWO_STEPS,
         "validation_steps": 0,
         "validation_prompts": cfg.validation_prompts[:1],
         "validation_scales": [1.0],

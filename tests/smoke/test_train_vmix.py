@@ -13,7 +13,7 @@ from jaxmix import InputError
 from jaxmix.command import parse
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from tests.data.made import make_folder
-from tests.jobs import killed_after
+from tests.jobs import TWO_STEPS, killed_after
 from train import vmix
 from train.diffusion import make_loss, make_tokenize
 
@@ -34,14 +34,8 @@ def shrunk(base, folder, **changes):
     small = {
         "pretrained_model_name_or_path": str(base),
         "scenes": {**cfg.scenes, "size": 16, "objects": 4},
-        "train_batch_size": 4,
-        "devices": 1,
+        **TWO_STEPS,
         "rank": 2,
-        "max_train_steps": 2,
-        "checkpointing_steps": 1,
-        "lr_warmup_steps": 0,
-        "lr_cooldown_steps": 0,
-        "log_steps": 1,
         "validation_steps": 0,
         "validation_prompts": cfg.validation_prompts[:1],
         "validation_scales": [1.0],
