@@ -18,7 +18,7 @@ from jaxmix.models.unet import sites, subtree
 from jaxmix.pipeline.blocks import Blocks, at_sites, attn2_names
 from jaxmix.pipeline.embedded import Embeddings, Takes
 from jaxmix.pipeline.pipeline import Pipeline
-from jaxmix.pipeline.references import One, name_of, per_image, several
+from jaxmix.pipeline.references import One, name_of, per_image, remember, several
 from jaxmix.pipeline.request import Method, Request, is_list
 from jaxmix.pipeline.vision import ImageEncoder, as_mask, as_picture
 from jaxmix.rows import numbers, tile
@@ -294,9 +294,7 @@ class Look(Method):
         key = tuple(name_of(x) for x in (*shown_to, self.negative))
         if None in key or key not in kept:
             made = self.adapter.embed(shown_to, self.negative)
-            if None in key:
-                return made
-            kept[key] = made
+            return made if None in key else remember(kept, key, made)
         return kept[key]
 
     def _scales(self, n: int, m: int) -> np.ndarray:

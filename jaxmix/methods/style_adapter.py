@@ -18,7 +18,7 @@ from jaxmix.controls import style_adapter as maths
 from jaxmix.models.unet import subtree
 from jaxmix.pipeline.blocks import Blocks, at_sites, attn2_names
 from jaxmix.pipeline.pipeline import Pipeline
-from jaxmix.pipeline.references import One, name_of, per_image, several
+from jaxmix.pipeline.references import One, name_of, per_image, remember, several
 from jaxmix.pipeline.request import Method, Request
 from jaxmix.pipeline.vision import ImageEncoder, as_picture, shuffled
 from jaxmix.rows import numbers, tile
@@ -236,9 +236,7 @@ class Styled(Method):
         if None in key or key not in kept:
             states = self.adapter.see(some, shuffle=self.shuffle, class_token=self.class_token, seed=self.seed)
             made = _style_tokens(self.adapter.style_emb, states[None])[0]
-            if None in key:
-                return made
-            kept[key] = made
+            return made if None in key else remember(kept, key, made)
         return kept[key]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from jaxmix.types import AnyArray
 from jaxmix.weights.files import user_path
 
+MOST_KEPT = 256
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class One:
@@ -30,6 +32,17 @@ def several(given: Any) -> Sequence[Any]:
     if isinstance(given, One):
         return [given.picture]
     return given if isinstance(given, (list, tuple)) else [given]
+
+
+def remember(kept: dict[Any, Any], key: Any, value: Any) -> Any:
+    """Keep what was made of pictures for the next batch, the oldest of too many left out; return it.
+
+    CLIP's states of a picture are a megabyte or more, and a job may have any number of pictures.
+    """
+    while len(kept) >= MOST_KEPT:
+        del kept[next(iter(kept))]
+    kept[key] = value
+    return value
 
 
 def name_of(given: Any) -> Any:

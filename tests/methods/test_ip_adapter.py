@@ -15,6 +15,7 @@ from jaxmix.controls import ip_adapter as maths
 from jaxmix.methods.ip_adapter import Embeddings, IPAdapter
 from jaxmix.models import CLIPVisionConfig, CLIPVisionModel
 from jaxmix.models.unet import sites, subtree
+from jaxmix.pipeline import references
 from jaxmix.pipeline.blocks import at_sites, attn2_names
 from jaxmix.pipeline.job import denoise
 from jaxmix.pipeline.vision import ImageEncoder
@@ -287,3 +288,10 @@ def test_an_untrained_adapter_copies_the_texts_keys_and_values(one_level, encode
     np.testing.assert_allclose(both, 1.5 * plain, rtol=1e-5, atol=1e-6)
     plus = random_adapter(one_level, encoder, "plus")
     assert maths.tokens_of("plus", plus.projection) == 16 and plus.embed([picture(0)]).none.shape == (5, 16)
+
+
+def test_what_is_kept_of_pictures_is_bounded(monkeypatch):
+    monkeypatch.setattr(references, "MOST_KEPT", 2)
+    kept = {}
+    assert [references.remember(kept, key, 10 * key) for key in range(5)] == [0, 10, 20, 30, 40]
+    assert kept == {3: 30, 4: 40}
