@@ -1,6 +1,6 @@
 """A prompt per layer: P+, Extended Textual Conditioning in Text-to-Image Generation (arXiv 2303.09522).
 
-The text space P+ has one prompt for each cross-attention l of the UNet, p_1 ... p_n (section 3): layer l attends to
+The text space P+ has one prompt for each cross-attention l of the UNet, p_1 ... p_n: layer l attends to
 the text encoder's states of p_l, all else stays. The coarse layers in the middle decide what is drawn, the fine ones at
 both ends how it looks. Only the conditional rows have layer prompts; keys and values are made before the loop, so no
 step costs more.

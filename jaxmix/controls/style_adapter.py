@@ -9,10 +9,10 @@ with lambda_l learnt, one for each layer. K_s and V_s are projections of a few s
 state of the whole picture (CLIP's class token) is dropped, the patches of each picture are shuffled before they get
 their positions, and the states of several pictures are joined along the tokens.
 
-There is no public code. Where the abstract and the published reviews say nothing, StyEmb is the style head of
-T2I-Adapter (arXiv 2302.08453), which a reviewer names as its like: learnt tokens after the states, a norm, blocks of
-self-attention over all of them, a norm and a projection of the learnt ones. Unconditional rows have style tokens of
-zeros, which add nothing.
+There is no public code, and this was written from the abstract and the published reviews. Where they say nothing the
+choice is ours: StyEmb has the form of T2I-Adapter's style head (arXiv 2302.08453), learnt tokens after the states, a
+norm, blocks of self-attention over all of them, a norm and a projection of the learnt ones; lambda begins at 0;
+unconditional rows have style tokens of zeros, which add nothing.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class IPAdapter(Card):
 
     def save(self, path: str | Path, dtype: Any = None) -> None:
         """Write the adapter in the layout of the published files, which diffusers loads; ``dtype`` casts it."""
-        write_ip_adapter(path, self.projection, self.layers, dtype)
+        write_ip_adapter(user_path(path), self.projection, self.layers, dtype)
 
     def check(self, pipe: Pipeline) -> None:
         """Raise `InputError` if the adapter does not fit the pipeline, or its encoder not the adapter."""

@@ -37,7 +37,6 @@ _KINDS = [
 ]
 # The same for files that do have such a UNet, anywhere in a key.
 _VARIANTS = [
-    (r"style_emb\.", "a StyleAdapter"),
     (r"control_model\.", "a ControlNet with its Stable Diffusion model"),
     (r"(^|\.)edm_(mean|std)$|edm_vpred\.", "a model with the EDM noise schedule, such as Playground 2.5"),
     (r"\.(time_stack|time_mixer|temporal_transformer|motion_modules)\.", "a video model"),

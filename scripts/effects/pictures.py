@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-GAP, HEADER, CAPTION = 6, 24, 20  # pixels
+GAP, HEADER, CAPTION = 6, 24, 20  # pixels; a line of the header
 
 
 def labelled_grid(
@@ -18,19 +18,33 @@ def labelled_grid(
 
     _, height, width, _ = columns[0][1].shape
     cell, step = (height * enlarge, width * enlarge), width * enlarge + GAP
-    line = CAPTION + cell[0] + GAP
-    sheet = Image.new("RGB", (GAP + step * len(columns), HEADER + line * len(captions)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for k, (name, images) in enumerate(columns):
+    line, font = CAPTION + cell[0] + GAP, ImageFont.load_default(size=15)
+    titles = [_wrapped(name, cell[1], font.getlength) for name, _ in columns]
+    header = HEADER * max(len(title) for title in titles)
+    sheet = Image.new("RGB", (GAP + step * len(columns), header + line * len(captions)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (_, images) in enumerate(columns):
         left = GAP + k * step
-        draw.text((left + cell[1] / 2, HEADER / 2), name, fill="black", font=font, anchor="mm")
+        for row, words in enumerate(titles[k]):
+            draw.text((left + cell[1] / 2, HEADER * (row + 0.5)), words, fill="black", font=font, anchor="mm")
         for i in range(len(captions)):
             picture = Image.fromarray(images[i].repeat(enlarge, 0).repeat(enlarge, 1))
-            sheet.paste(picture, (left, HEADER + line * i + CAPTION))
+            sheet.paste(picture, (left, header + line * i + CAPTION))
     small = ImageFont.load_default(size=12)
     for i, caption in enumerate(captions):
-        draw.text((GAP, HEADER + line * i + CAPTION / 2), caption, fill=(90, 90, 90), font=small, anchor="lm")
+        draw.text((GAP, header + line * i + CAPTION / 2), caption, fill=(90, 90, 90), font=small, anchor="lm")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
     return path
+
+
+def _wrapped(title: str, width: float, length: Callable[[str], float]) -> list[str]:
+    """Return the lines of a title, each as many of its words as fit."""
+    lines: list[str] = []
+    for word in title.split():
+        if lines and length(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines or [""]

@@ -174,13 +174,16 @@ def main(cfg: Config) -> int:
     measured: dict[str, Mapping[str, np.ndarray]] = {}
     for name, images in drawn.items():
         distance = styles.gram_distance(images, np.stack([c.image for c in cases]))
-        measured[name] = {**judges.both(images, cases), "gram": distance, "seconds": np.full(len(cases), seconds[name])}
+        measured[name] = {**judges.both(images, cases), "gram": distance}
     columns = [("reference", np.stack([c.image for c in cases])), *drawn.items()]
     rows = [(name, images[: cfg.grid_rows]) for name, images in columns]
     path = labelled_grid(out / "styles.png", rows, [c.prompt for c in cases[: cfg.grid_rows]], 2)
     text = table("A prompt, and a picture for its style", measured, "prompt alone", {})
+    told = ", ".join(f"{name} {spent:.3f}" for name, spent in seconds.items())
+    text += f"\n\nSeconds a picture, of one batch of {min(cfg.batch_size, len(cases))}: {told}"
     print(f"{text}\nwrote {path}")
     numbers = {"config": dataclasses.asdict(cfg), "A prompt, and a picture for its style": means(measured)}
+    numbers["seconds"] = seconds
     (out / "effects.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (out / "effects.md").write_text(text + "\n", encoding="utf-8")
     return 0
