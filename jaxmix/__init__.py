@@ -2,6 +2,7 @@
 
 from jaxmix.control import KV, QKV, Control, Moments, Site
 from jaxmix.methods.composable import ComposableDiffusion, split_and
+from jaxmix.methods.deadiff import DEADiff
 from jaxmix.methods.dense_diffusion import DenseDiffusion, dense_diffusion
 from jaxmix.methods.ip_adapter import IPAdapter
 from jaxmix.methods.layer_prompts import LayerPrompts
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointWarning",
     "ComposableDiffusion",
     "Control",
+    "DEADiff",
     "DenseDiffusion",
     "EmbeddingFolder",
     "Embeddings",

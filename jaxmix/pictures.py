@@ -53,18 +53,19 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip_pixels(image: np.ndarray, size: int = 224) -> np.ndarray:
+def clip_pixels(image: np.ndarray, size: int = 224, squash: bool = False) -> np.ndarray:
     """Return a picture uint8 (h, w, 3) as CLIP reads it, float32 (size, size, 3), normalised.
 
     The short side is resized to `size` with PIL's bicubic filter, which rounds to 8 bits between its passes as no
-    other library does, and the middle is cut out: what a long side has beyond is not seen.
+    other library does, and the middle is cut out: what a long side has beyond is not seen. With ``squash`` both sides
+    are resized, and all of it is seen, out of shape.
     """
     from PIL import Image
 
     h, w = image.shape[:2]
     short, long = (w, h) if w <= h else (h, w)
     other = int(size * long / short)
-    shape = (size, other) if w <= h else (other, size)  # width, height
+    shape = (size, size) if squash else (size, other) if w <= h else (other, size)  # width, height
     resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
     top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
     cut = resized[top : top + size, left : left + size].astype(np.float32) / 255

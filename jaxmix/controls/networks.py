@@ -7,8 +7,6 @@ import jax.numpy as jnp
 
 from jaxmix.types import Array, Params
 
-_EPS = 1e-5
-
 
 def dense(params: Params, x: Array) -> Array:
     """Return x (..., i) times the kernel (i, o), plus the bias if there is one."""
@@ -16,8 +14,8 @@ def dense(params: Params, x: Array) -> Array:
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
-def norm(params: Params, x: Array) -> Array:
+def norm(params: Params, x: Array, eps: float = 1e-5) -> Array:
     """Return the LayerNorm of x (..., c), computed in float32."""
     y = x.astype(jnp.float32)
-    y = (y - y.mean(-1, keepdims=True)) * jax.lax.rsqrt(y.var(-1, keepdims=True) + _EPS)
+    y = (y - y.mean(-1, keepdims=True)) * jax.lax.rsqrt(y.var(-1, keepdims=True) + eps)
     return (y * params["scale"] + params["bias"]).astype(x.dtype)

@@ -18,6 +18,7 @@ _KINDS = [
     (r".*(lora_(up|down|A|B|unet|te)|\.lora\.|_lora\.|hada_w1|lokr_w|\.dora_scale)", "a LoRA or another adapter"),
     (r"(ip_adapter|image_proj|proj\.norm)\.|image_proj$", "an IP-Adapter"),
     (r"style_emb\.", "a StyleAdapter"),
+    (r"(style|content)_(blip|proj_layer)\.", "a DEADiff checkpoint"),
     (r"control_model\.|.*zero_convs\.|controlnet_|input_hint_block\.", "a ControlNet"),
     (r"emb_params$|string_to_param|(clip_l|clip_g)$", "a textual inversion embedding"),
     (r".*motion_modules\.", "an AnimateDiff motion module"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,17 @@ def open_text_tower(folder: Path) -> tuple[dict[str, Any], Source] | None:
     return {**inner, "projection_dim": width, "architectures": ["CLIPTextModelWithProjection"]}, _Renamed(source, names)
 
 
+def open_inner_encoder(file: SafetensorsFile, prefix: str) -> tuple[dict[str, Any], Source]:
+    """Return the config and the tensors of an image encoder in open_clip's layout inside another file.
+
+    Raises InputError if there is none whose keys begin with ``prefix``.
+    """
+    found = _of_open_clip(file, {key: entry.shape for key, entry in file.stored.items()}, (prefix,))
+    if found is None:
+        raise InputError(f"{file.where}: found no {prefix}*, expected a CLIP image encoder in open_clip's layout there")
+    return _config(file.where, {key: entry.shape for key, entry in found.entries.items()}), found
+
+
 class _Renamed(Source):
     """Some tensors of a source under other names."""
 
@@ -115,8 +126,8 @@ def _of_transformers(source: Source, shapes: Shapes) -> Source | None:
     return _Renamed(source, inside | {key: key for key in kept if key.startswith(_PROJECTION)})
 
 
-def _of_open_clip(file: SafetensorsFile, shapes: Shapes) -> Source | None:
-    prefix = next((prefix for prefix in _OPEN_CLIP if f"{prefix}conv1.weight" in shapes), None)
+def _of_open_clip(file: SafetensorsFile, shapes: Shapes, prefixes: Sequence[str] = _OPEN_CLIP) -> Source | None:
+    prefix = next((prefix for prefix in prefixes if f"{prefix}conv1.weight" in shapes), None)
     if prefix is None or f"{prefix}ln_pre.weight" not in shapes:
         return None
     table = VisionTable(prefix, _layers(shapes, f"{prefix}transformer.resblocks."))

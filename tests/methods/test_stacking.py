@@ -42,6 +42,7 @@ NAMES = [
     "VMix",
     "IPAdapter",
     "StyleAdapter",
+    "DEADiff",
     "LoRA",
     "DenseDiffusion",
     "PaintWithWords",
@@ -73,6 +74,44 @@ def groups():
 GROUPS = groups()
 
 
+def random_deadiff(pipe, encoder, words=3, tokens=4):
+    """Return DEADiff with readers of one layer and random numbers."""
+    width, seen = pipe.unet.config.cross_attention_dim, encoder.model.config.hidden_size
+    keys = iter(jax.random.split(jax.random.key(7), 200))
+
+    def linear(i, o):
+        return {"kernel": jax.random.normal(next(keys), (i, o)) * i**-0.5, "bias": jnp.zeros(o)}
+
+    def norm(n):
+        return {"scale": jnp.ones(n), "bias": jnp.zeros(n)}
+
+    def reader():
+        made = {"query_tokens": jax.random.normal(next(keys), (1, tokens, width)), "embeddings.LayerNorm": norm(width)}
+        made["words"] = jax.random.normal(next(keys), (words, width))
+        for kind, source in (("attention", width), ("crossattention", seen)):
+            name = f"encoder.layer.0.{kind}"
+            made |= {
+                f"{name}.self.{x}": linear(width if x == "query" else source, width) for x in ("query", "key", "value")
+            }
+            made |= {f"{name}.output.dense": linear(width, width), f"{name}.output.LayerNorm": norm(width)}
+        for which in ("", "_query"):
+            name = "encoder.layer.0."
+            made |= {
+                f"{name}intermediate{which}.dense": linear(width, 32),
+                f"{name}output{which}.dense": linear(32, width),
+            }
+            made[f"{name}output{which}.LayerNorm"] = norm(width)
+        proj = {"dense1": linear(width, 32), "dense2": linear(32, width), "LayerNorm": norm(width)}
+        return {"ln_vision": norm(seen), "qformer": made, "proj": proj}
+
+    base = {name: subtree(pipe.params["unet"], name) for name in attn2_names(pipe)}
+    layers = {name: {x: {"kernel": 2 * base[name][x]["kernel"]} for x in ("to_k", "to_v")} for name in base}
+    slots = {name: "content" if "mid_block" in name else "style" for name in base}
+    return jaxmix.DEADiff(
+        {s: reader() for s in ("style", "content")}, layers, dict.fromkeys(("style", "content"), encoder), slots
+    )
+
+
 @pytest.fixture(scope="module")
 def pieces(one_level):
     """For each method: strength -> method, and the noise from which all of them start."""
@@ -98,11 +137,13 @@ def pieces(one_level):
     styled = jaxmix.StyleAdapter.init(jax.random.key(6), pipe, encoder, blocks=1)
     strong = {name: {**layer, "strength": jnp.asarray(2.0)} for name, layer in styled.layers.items()}
     styled = dataclasses.replace(styled, layers=strong)
+    split = random_deadiff(pipe, encoder)
     style = {"found": found, "pairs": [(0, 1), (1, 0)], "pairing": "diffusers", "adain": False, "guided": True}
     return found.noise, {
         "VMix": lambda s: mixer.on("all", s),
         "IPAdapter": lambda s: seer.on(seen, s),
         "StyleAdapter": lambda s: styled.on([[pictures[0], pictures[1]], [pictures[1]]], s),
+        "DEADiff": lambda s: split.on([pictures[0], None], [None, pictures[1]], s),
         "LoRA": lambda s: learnt.on(s),
         "DenseDiffusion": lambda s: DenseDiffusion(layout, cross=s, self_=0.3 * s, splice=False),
         "PaintWithWords": lambda s: PaintWithWords(layout, weight=0.4 * s),
