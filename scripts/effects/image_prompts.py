@@ -11,6 +11,7 @@ are kept under `out`, so an interrupted run can be resumed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -170,7 +171,7 @@ class Bench:
     adapters: Mapping[str, jaxmix.IPAdapter]
 
     def draw(self, name: str, texts: Sequence[str], *methods: Any, mark: Any = "", **options: Any) -> np.ndarray:
-        """Return one picture per case: of `texts`, under methods made for a slice of the cases."""
+        """Return one picture per case: of `texts`, under methods made for a slice of the cases, which `mark` tells."""
 
         def some(rows: slice, seeds: list[int]) -> np.ndarray:
             # The last batch is filled up, so that one program does.
@@ -182,23 +183,40 @@ class Bench:
             drawn = self.studio.pipe.generate([texts[i] for i in index], seeds, self.cfg.steps, methods=made, **kwargs)
             return drawn[: len(seeds) - missing]
 
-        key = ["image prompts", name, "", self.cfg.steps, list(texts), mark, digest([c.image for c in self.cases])]
-        return self.studio.draw(key, len(self.cases), some, self.cfg.batch_size)
+        key = ["image prompts", self.cfg.steps, list(texts), mark, digest([c.image for c in self.cases])]
+        return self.studio.draw(name, key, len(self.cases), some, self.cfg.batch_size)
 
-    def look(self, kind: str = "base", scale: float = 1.0, shift: int = 0, **options: Any) -> Any:
-        """Return what makes the method of an adapter for some cases; `shift` shows them those of later cases."""
+    def seen(
+        self,
+        name: str,
+        texts: Sequence[str],
+        kind: str = "base",
+        scale: float = 1.0,
+        shift: int = 0,
+        vmix: tuple[str, Any] | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Draw the cases' references beside `texts`; `shift` shows each case the reference of a later one.
+
+        ``options`` are those of `IPAdapter.on`, a list having one value per case; ``vmix`` is (labels, adapter).
+        """
         adapter, n = self.adapters[kind], len(self.cases)
 
-        def made(index: Sequence[int]) -> Any:
+        def look(index: Sequence[int]) -> Any:
             told = {k: [v[i] for i in index] if isinstance(v, list) else v for k, v in options.items()}
             return adapter.on([[self.cases[(i + shift) % n].image] for i in index], scale, **told)
 
-        return made
+        methods, mark = [look], [self.marks[kind], scale, shift, options]
+        if vmix is not None:
+            labels, mixer = vmix
+            methods.append(lambda index: mixer.on(labels))
+            mark += [labels, digest(mixer.params)]
+        return self.draw(name, texts, *methods, mark=mark)
 
-    def mark(self, kind: str = "base", **options: Any) -> Any:
-        """Return what tells the pictures of an adapter from those of another."""
-        adapter = self.adapters[kind]
-        return [digest({"p": adapter.projection, "l": dict(adapter.layers)}), options]
+    @functools.cached_property
+    def marks(self) -> dict[str, str]:
+        """What tells each adapter from others."""
+        return {kind: digest({"p": a.projection, "l": dict(a.layers)}) for kind, a in self.adapters.items()}
 
     def shown(self, file: str, columns: Sequence[tuple[str, np.ndarray]], captions: Sequence[str]) -> None:
         """Write the pictures of the first cases."""
@@ -215,10 +233,8 @@ def alone(bench: Bench) -> dict[str, Any]:
     pictures = {"no picture": bench.draw("no picture", empty)}
     for kind in bench.adapters:
         title = {"base": "mini-ip", "plus": "mini-ip-plus"}[kind]
-        pictures[title] = bench.draw(title, empty, bench.look(kind), mark=bench.mark(kind))
-        pictures[f"{title}, another reference"] = bench.draw(
-            f"{title}, another", empty, bench.look(kind, shift=1), mark=bench.mark(kind, shift=1)
-        )
+        pictures[title] = bench.seen(title, empty, kind)
+        pictures[f"{title}, another reference"] = bench.seen(f"{title}, another", empty, kind, shift=1)
     pictures["its caption as prompt"] = bench.draw("caption", [c.caption for c in bench.cases])
     for strength in (0.6, 0.8):
         pictures[f"image to image, strength {strength}"] = bench.draw(
@@ -238,22 +254,18 @@ def scales(bench: Bench) -> dict[str, Any]:
     empty = [""] * len(bench.cases)
     pictures = {"0": bench.draw("no picture", empty)}
     for scale in SCALES:
-        pictures[f"{scale:g}"] = bench.draw(
-            f"scale {scale:g}", empty, bench.look(scale=scale), mark=bench.mark(s=scale)
-        )
+        pictures[f"{scale:g}"] = bench.seen(f"scale {scale:g}", empty, scale=scale)
     bench.shown("scales.png", list(pictures.items()), [c.caption for c in bench.cases])
     found = {name: bench.judges.follow(images, bench.cases) for name, images in pictures.items()}
     return {"Scale of mini-ip, the picture alone": (found, "0")}
 
 
 def _beside(bench: Bench, title: str, conditions: Mapping[str, dict[str, Any]], file: str) -> dict[str, Any]:
-    """Measure references beside prompts of other objects; the options of each condition are those of `Bench.look`."""
+    """Measure references beside prompts of other objects; the options of each condition are those of `Bench.seen`."""
     prompts = [c.prompt for c in bench.cases]
     pictures = {"prompt alone": bench.draw("prompt alone", prompts)}
     for name, options in conditions.items():
-        told = {"scale": bench.cfg.style_scale, **options}
-        mark = bench.mark(**told)
-        pictures[name] = bench.draw(f"{title}: {name}", prompts, bench.look(**told), mark=mark)
+        pictures[name] = bench.seen(f"{title}: {name}", prompts, **{"scale": bench.cfg.style_scale, **options})
     bench.shown(file, list(pictures.items()), prompts)
     found = {name: bench.judges.both(images, bench.cases) for name, images in pictures.items()}
     return {title: (found, "prompt alone")}
@@ -294,11 +306,8 @@ def vmix(bench: Bench) -> dict[str, Any]:
     adapter, empty = jaxmix.VMix.load(bench.cfg.vmix, bench.studio.pipe), [""] * len(bench.cases)
     pictures, found = {}, {}
     for labels in ("", "none", *DIMENSIONS, "all"):
-        methods = [bench.look()]
-        if labels:
-            methods.append(lambda index, labels=labels: adapter.on(labels))
         name = labels or "mini-ip"
-        pictures[name] = bench.draw(f"with VMix {name}", empty, *methods, mark=[bench.mark(), labels])
+        pictures[name] = bench.seen(f"with VMix {name}", empty, vmix=(labels, adapter) if labels else None)
         images = pictures[name]
         seen = [measure(image) for image in images]
         masks = bench.judges.segmenter(images, min(128, len(images)))
