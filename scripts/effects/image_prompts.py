@@ -150,6 +150,8 @@ class Judges:
         follow, said = self.follow(images, cases), self.scorer(images)
         objects = [self.scorer.objects[k] for k in said["object"].argmax(-1)]
         grounds = [self.scorer.backgrounds[k] for k in said["background"].argmax(-1)]
+        texts = self.encoder.texts([c.prompt for c in cases])
+        texts = texts / np.linalg.norm(texts, axis=-1, keepdims=True)
         return {
             "prompt's object": np.asarray([o == c.other for o, c in zip(objects, cases, strict=True)], float),
             "prompt's background": np.asarray([g == c.elsewhere for g, c in zip(grounds, cases, strict=True)], float),
@@ -157,6 +159,7 @@ class Judges:
             "leaked object": follow["object"],
             "leaked background": follow["background"],
             "layout IoU": follow["layout IoU"],
+            "CLIP-T": (self.see(images) * texts).sum(-1),
         }
 
 
