@@ -29,6 +29,11 @@ def open_picture(path: str, height: int, width: int, *, mask: bool = False) -> n
     return np.array(image)
 
 
+def read_picture(path: str) -> np.ndarray:
+    """Return a picture as it is shown, uint8 (height, width, 3)."""
+    return np.array(_checked(path))
+
+
 def open_cropped(path: str, height: int, width: int) -> np.ndarray:
     """Return the centre of a picture as uint8 (height, width, 3): the largest part of that shape, resized."""
     return np.array(ImageOps.fit(_checked(path), (width, height), Image.Resampling.LANCZOS))
