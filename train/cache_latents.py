@@ -31,7 +31,17 @@ import jaxmix
 from jaxmix import command
 from jaxmix.sharding import DATA
 from jaxmix.types import InputError
-from train.data import BadRow, LatentCache, PictureConfig, Pictures, check_sizes, make_look, open_source
+from train.data import (
+    BadRow,
+    LatentCache,
+    PictureConfig,
+    Pictures,
+    check_sizes,
+    hint_name,
+    make_hint,
+    make_look,
+    open_source,
+)
 from train.data.buckets import crop_to_bucket
 from train.data.cache import EMPTY, INDEX, SEEN, CacheIndex, encode_record, identify
 from train.data.pictures import MIDDLE
@@ -52,6 +62,9 @@ class Config(PictureConfig):
         image_encoder: folder or file of a CLIP image encoder, for image prompts: rows also get its projection of the
             whole picture; none if empty.
         image_states: also keep the encoder's states before its last layer, which "plus" and "full" adapters read.
+        conditioning_image_column: the metadata's column with a second picture's file, for train.controlnet (of tars,
+            KEY.COLUMN.png); none if empty.
+        preprocess: what makes a hint for train.controlnet of that picture, or of the row's own: see infer.preprocess.
         labels: names of the dimensions that labels may name; null does not read labels.
         text_column: the metadata's column with the caption.
         image_column: the metadata's column with the picture's file.
@@ -70,6 +83,8 @@ class Config(PictureConfig):
     out: str = ""
     image_encoder: str = ""
     image_states: bool = False
+    conditioning_image_column: str = ""
+    preprocess: str = ""
     labels: list[str] | None = None
     text_column: str = "text"
     image_column: str = "file_name"
@@ -102,7 +117,8 @@ class Config(PictureConfig):
 class Cropped:
     """A picture, cropped and ready: `images` (variants, H, W, 3) uint8, the second mirrored; `time_ids` likewise.
 
-    `pixels` (S, S, 3) float32 is the whole picture as an image encoder reads it, if there is one.
+    `pixels` (S, S, 3) float32 is the whole picture as an image encoder reads it, if there is one, and `hints` are like
+    `images`.
     """
 
     id: str
@@ -112,18 +128,21 @@ class Cropped:
     images: np.ndarray
     time_ids: np.ndarray
     pixels: np.ndarray | None = None
+    hints: np.ndarray | None = None
 
 
 def read_cropped(pictures: Pictures, index: int, group: int, seed: int) -> Cropped:
     """Read and crop one picture. Raises BadRow if it cannot be used."""
     cfg, row = pictures.cfg, pictures.source[index]
     at = MIDDLE if cfg.center_crop else tuple(np.random.default_rng((seed, index)).random(2).tolist())
-    cuts = [
-        crop_to_bucket(row["image"], pictures.buckets[group], at, flip) for flip in (False, True)[: 1 + cfg.random_flip]
-    ]
+    bucket, flips = pictures.buckets[group], (False, True)[: 1 + cfg.random_flip]
+    cuts = [crop_to_bucket(row["image"], bucket, at, flip) for flip in flips]
     images, time_ids = (np.stack(part) for part in zip(*cuts, strict=True))
+    hints = None
+    if pictures.hint is not None:
+        hints = np.stack([pictures.hint(row, x, bucket, at, flip) for x, flip in zip(images, flips, strict=True)])
     pixels = None if pictures.whole is None else pictures.whole(row["image"])["pixels"]
-    return Cropped(row["id"], row["text"], row["labels"], group, images, time_ids, pixels)
+    return Cropped(row["id"], row["text"], row["labels"], group, images, time_ids, pixels, hints)
 
 
 def make_moments(pipe: jaxmix.Pipeline, devices: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -170,6 +189,8 @@ class Encoder:
             states |= self.look([row.pixels for row in rows])
         for i, row in enumerate(rows):
             arrays = {"moments": moments[i], "time_ids": row.time_ids, **{key: x[i] for key, x in states.items()}}
+            if row.hints is not None:
+                arrays["hint"] = row.hints
             for name, array in arrays.items():
                 if not np.isfinite(array).all():
                     raise InputError(f"{row.id}: found {name} that are not finite in float16; is the model damaged?")
@@ -246,6 +267,8 @@ def make_plan(cfg: Config, pictures: Pictures, identity: dict[str, str], order: 
     settings = {key: getattr(cfg, key) for key in keys if key != "max_bad_rows"}
     if cfg.image_states:
         settings["image_states"] = True
+    if told := hint_name(cfg.conditioning_image_column, cfg.preprocess):
+        settings["hint"] = told
     return {**identity, **settings, "rows": f"{len(order)} {digest.hexdigest()[:16]}"}
 
 
@@ -268,14 +291,17 @@ def main(cfg: Config) -> int:
     """Encode what is missing, then write the index."""
     command.enable_compilation_cache()
     pipe = jaxmix.load(cfg.pretrained_model_name_or_path, cfg.dtype)
-    source = open_source(cfg.train_data_dir, cfg.labels, cfg.text_column, cfg.image_column)
+    hint = make_hint(cfg.conditioning_image_column, cfg.preprocess)
+    source = open_source(
+        cfg.train_data_dir, cfg.labels, cfg.text_column, cfg.image_column, cfg.conditioning_image_column
+    )
     if isinstance(source, LatentCache):
         raise InputError(f"train_data_dir: found a cache, {cfg.train_data_dir}, expected pictures")
     check_sizes(cfg, pipe)
     seen = None if not cfg.image_encoder else jaxmix.ImageEncoder.load(cfg.image_encoder, cfg.dtype)
     if seen is not None and not (seen.model.config.projection or cfg.image_states):
         raise InputError(f"image_encoder: {cfg.image_encoder} has no projection, expected --image_states true with it")
-    pictures = Pictures(source, cfg, None if seen is None else make_look(seen))
+    pictures = Pictures(source, cfg, None if seen is None else make_look(seen), hint)
     print(pictures.describe(), flush=True)
 
     folder = Path(cfg.out).expanduser()
@@ -335,6 +361,7 @@ def finish(
         shards=[(path.name, len(rows)) for path, rows in zip(shards, held, strict=True) if rows],
         buckets=pictures.buckets,
         bucket=[group for rows in held for group in rows],
+        hint=hint_name(cfg.conditioning_image_column, cfg.preprocess),
     )
     if not index.bucket:
         raise InputError(f"{pictures.source.where}: found no usable row")

@@ -14,12 +14,14 @@ from jaxmix.types import InputError
 from .buckets import PictureConfig
 from .cache import INDEX, LatentCache
 from .folder import METADATA, ImageFolder
+from .hints import Hint, hint_name, make_hint
 from .pictures import Pictures
 from .rows import PICTURES, BadRow, PictureSource
 from .webdataset import WebDataset
 
 __all__ = [
     "BadRow",
+    "Hint",
     "ImageFolder",
     "LatentCache",
     "PictureConfig",
@@ -27,6 +29,8 @@ __all__ = [
     "Pictures",
     "WebDataset",
     "check_sizes",
+    "hint_name",
+    "make_hint",
     "make_look",
     "open_batches",
     "open_source",
@@ -38,30 +42,32 @@ def open_source(
     labels: Sequence[str] | None = None,
     text_column: str = "text",
     image_column: str = "file_name",
+    hint_column: str = "",
 ) -> ImageFolder | WebDataset | LatentCache:
     """Open captioned pictures of any kind: a folder of pictures, WebDataset tars, or a cache of latents.
 
-    `labels` are the dimensions that labels may name; None does not read them. Raises InputError for anything else.
+    `labels` are the dimensions that labels may name; None does not read them. `hint_column` is that of a second
+    picture, which a cache has or has not. Raises InputError for anything else.
     """
     name = str(path)
     kinds = f"pictures with a {METADATA}, tars, or a cache with an {INDEX}"
     if not name:
         raise InputError(f"train_data_dir: not given, expected a folder of {kinds}")
     if name.endswith(".tar") or any(sign in name for sign in "{*?["):
-        return WebDataset(path, text_column, labels)
+        return WebDataset(path, text_column, labels, hint_column)
     folder = epath.Path(path).expanduser()
     if not folder.is_dir():
         what = "a file" if folder.exists() else "no such folder"
         raise InputError(f"{name}: found {what}, expected a folder of {kinds}")
     if (folder / METADATA).exists():
-        return ImageFolder(path, text_column, image_column, labels)
+        return ImageFolder(path, text_column, image_column, labels, hint_column)
     names = {entry.name for entry in folder.iterdir()}
     if INDEX in names or any(entry.endswith(".array_record") for entry in names):
         return LatentCache(name, labels)
     if any(entry.endswith(".tar") for entry in names):
-        return WebDataset(path, text_column, labels)
+        return WebDataset(path, text_column, labels, hint_column)
     if any(entry.lower().endswith(PICTURES) for entry in names):
-        return ImageFolder(path, text_column, image_column, labels)
+        return ImageFolder(path, text_column, image_column, labels, hint_column)
     raise InputError(f"{name}: found {_some(names)}, expected {kinds}")
 
 
@@ -73,18 +79,21 @@ def open_batches(
     text_column: str = "text",
     image_column: str = "file_name",
     whole: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None,
+    hint_column: str = "",
+    hint: Hint | None = None,
 ) -> Pictures | LatentCache:
     """Open captioned pictures for `make_dataset`: rows with "image", or with latents if `path` is a cache.
 
-    ``whole`` adds entries to a row, made from its picture before it is cropped; a cache has its own. Raises InputError
-    for a cache of another model or other sizes, and for sizes that the model cannot encode.
+    ``whole`` adds entries to a row, made from its picture before it is cropped, and ``hint`` its hint, of the second
+    picture in ``hint_column`` or of the row's own; a cache has its own. Raises InputError for a cache of another model
+    or other sizes, and for sizes that the model cannot encode.
     """
-    source = open_source(path, labels, text_column, image_column)
+    source = open_source(path, labels, text_column, image_column, hint_column)
     if isinstance(source, LatentCache):
         source.check(pipe, cfg)
         return LatentCache(source.folder, labels, cfg.random_flip)
     check_sizes(cfg, pipe)
-    return Pictures(source, cfg, whole)
+    return Pictures(source, cfg, whole, hint)
 
 
 def make_look(encoder: ImageEncoder) -> Callable[[np.ndarray], dict[str, np.ndarray]]:

@@ -69,7 +69,8 @@ class CacheIndex:
 
     `model` is what it was made with, `identity` the result of `identify`, `known` the dimensions that labels were read
     for (None: not read), `flipped` whether it also holds the mirrored pictures, `shards` the files with their numbers
-    of records, `buckets` the sizes that occur, and `bucket` the index of every record's size among them.
+    of records, `buckets` the sizes that occur, and `bucket` the index of every record's size among them. `hint` says
+    of what rows have hints: the preprocessor, after the column of a second picture; empty without hints.
     """
 
     model: str
@@ -81,6 +82,7 @@ class CacheIndex:
     shards: list[tuple[str, int]]
     buckets: list[Size]
     bucket: list[int]
+    hint: str = ""
 
     def to_json(self) -> str:
         """Return the text of the file."""
@@ -98,6 +100,7 @@ class CacheIndex:
             raise InputError(f"{path}: not the index of a cache of latents, expected one by train.cache_latents")
         if found.get("version") != VERSION:
             raise InputError(f"{path}: version: found {found.get('version')}, expected {VERSION}; make the cache again")
+        found.setdefault("hint", "")  # as caches were before they could have any
         fields = {field.name: found[field.name] for field in dataclasses.fields(cls)}
         fields["shards"] = [(name, count) for name, count in fields["shards"]]
         fields["buckets"] = [(height, width) for height, width in fields["buckets"]]
@@ -110,8 +113,8 @@ class LatentCache:
     A row has "latents_mean" and "latents_std" (h, w, c) float16, the moments of the autoencoder's posterior, not
     scaled; "context" (s, d) and, for SDXL, "pooled" (p,) float16; "labels", "id", and "time_ids" float32 (6,) as by
     `train.data.buckets.crop_to_bucket`; with an image encoder some of `SEEN`, float16, of the picture before it was
-    cropped or mirrored. `empty` has "context" and "pooled" of the empty caption, for caption dropout, and
-    "clip_penultimate" of a grey picture if rows have it.
+    cropped or mirrored; with hints "hint" uint8 (H, W, 3). `empty` has "context" and "pooled" of the empty caption, for
+    caption dropout, and "clip_penultimate" of a grey picture if rows have it.
     The folder is local (or mounted): ArrayRecord cannot read gs://.
 
     `labels`, if given, must be among the dimensions with which the cache was made; other labels are left out.
@@ -175,6 +178,7 @@ class LatentCache:
             "latents_mean": mean,
             "latents_std": std,
             "time_ids": row["time_ids"][int(flip)],
+            **({"hint": row["hint"][int(flip)]} if "hint" in row else {}),
             "labels": labels,
         }
 

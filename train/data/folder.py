@@ -19,8 +19,8 @@ class ImageFolder(PictureSource):
 
     A line of the metadata is {"file_name": ..., "text": ...}, with labels as "labels": ["color", "light"] or as one
     column per dimension ("color": true, false, 1 or 0); other columns are ignored. `labels` names the dimensions; None
-    does not read labels. The folder is local or gs://. Ids are the file names, followed by ":LINE" for the second and
-    later captions of a picture.
+    does not read labels. `hint_column` is that of a second picture's file. The folder is local or gs://. Ids are the
+    file names, followed by ":LINE" for the second and later captions of a picture.
 
     Raises InputError for a folder without either, and for an unknown label; any other unusable line becomes a row that
     raises BadRow when it is read.
@@ -32,19 +32,33 @@ class ImageFolder(PictureSource):
         text_column: str = "text",
         image_column: str = "file_name",
         labels: Sequence[str] | None = None,
+        hint_column: str = "",
     ) -> None:
+        self.hint_column = hint_column
         self.folder = epath.Path(folder).expanduser()
         if not self.folder.is_dir():
             raise InputError(f"{folder}: found no such folder, expected pictures with a {METADATA}")
         self._text_column, self._image_column = text_column, image_column
         metadata = self.folder / METADATA
         self._files: list[str] = []
+        self._hints: list[Any] = []
+        if hint_column and not metadata.exists():
+            raise InputError(f"{folder}: found no {METADATA}, expected one with a column {hint_column!r}")
         entries = self._from_metadata(metadata, labels) if metadata.exists() else self._from_captions()
         super().__init__(str(self.folder), labels, entries)
 
     def open(self, index: int) -> BinaryIO:
+        return self._open(self._files[index])
+
+    def open_hint(self, index: int) -> BinaryIO:
+        name = self._hints[index]
+        if not isinstance(name, str) or not name:
+            raise BadRow(f"found {'nothing' if name is None else repr(name)}, expected a file")
+        return self._open(name)
+
+    def _open(self, name: str) -> BinaryIO:
         try:
-            return (self.folder / self._files[index]).open("rb")
+            return (self.folder / name).open("rb")
         except (FileNotFoundError, IsADirectoryError):
             raise BadRow("no such file") from None
 
@@ -62,9 +76,11 @@ class ImageFolder(PictureSource):
             if not isinstance(row, dict) or not isinstance(name, str) or not name:
                 fault = row if isinstance(row, str) else f"no {self._image_column!r} in this line"
                 self._files.append("")
+                self._hints.append(None)
                 entries.append(Entry(f"{METADATA}:{number}", fault=fault))
                 continue
             self._files.append(name)
+            self._hints.append(row.get(self.hint_column) if self.hint_column else None)
             # A picture may have several captions, one line each.
             entries.append(make_entry(f"{name}:{number}" if name in seen else name, row, *columns, where))
             seen.add(name)

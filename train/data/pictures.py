@@ -13,6 +13,7 @@ import numpy as np
 from jaxmix import command
 from jaxmix.types import InputError
 from train.data.buckets import PictureConfig, Size, bucket_sizes, choose_bucket, crop_to_bucket
+from train.data.hints import Hint
 from train.data.order import Stream
 from train.data.rows import BadRow, PictureSource
 
@@ -48,7 +49,7 @@ class Pictures:
     Every batch comes from one bucket; without `enable_bucket` there is only one, a square. With buckets the headers of
     all pictures are read on creation. An unusable row is reported once and replaced by another row of its bucket, which
     depends on the seed and the place alone; too many of them raise InputError. ``whole`` adds entries to a row, made
-    from its picture before it is cropped.
+    from its picture before it is cropped, and ``hint`` a hint uint8 (H, W, 3).
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class Pictures:
         source: PictureSource,
         cfg: PictureConfig,
         whole: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None,
+        hint: Hint | None = None,
     ) -> None:
-        self.source, self.cfg, self.whole = source, cfg, whole
+        self.source, self.cfg, self.whole, self.hint = source, cfg, whole, hint
         limit = max(10, len(source) // 100) if cfg.max_bad_rows is None else cfg.max_bad_rows
         self.bad = BadRows(source.where, limit)
         sizes = bucket_sizes(cfg)
@@ -85,6 +87,8 @@ class Pictures:
         row = self.source[index]
         image, time_ids = crop_to_bucket(row["image"], bucket, at, flip)
         more = {} if self.whole is None else self.whole(row["image"])
+        if self.hint is not None:
+            more = {**more, "hint": self.hint(row, image, bucket, at, flip)}
         return {**row, "image": image, "time_ids": time_ids, **more}
 
     def in_batches(self, batch_size: int, seed: int) -> Stream:

@@ -34,7 +34,10 @@ class PictureSource(abc.ABC):
     """Rows {"image" uint8 (H, W, 3), "text", "labels", "id"}, read afresh each time, from any number of threads.
 
     `where` names the source in errors, `known` are the dimensions that labels may name, None if labels are not read.
+    `hint_column` names the rows' second picture, "hint" uint8 (H, W, 3), if they have one.
     """
+
+    hint_column = ""
 
     def __init__(self, where: str, known: Sequence[str] | None, entries: Sequence[Entry]) -> None:
         self.where = where
@@ -47,6 +50,10 @@ class PictureSource(abc.ABC):
     def open(self, index: int) -> BinaryIO:
         """Open the file of a row's picture. Raises BadRow if there is none."""
 
+    def open_hint(self, index: int) -> BinaryIO:
+        """Open the file of a row's second picture. Raises BadRow if there is none."""
+        raise BadRow(f"found no {self.hint_column!r}")
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -57,7 +64,14 @@ class PictureSource(abc.ABC):
             raise BadRow(entry.fault)
         with self.open(index) as file:
             image = decode(file.read())
-        return {"image": image, "text": entry.text, "labels": entry.labels, "id": entry.id}
+        row = {"image": image, "text": entry.text, "labels": entry.labels, "id": entry.id}
+        if not self.hint_column:
+            return row
+        try:
+            with self.open_hint(index) as file:
+                return {**row, "hint": decode(file.read())}
+        except BadRow as fault:
+            raise BadRow(f"{self.hint_column}: {fault}") from None
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) as the picture is shown, from its header. Raises BadRow as reading it would."""

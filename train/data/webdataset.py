@@ -7,7 +7,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
@@ -67,26 +67,40 @@ class WebDataset(PictureSource):
 
     KEY.json is like a line of `ImageFolder`'s metadata; the caption is its text column, or else KEY.txt. As in
     WebDataset a key ends at the first dot of the member's file name. `pattern` is a tar, a folder of tars, a glob, or
-    names with braces (`data/{000..003}.tar`, `{a,b}.tar`), local or gs://. Ids are "TAR/KEY".
+    names with braces (`data/{000..003}.tar`, `{a,b}.tar`), local or gs://. A second picture is KEY.COLUMN.png (or
+    another ending of pictures), COLUMN being `hint_column`. Ids are "TAR/KEY".
 
     Raises InputError for tars that are missing, compressed or truncated, two pictures of one key, and unknown labels.
     """
 
     def __init__(
-        self, pattern: str | epath.PathLike, text_column: str = "text", labels: Sequence[str] | None = None
+        self,
+        pattern: str | epath.PathLike,
+        text_column: str = "text",
+        labels: Sequence[str] | None = None,
+        hint_column: str = "",
     ) -> None:
+        self.hint_column = hint_column
         self.tars = find_tars(str(pattern))
         with ThreadPoolExecutor(_THREADS) as pool:
-            tables = list(pool.map(lambda path: _index(path, text_column, labels), self.tars))
-        self._places = [
-            None if part is None else _Place(tar, *part) for tar, rows in enumerate(tables) for _, part in rows
-        ]
-        super().__init__(str(pattern), labels, [entry for rows in tables for entry, _ in rows])
+            tables = list(pool.map(lambda path: _index(path, text_column, labels, hint_column), self.tars))
+
+        def places(parts: Iterable[tuple[int, Part | None]]) -> list[_Place | None]:
+            return [None if part is None else _Place(tar, *part) for tar, part in parts]
+
+        self._places = places((tar, part) for tar, rows in enumerate(tables) for _, part, _ in rows)
+        self._hints = places((tar, part) for tar, rows in enumerate(tables) for _, _, part in rows)
+        super().__init__(str(pattern), labels, [entry for rows in tables for entry, _, _ in rows])
 
     def open(self, index: int) -> BinaryIO:
-        place = self._places[index]
+        return self._open(self._places[index], "")
+
+    def open_hint(self, index: int) -> BinaryIO:
+        return self._open(self._hints[index], f".{self.hint_column}")
+
+    def _open(self, place: _Place | None, middle: str) -> BinaryIO:
         if place is None:
-            raise BadRow(f"no picture of this key, expected one of {', '.join(PICTURES)}")
+            raise BadRow(f"no picture of this key, expected one of {', '.join(middle + end for end in PICTURES)}")
         window = Window(self.tars[place.tar].open("rb"), place.start, place.size)
         return cast(BinaryIO, io.BufferedReader(window, 1 << 16))
 
@@ -126,11 +140,16 @@ def expand_braces(pattern: str) -> list[str]:
     ]
 
 
+Part = tuple[int, int]
+"""Where a member starts and how long it is."""
+
+
 def _index(
-    path: epath.Path, text_column: str, labels: Sequence[str] | None
-) -> list[tuple[Entry, tuple[int, int] | None]]:
-    """Return each key's entry and where its picture starts and how long it is."""
-    places: dict[str, tuple[int, int]] = {}
+    path: epath.Path, text_column: str, labels: Sequence[str] | None, hint_column: str
+) -> list[tuple[Entry, Part | None, Part | None]]:
+    """Return each key's entry, its picture and its second picture."""
+    places: dict[str, Part] = {}
+    hints: dict[str, Part] = {}
     texts: dict[str, dict[str, bytes]] = {}
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -144,6 +163,8 @@ def _index(
                     if key in places:
                         raise InputError(f"{path}: found two pictures for {key}, expected one per key")
                     places[key] = (member.offset_data, member.size)
+                elif hint_column and extension.lower().removeprefix(hint_column.lower()) in PICTURES:
+                    hints[key] = (member.offset_data, member.size)
                 elif extension in ("json", "txt"):
                     content = tar.extractfile(member)
                     assert content is not None, "a member that is a file has content"
@@ -154,7 +175,7 @@ def _index(
         why = "it is compressed, which allows no random access: unpack it" if packed else error
         raise InputError(f"{path}: not readable as a tar: {why}") from None
     return [
-        (_entry(path, key, texts.get(key, {}), text_column, labels), places.get(key))
+        (_entry(path, key, texts.get(key, {}), text_column, labels), places.get(key), hints.get(key))
         for key in dict.fromkeys((*places, *texts))
     ]
 
