@@ -34,8 +34,8 @@ from train.scorer import load_scorer
 from train.segmenter import distance_from_middle, load_segmenter
 
 PARTS = ("alone", "scales", "text", "blocks", "subtract", "vmix")
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+SCALES = (0.25, 0.5, 1.0, 1.5)
+STRENGTHS = (0.5, 1.0)
 SPLIT = "held_out_pairs"
 
 
@@ -276,7 +276,7 @@ def _beside(bench: Bench, title: str, conditions: Mapping[str, dict[str, Any]], 
 
 def text(bench: Bench) -> dict[str, Any]:
     """Measure a prompt of another object and background beside the reference, over the scale."""
-    wanted: dict[str, dict[str, Any]] = {f"mini-ip x {s:g}": {"scale": s} for s in (0.25, 0.5, 0.75, 1.0)}
+    wanted: dict[str, dict[str, Any]] = {f"mini-ip x {s:g}": {"scale": s} for s in (0.25, 0.5, 1.0)}
     if "plus" in bench.adapters:
         wanted |= {f"mini-ip-plus x {s:g}": {"scale": s, "kind": "plus"} for s in (0.5, 1.0)}
     return _beside(bench, "Picture and prompt", wanted, "text.png")
