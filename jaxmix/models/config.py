@@ -139,22 +139,12 @@ def _kind(hint: Any) -> str:
     return names.get(hint, "null")
 
 
-def _per_block(value: Any, n: int, key: str) -> tuple[Any, ...]:
-    values = value if isinstance(value, tuple) else (value,) * n
-    if len(values) != n:
-        raise InputError(f"UNet2DConditionModel config: {key} has {len(values)} entries, expected {n}")
-    return values
-
-
 @dataclasses.dataclass(frozen=True)
-class UNetConfig(Config):
-    """Configuration of `UNet2DConditionModel`; fields as in diffusers."""
+class DownConfig(Config):
+    """What a UNet and a network with a copy of its way down both say about that; fields as in diffusers."""
 
-    sample_size: int | tuple[int, int] = 64
     in_channels: int = 4
-    out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     cross_attention_dim: int = 768
@@ -170,35 +160,16 @@ class UNetConfig(Config):
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
 
-    class_name: ClassVar[str] = "UNet2DConditionModel"
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "act_fn": ("silu", "swish"),
-        "center_input_sample": (False,),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "only_cross_attention": (False,),
         "downsample_padding": (1,),
         "mid_block_scale_factor": (1,),
-        "dropout": (0.0,),
-        "dual_cross_attention": (False,),
         "class_embed_type": (None,),
         "encoder_hid_dim": (None,),
         "encoder_hid_dim_type": (None,),
         "num_class_embeds": (None,),
         "resnet_time_scale_shift": ("default",),
-        "resnet_skip_time_act": (False,),
-        "resnet_out_scale_factor": (1.0,),
-        "time_embedding_type": ("positional",),
-        "time_embedding_dim": (None,),
-        "time_embedding_act_fn": (None,),
-        "timestep_post_act": (None,),
-        "time_cond_proj_dim": (None,),
-        "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,),
-        "attention_type": ("default",),
-        "class_embeddings_concat": (False,),
-        "mid_block_only_cross_attention": (None, False),
-        "cross_attention_norm": (None,),
-        "reverse_transformer_layers_per_block": (None,),
     }
     # The softmax is always float32 here, which is what upcast_attention asks for. The last three tell how the Flax
     # models of diffusers compute, not what.
@@ -212,14 +183,12 @@ class UNetConfig(Config):
             "use_memory_efficient_attention",
         }
     )
+    #: The fields that list the types of blocks, with the types that are supported.
+    blocks: ClassVar[Mapping[str, tuple[str, ...]]] = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
 
     def check(self) -> None:
-        n = len(self.block_out_channels)
-        for key, known in (
-            ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
-            ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
-        ):
-            for block in _per_block(getattr(self, key), n, key):
+        for key, known in self.blocks.items():
+            for block in self._per_block(getattr(self, key), key):
                 if block not in known:
                     raise InputError(
                         f"{self.class_name} config: {key} has {block!r}, which is not supported, expected "
@@ -231,8 +200,15 @@ class UNetConfig(Config):
                     f"{self.class_name} config: block_out_channels has {channels}, which is not a multiple of "
                     f"{heads} heads and {self.norm_num_groups} norm groups"
                 )
-        _per_block(self.transformer_layers_per_block, n, "transformer_layers_per_block")
+        self._per_block(self.transformer_layers_per_block, "transformer_layers_per_block")
         self._check_addition()
+
+    def _per_block(self, value: Any, key: str) -> tuple[Any, ...]:
+        n = len(self.block_out_channels)
+        values = value if isinstance(value, tuple) else (value,) * n
+        if len(values) != n:
+            raise InputError(f"{self.class_name} config: {key} has {len(values)} entries, expected {n}")
+        return values
 
     def _check_addition(self) -> None:
         if self.addition_embed_type is None:
@@ -250,16 +226,56 @@ class UNetConfig(Config):
     def heads(self) -> tuple[int, ...]:
         """Number of attention heads of each block, which diffusers usually calls ``attention_head_dim``."""
         value = self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
-        return _per_block(value, len(self.block_out_channels), "attention_head_dim")
+        return self._per_block(value, "attention_head_dim")
 
     @property
     def depths(self) -> tuple[int, ...]:
         """Number of transformer blocks in each attention module of each block."""
-        value = self.transformer_layers_per_block
-        return _per_block(value, len(self.block_out_channels), "transformer_layers_per_block")
+        return self._per_block(self.transformer_layers_per_block, "transformer_layers_per_block")
+
+    @property
+    def mid_attention(self) -> bool:
+        """Whether the middle block has attention."""
+        return True
 
     def to_dict(self) -> dict[str, Any]:
         return {"_class_name": self.class_name, **super().to_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(DownConfig):
+    """Configuration of `UNet2DConditionModel`; fields as in diffusers."""
+
+    sample_size: int | tuple[int, int] = 64
+    out_channels: int = 4
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+
+    class_name: ClassVar[str] = "UNet2DConditionModel"
+    fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **DownConfig.fixed,
+        "center_input_sample": (False,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "dropout": (0.0,),
+        "dual_cross_attention": (False,),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "time_cond_proj_dim": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
+        "mid_block_only_cross_attention": (None, False),
+        "cross_attention_norm": (None,),
+        "reverse_transformer_layers_per_block": (None,),
+    }
+    blocks: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **DownConfig.blocks,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,160 +6,21 @@ what a control can reach, without parameters or a trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Float, Num
+from jaxtyping import Float
 
-from jaxmix.control import KV, Control, Site, apply_join, apply_kv, apply_told
-from jaxmix.models.attention import Attention, Context, Transformer2DModel
-from jaxmix.models.config import UNetConfig
-from jaxmix.models.layers import Conv, GroupNorm, Linear, timestep_embedding, upsample_nearest
-from jaxmix.types import AnyArray, Array, InputError, Params
-
-
-class AddedCond(NamedTuple):
-    """SDXL's conditioning besides the prompt's tokens (arXiv 2307.01952, sections 2.2 and 2.3).
-
-    ``text_embeds`` (b, p) is the projected state of the second text encoder. ``time_ids`` (b, 6) are in pixels: the
-    original height and width, the top and left of the crop, the target height and width.
-    """
-
-    text_embeds: Float[AnyArray, "b p"]
-    time_ids: Num[AnyArray, "b n"]
-
-
-class ResnetBlock2D(nn.Module):
-    """Two 3x3 convolutions around a projected timestep embedding, with a (projected) residual."""
-
-    features: int
-    groups: int
-    eps: float
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w i"], emb: Float[Array, "b e"] | None = None, controls: Sequence[Control] = ()
-    ) -> Float[Array, "b h w o"]:
-        y = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x, controls))
-        y = Conv(self.features, dtype=self.dtype, name="conv1")(y)
-        if emb is not None:
-            y = y + Linear(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(emb))[:, None, None, :]
-        y = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(y, controls))
-        y = Conv(self.features, dtype=self.dtype, name="conv2")(y)
-        if x.shape[-1] != self.features:
-            x = Linear(self.features, conv=True, dtype=self.dtype, name="conv_shortcut")(x)
-        return x + y
-
-
-class Downsample2D(nn.Module):
-    """Halve each side by a strided convolution."""
-
-    padding: Sequence[tuple[int, int]] = ((1, 1), (1, 1))
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        return Conv(x.shape[-1], 2, self.padding, self.dtype, name="conv")(x)
-
-
-class Upsample2D(nn.Module):
-    """Enlarge by nearest neighbour to a given size, then convolve."""
-
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], hw: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
-        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(upsample_nearest(x, hw))
-
-
-class _Block(nn.Module):
-    """What the three kinds of block share: ``features``, attention of ``depth`` (0: none), norm settings."""
-
-    features: int
-    layers: int
-    heads: int
-    depth: int
-    groups: int
-    eps: float
-    linear: bool
-    last: bool = False
-    dtype: Any = jnp.float32
-
-    def resnet(self, i: int) -> ResnetBlock2D:
-        return ResnetBlock2D(self.features, self.groups, self.eps, self.dtype, name=f"resnets.{i}")
-
-    def attention(self, i: int) -> Transformer2DModel:
-        return Transformer2DModel(self.heads, self.depth, self.groups, self.linear, self.dtype, name=f"attentions.{i}")
-
-
-class DownBlock(_Block):
-    """Resnets, each followed by attention if there is any, then a downsampling unless it is the last block."""
-
-    @nn.compact
-    def __call__(
-        self, x: Array, emb: Array, context: Context, controls: Sequence[Control]
-    ) -> tuple[Array, tuple[Array, ...]]:
-        skips = []
-        for i in range(self.layers):
-            x = self.resnet(i)(x, emb, controls)
-            if self.depth:
-                x = self.attention(i)(x, context, controls)
-            skips.append(x)
-        if not self.last:
-            x = Downsample2D(dtype=self.dtype, name="downsamplers.0")(x)
-            skips.append(x)
-        return x, tuple(skips)
-
-
-class MidBlock(_Block):
-    """Resnet, attention, resnet at the smallest resolution."""
-
-    @nn.compact
-    def __call__(self, x: Array, emb: Array, context: Context, controls: Sequence[Control]) -> Array:
-        x = self.resnet(0)(x, emb, controls)
-        x = self.attention(0)(x, context, controls)
-        return self.resnet(1)(x, emb, controls)
-
-
-class UpBlock(_Block):
-    """Resnets on the features joined with the skips, then an upsampling to the next skip's size."""
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        skips: tuple[Array, ...],
-        emb: Array,
-        context: Context,
-        controls: Sequence[Control],
-        next_hw: Any,
-    ) -> Array:
-        for i in range(self.layers):
-            site = Site(".".join((*self.path, f"resnets.{i}")), 0, (x.shape[1], x.shape[2]))
-            x, skip = apply_join(site, x, skips[-1 - i], controls)
-            x = self.resnet(i)(jnp.concatenate([x, skip], -1), emb, controls)
-            if self.depth:
-                x = self.attention(i)(x, context, controls)
-        if not self.last:
-            x = Upsample2D(self.dtype, name="upsamplers.0")(x, next_hw)
-        return x
-
-
-class TimestepEmbedding(nn.Module):
-    """Two dense layers with SiLU between, on the sinusoidal embedding."""
-
-    features: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b e"]) -> Float[Array, "b f"]:
-        x = Linear(self.features, dtype=self.dtype, name="linear_1")(x)
-        return Linear(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
+from jaxmix.control import KV, Control, Site, apply_kv, apply_told
+from jaxmix.models.attention import Attention, Context
+from jaxmix.models.blocks import AddedCond, TimestepEmbedding, UpBlock, added_features, block, go_down
+from jaxmix.models.config import DownConfig, UNetConfig
+from jaxmix.models.layers import Conv, GroupNorm
+from jaxmix.types import AnyArray, Array, Params
 
 
 class UNet2DConditionModel(nn.Module):
@@ -188,53 +49,16 @@ class UNet2DConditionModel(nn.Module):
         the result of `embed_added`. Returns float32 (b, h, w, o) of ``out_channels``. Raises `InputError` if ``added``
         is missing, not expected, or of a wrong width.
         """
-        cfg = self.config
-        controls = tuple(controls)
-        channels, n = cfg.block_out_channels, len(cfg.block_out_channels)
-
-        def block(kind: type[_Block], i: int, name: str, layers: int, attention: bool, last: bool = False) -> Any:
-            # hw of an UpBlock is a Python value that shapes the program: static under remat.
-            static_argnums = (6,) if kind is UpBlock else ()
-            made = nn.remat(kind, static_argnums=static_argnums) if self.remat else kind
-            return made(
-                channels[i],
-                layers,
-                cfg.heads[i],
-                cfg.depths[i] if attention else 0,
-                cfg.norm_num_groups,
-                cfg.norm_eps,
-                cfg.use_linear_projection,
-                last,
-                self.dtype,
-                name=name,
-            )
-
-        t = jnp.broadcast_to(jnp.asarray(t), (latents.shape[0],))
-        emb = timestep_embedding(t, channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
-        emb = TimestepEmbedding(4 * channels[0], self.dtype, name="time_embedding")(emb.astype(self.dtype))
-        if (added is None) != (cfg.addition_embed_type is None):
-            found, expected = ("none", "AddedCond") if added is None else (type(added).__name__, "none")
-            raise InputError(
-                f"unet: added conditioning: found {found}, expected {expected} with "
-                f"addition_embed_type={cfg.addition_embed_type!r}"
-            )
-        if isinstance(added, AddedCond):
-            features = _added_features(cfg, added).astype(self.dtype)
-            added = TimestepEmbedding(4 * channels[0], self.dtype, name="add_embedding")(features)
-        if added is not None:
-            emb = emb + added.astype(self.dtype)
-        x = Conv(channels[0], dtype=self.dtype, name="conv_in")(latents)
-        skips: list[Array] = [x]
-        for i, kind in enumerate(cfg.down_block_types):
-            down = block(DownBlock, i, f"down_blocks.{i}", cfg.layers_per_block, kind.startswith("Cross"), i == n - 1)
-            x, new = down(x, emb, context, controls)
-            skips += new
-        x = block(MidBlock, n - 1, "mid_block", 1, True)(x, emb, context, controls)
+        cfg, controls = self.config, tuple(controls)
+        n = len(cfg.block_out_channels)
+        how: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat}
+        emb, x, skips = go_down(cfg, latents, t, context, controls, added, **how)
         for i, kind in enumerate(cfg.up_block_types):
             layers = cfg.layers_per_block + 1
-            up = block(UpBlock, n - 1 - i, f"up_blocks.{i}", layers, kind.startswith("Cross"), i == n - 1)
-            mine, skips = tuple(skips[-layers:]), skips[:-layers]
-            next_hw = None if i == n - 1 else skips[-1].shape[1:3]
+            attention, last = kind.startswith("Cross"), i == n - 1
+            up = block(cfg, UpBlock, n - 1 - i, f"up_blocks.{i}", layers, attention, last, **how)
+            mine, skips = skips[-layers:], skips[:-layers]
+            next_hw = None if last else skips[-1].shape[1:3]
             x = up(x, mine, emb, context, controls, next_hw)
         x = nn.silu(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, self.dtype, name="conv_norm_out")(x, controls))
         return Conv(cfg.out_channels, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
@@ -252,14 +76,7 @@ class UNet2DConditionModel(nn.Module):
         Neither depends on the timestep, so the sampler calls this once outside its loop and passes the result to
         `__call__` in place of the context.
         """
-        out = {}
-        for site in sites(self.config, latent_hw):
-            if site.name.endswith(".attn2"):
-                p = subtree(params, site.name)
-                layer = Attention(site.heads, p["to_k"]["kernel"].shape[-1], self.dtype, parent=None)
-                kv = layer.apply({"params": p}, apply_told(site, context, controls), method="kv")
-                out[site.name] = apply_kv(site, kv, controls)
-        return out
+        return keys_and_values(sites(self.config, latent_hw), params, context, self.dtype, controls)
 
     @nn.nowrap
     def embed_added(self, params: Params, added: AddedCond) -> Float[Array, "b e"]:
@@ -268,25 +85,17 @@ class UNet2DConditionModel(nn.Module):
         Like `precompute`, this does not depend on the timestep: `__call__` takes the result in place of ``added``.
         Raises `InputError` if this model takes no added conditioning, or one of another width.
         """
-        features = _added_features(self.config, added).astype(self.dtype)
-        layer = TimestepEmbedding(4 * self.config.block_out_channels[0], self.dtype, parent=None)
-        return layer.apply({"params": params["add_embedding"]}, features)
+        return embed_added(self.config, params, added, self.dtype)
 
     @nn.nowrap
     def init_params(self, key: Array) -> Params:
         """Return fresh float32 parameters."""
         size = self.config.sample_size
-        h, w = size if isinstance(size, tuple) else (size, size)
-        cfg = self.config
+        hw = size if isinstance(size, tuple) else (size, size)
 
         def init(key: Array) -> Params:
-            latents = jnp.zeros((1, h, w, cfg.in_channels))
-            context = jnp.zeros((1, 1, cfg.cross_attention_dim))
-            added = None
-            if cfg.addition_embed_type is not None:
-                # The config does not say how the width is split between text and numbers, which does not matter here.
-                added = AddedCond(jnp.zeros((1, cfg.projection_class_embeddings_input_dim)), jnp.zeros((1, 0)))
-            return self.clone(remat=False).init(key, latents, 0, context, (), added)["params"]
+            latents, t, context, added = blank_inputs(self.config, hw)
+            return self.clone(remat=False).init(key, latents, t, context, (), added)["params"]
 
         return jax.jit(init)(key)
 
@@ -296,24 +105,38 @@ class UNet2DConditionModel(nn.Module):
         return jax.eval_shape(self.init_params, jax.random.key(0))
 
 
-def _added_features(cfg: UNetConfig, added: AddedCond) -> Float[Array, "b f"]:
-    """Join the text embedding with the sinusoids of the numbers, float32."""
-    if cfg.addition_embed_type is None or cfg.addition_time_embed_dim is None:
-        raise InputError(f"unet: added conditioning: found {type(added).__name__}, expected none for this model")
-    b, n = added.time_ids.shape
-    sinusoids = timestep_embedding(
-        jnp.ravel(added.time_ids),
-        cfg.addition_time_embed_dim,
-        flip_sin_to_cos=cfg.flip_sin_to_cos,
-        freq_shift=cfg.freq_shift,
-    )
-    out = jnp.concatenate([added.text_embeds, sinusoids.reshape(b, n * cfg.addition_time_embed_dim)], -1)
-    if out.shape[-1] != cfg.projection_class_embeddings_input_dim:
-        raise InputError(
-            f"unet: added conditioning: found {added.text_embeds.shape[-1]} text features and {n} numbers of "
-            f"{cfg.addition_time_embed_dim}, expected {cfg.projection_class_embeddings_input_dim} in total"
-        )
+def keys_and_values(
+    sites: Iterable[Site],
+    params: Params,
+    context: Float[AnyArray, "b s d"],
+    dtype: Any,
+    controls: Sequence[Control] = (),
+) -> dict[str, KV]:
+    """Return the keys and values of a context at every attn2 among ``sites``; see `UNet2DConditionModel.precompute`."""
+    out = {}
+    for site in sites:
+        if site.name.endswith(".attn2"):
+            p = subtree(params, site.name)
+            layer = Attention(site.heads, p["to_k"]["kernel"].shape[-1], dtype, parent=None)
+            kv = layer.apply({"params": p}, apply_told(site, context, controls), method="kv")
+            out[site.name] = apply_kv(site, kv, controls)
     return out
+
+
+def embed_added(cfg: DownConfig, params: Params, added: AddedCond, dtype: Any) -> Float[Array, "b e"]:
+    """Return what ``add_embedding`` makes of added conditioning; see `UNet2DConditionModel.embed_added`."""
+    features = added_features(cfg, added).astype(dtype)
+    layer = TimestepEmbedding(4 * cfg.block_out_channels[0], dtype, parent=None)
+    return layer.apply({"params": params["add_embedding"]}, features)
+
+
+def blank_inputs(cfg: DownConfig, hw: tuple[int, int]) -> tuple[Any, ...]:
+    """Return zeros to initialise a model with: latents of size ``hw``, a timestep, a context, added conditioning."""
+    added = None
+    if cfg.addition_embed_type is not None:
+        # The config does not say how the width is split between text and numbers, which does not matter here.
+        added = AddedCond(jnp.zeros((1, cfg.projection_class_embeddings_input_dim)), jnp.zeros((1, 0)))
+    return jnp.zeros((1, *hw, cfg.in_channels)), 0, jnp.zeros((1, 1, cfg.cross_attention_dim)), added
 
 
 def subtree(params: Params, name: str) -> Params:
@@ -335,24 +158,45 @@ def _halve(hw: tuple[int, int]) -> tuple[int, int]:
     return ((hw[0] + 1) // 2, (hw[1] + 1) // 2)
 
 
-def _blocks(cfg: UNetConfig, hw: tuple[int, int]) -> Iterator[tuple[str, int, int, tuple[int, int], bool]]:
-    """Yield (name, index into the per-block settings, layers, hw, has attention) of each block as it is run."""
+_Run = tuple[str, int, int, tuple[int, int], bool]
+"""A block as it is run: its name, its index into the per-block settings, its layers, its grid, has it attention."""
+
+
+def _grids(cfg: DownConfig, hw: tuple[int, int]) -> list[tuple[int, int]]:
     grid = [hw]
     for _ in cfg.block_out_channels[1:]:
         grid.append(_halve(grid[-1]))
-    n = len(grid)
+    return grid
+
+
+def _down(cfg: DownConfig, hw: tuple[int, int]) -> Iterator[_Run]:
+    grid = _grids(cfg, hw)
     for i, kind in enumerate(cfg.down_block_types):
         yield f"down_blocks.{i}", i, cfg.layers_per_block, grid[i], kind.startswith("Cross")
-    yield "mid_block", n - 1, 1, grid[-1], True
+    yield "mid_block", len(grid) - 1, 1, grid[-1], cfg.mid_attention
+
+
+def _blocks(cfg: UNetConfig, hw: tuple[int, int]) -> Iterator[_Run]:
+    yield from _down(cfg, hw)
+    grid = _grids(cfg, hw)
     for i, kind in enumerate(cfg.up_block_types):
-        yield f"up_blocks.{i}", n - 1 - i, cfg.layers_per_block + 1, grid[n - 1 - i], kind.startswith("Cross")
+        yield f"up_blocks.{i}", len(grid) - 1 - i, cfg.layers_per_block + 1, grid[-1 - i], kind.startswith("Cross")
 
 
 def sites(cfg: UNetConfig, latent_hw: tuple[int, int]) -> tuple[Site, ...]:
     """List the attention sites of a UNet, in the order in which they run, for latents of size ``latent_hw``."""
+    return _attention(cfg, _blocks(cfg, latent_hw))
+
+
+def down_sites(cfg: DownConfig, latent_hw: tuple[int, int]) -> tuple[Site, ...]:
+    """List the attention sites of the way down alone, as `sites` does."""
+    return _attention(cfg, _down(cfg, latent_hw))
+
+
+def _attention(cfg: DownConfig, blocks: Iterable[_Run]) -> tuple[Site, ...]:
     return tuple(
         Site(f"{name}.attentions.{j}.transformer_blocks.{k}.{kind}", cfg.heads[i], hw)
-        for name, i, layers, hw, attention in _blocks(cfg, latent_hw)
+        for name, i, layers, hw, attention in blocks
         if attention
         for j in range(layers)
         for k in range(cfg.depths[i])

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxmix.control import QKV, Site, attend
+from jaxmix.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxmix.models.config import VAEConfig
 from jaxmix.models.layers import Conv, GroupNorm, Linear
-from jaxmix.models.unet import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxmix.types import AnyArray, Array, Params
 
 _EPS = 1e-6  # of every norm in the autoencoder

@@ -10,7 +10,7 @@ import sys
 
 PROGRAM = """
 from jaxtyping import install_import_hook
-checked = ["attention", "clip", "layers", "unet", "vae"]
+checked = ["attention", "blocks", "clip", "layers", "unet", "vae"]
 install_import_hook([f"jaxmix.models.{m}" for m in checked], "beartype.beartype")
 
 import jax
