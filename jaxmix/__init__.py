@@ -2,6 +2,7 @@
 
 from jaxmix.control import KV, QKV, Control, Moments, Site
 from jaxmix.methods.composable import ComposableDiffusion, split_and
+from jaxmix.methods.controlnet import ControlNet
 from jaxmix.methods.deadiff import DEADiff
 from jaxmix.methods.dense_diffusion import DenseDiffusion, dense_diffusion
 from jaxmix.methods.ip_adapter import IPAdapter
@@ -34,6 +35,7 @@ __all__ = [
     "CheckpointWarning",
     "ComposableDiffusion",
     "Control",
+    "ControlNet",
     "DEADiff",
     "DenseDiffusion",
     "EmbeddingFolder",

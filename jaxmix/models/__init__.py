@@ -3,6 +3,7 @@
 from jaxmix.models.clip import CLIPTextModel
 from jaxmix.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from jaxmix.models.config import UNetConfig, VAEConfig
+from jaxmix.models.controlnet import ControlNetConfig, ControlNetModel
 from jaxmix.models.tiling import decode_tiled
 from jaxmix.models.unet import AddedCond, UNet2DConditionModel
 from jaxmix.models.vae import AutoencoderKL
@@ -15,6 +16,8 @@ __all__ = [
     "CLIPTextModel",
     "CLIPVisionConfig",
     "CLIPVisionModel",
+    "ControlNetConfig",
+    "ControlNetModel",
     "UNet2DConditionModel",
     "UNetConfig",
     "VAEConfig",

@@ -62,10 +62,11 @@ class Conv(nn.Module):
     stride: int = 1
     padding: Padding = ((1, 1), (1, 1))
     dtype: Any = jnp.float32
+    kernel_init: Any = _kernel_init
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        kernel = self.param("kernel", _kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = jnp.asarray(x, self.dtype)
         y = convolve(x, kernel, self.stride, tuple(self.padding))

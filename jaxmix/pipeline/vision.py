@@ -142,6 +142,31 @@ def as_picture(value: Any, where: str) -> np.ndarray:
     return np.round(array * 255).astype(np.uint8)
 
 
+def as_hint(given: Any, size: tuple[int, int], where: str) -> np.ndarray:
+    """Return a picture as float32 in [0, 1] at the size of an image (h, w, 3), resized with PIL's Lanczos filter.
+
+    ``given`` is one as for `as_picture`; floats keep their precision. Raises `InputError` for another shape of more
+    than two pixels at that size.
+    """
+    from PIL import Image
+
+    floats = hasattr(given, "dtype") and np.issubdtype(np.asarray(given).dtype, np.floating)
+    picture = as_picture(given, where)
+    (h, w), (high, wide) = picture.shape[:2], size
+    if min(abs(w * high / h - wide), abs(h * wide / w - high)) > 2:
+        raise InputError(f"{where}: found {h} x {w} pixels, expected the shape of the image, {high} x {wide}")
+    if floats:
+        made = np.asarray(given, np.float32)
+        if (h, w) == size:
+            return made
+        bands = [Image.fromarray(made[..., i]) for i in range(3)]
+        resized = [np.asarray(band.resize((wide, high), Image.Resampling.LANCZOS)) for band in bands]
+        return np.stack(resized, -1).clip(0.0, 1.0)
+    if (h, w) != size:
+        picture = np.asarray(Image.fromarray(picture).resize((wide, high), Image.Resampling.LANCZOS))
+    return picture.astype(np.float32) / 255
+
+
 def as_mask(given: Any, size: tuple[int, int], where: str) -> np.ndarray:
     """Return a mask of 0 and 1 at the size of an image; raises `InputError` for one of another shape."""
     from PIL import Image

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmix.released import RELEASED
@@ -129,7 +129,7 @@ def _plain(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _unet(where: str, family: str, shapes: Shapes, size: int) -> dict[str, Any]:
-    inputs, outputs = _indices(shapes, f"{UNET}input_blocks."), _indices(shapes, f"{UNET}output_blocks.")
+    inputs, outputs = indices(shapes, f"{UNET}input_blocks."), indices(shapes, f"{UNET}output_blocks.")
     downs = [i for i in inputs if f"{UNET}input_blocks.{i}.0.op.weight" in shapes]
     layers = (downs[0] if downs else len(inputs)) - 1
     levels = len(downs) + 1
@@ -175,7 +175,7 @@ def _unet(where: str, family: str, shapes: Shapes, size: int) -> dict[str, Any]:
 
     conv_in = _shape(where, shapes, f"{UNET}input_blocks.0.0.weight")
     middle_block = f"{UNET}middle_block.1."
-    heads = [8 if c % 8 == 0 else 1 for c in channels] if family == "sd1" else [_heads(c) for c in channels]
+    heads = heads_of(family, channels)
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": size,
@@ -194,7 +194,7 @@ def _unet(where: str, family: str, shapes: Shapes, size: int) -> dict[str, Any]:
 
 
 def _vae(where: str, family: str, shapes: Shapes) -> dict[str, Any]:
-    levels = len(_indices(shapes, f"{VAE}encoder.down."))
+    levels = len(indices(shapes, f"{VAE}encoder.down."))
     channels = [_shape(where, shapes, f"{VAE}encoder.down.{b}.block.0.conv1.weight")[0] for b in range(levels)]
     return {
         "_class_name": "AutoencoderKL",
@@ -203,7 +203,7 @@ def _vae(where: str, family: str, shapes: Shapes) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": channels,
-        "layers_per_block": len(_indices(shapes, f"{VAE}encoder.down.0.block.")),
+        "layers_per_block": len(indices(shapes, f"{VAE}encoder.down.0.block.")),
         "latent_channels": _shape(where, shapes, f"{VAE}decoder.conv_in.weight")[1],
         "norm_num_groups": math.gcd(32, *channels),
         "scaling_factor": RELEASED[_MODELS[family]]["vae"]["scaling_factor"],
@@ -220,13 +220,13 @@ def _clip(where: str, prefix: str, shapes: Shapes, part: str) -> dict[str, Any]:
         vocab=_shape(where, shapes, f"{prefix}embeddings.token_embedding.weight"),
         positions=_shape(where, shapes, f"{prefix}embeddings.position_embedding.weight"),
         intermediate_size=_shape(where, shapes, f"{prefix}encoder.layers.0.mlp.fc1.weight")[0],
-        num_hidden_layers=len(_indices(shapes, f"{prefix}encoder.layers.")),
+        num_hidden_layers=len(indices(shapes, f"{prefix}encoder.layers.")),
         hidden_act="quick_gelu",
     )
 
 
 def _open_clip(where: str, prefix: str, shapes: Shapes, part: str) -> dict[str, Any]:
-    layers = len(_indices(shapes, f"{prefix}transformer.resblocks."))
+    layers = len(indices(shapes, f"{prefix}transformer.resblocks."))
     projection = f"{prefix}text_projection"
     config = _text(
         vocab=_shape(where, shapes, f"{prefix}token_embedding.weight"),
@@ -265,15 +265,20 @@ def _text(vocab: tuple[int, ...], positions: tuple[int, ...], **rest: Any) -> di
     }
 
 
+def heads_of(family: str, channels: Sequence[int]) -> list[int]:
+    """Return the heads in blocks of so many channels, as all published UNets of a family have them."""
+    return [8 if c % 8 == 0 else 1 for c in channels] if family == "sd1" else [_heads(c) for c in channels]
+
+
 def _heads(channels: int) -> int:
     return channels // 64 if channels % 64 == 0 else 1
 
 
 def _depth(shapes: Shapes, module: str) -> int:
-    return len(_indices(shapes, f"{UNET}{module}transformer_blocks."))
+    return len(indices(shapes, f"{UNET}{module}transformer_blocks."))
 
 
-def _indices(shapes: Shapes, prefix: str) -> list[int]:
+def indices(shapes: Mapping[str, Any], prefix: str) -> list[int]:
     """Return the numbers that follow `prefix` in the file's keys, sorted."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return sorted({int(hit[1]) for key in shapes if (hit := pattern.match(key))})

@@ -12,14 +12,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 EXPECTED = "expected a Stable Diffusion 1.x, 2.x or SDXL checkpoint with UNet, VAE and text encoder in one file"
 
+CONTROLNET = "a ControlNet"
+
 # The first pattern that matches the start of a key (after any `model.diffusion_model.`) names the file. Adapters come
 # first, because they repeat the names of what they adapt.
 _KINDS = [
+    (r"lora_controlnet$", "a control-LoRA"),
+    (r"lllite_", "a ControlLLLite"),
     (r".*(lora_(up|down|A|B|unet|te)|\.lora\.|_lora\.|hada_w1|lokr_w|\.dora_scale)", "a LoRA or another adapter"),
     (r"(ip_adapter|image_proj|proj\.norm)\.|image_proj$", "an IP-Adapter"),
     (r"style_emb\.", "a StyleAdapter"),
     (r"(style|content)_(blip|proj_layer)\.", "a DEADiff checkpoint"),
-    (r"control_model\.|.*zero_convs\.|controlnet_|input_hint_block\.", "a ControlNet"),
+    (r"(.*\.)?(task_embedding|control_add_embedding)\b", "a ControlNet-Union"),
+    (r".*(control_to_base|ctrl_to_base)", "a ControlNet-XS"),
+    (r"(adapter\.)?body\.\d+\.(resnets|block[12]|in_conv)\.", "a T2I-Adapter"),
+    (r"controlnet_(blocks|x_embedder)\b", "a ControlNet of a diffusion transformer"),
+    (r"control_model\.|.*zero_convs\.|controlnet_|input_hint_block\.", CONTROLNET),
     (r"emb_params$|string_to_param|(clip_l|clip_g)$", "a textual inversion embedding"),
     (r".*motion_modules\.", "an AnimateDiff motion module"),
     (r".*joint_blocks\.|.*\.add_k_proj\.|context_embedder\.", "a Stable Diffusion 3 model or one of its relatives"),

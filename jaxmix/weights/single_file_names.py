@@ -8,7 +8,7 @@ OpenCLIP, which are three.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 UNET = "model.diffusion_model."
@@ -129,28 +129,8 @@ class OpenClipTable(Table):
 def unet_table(config: Mapping[str, Any]) -> Table:
     """Return the table of a UNet with this diffusers config (only block types and layers matter)."""
     blocks, layers = len(config["block_out_channels"]), int(config["layers_per_block"])
-    modules = {
-        "time_embed.0": "time_embedding.linear_1",
-        "time_embed.2": "time_embedding.linear_2",
-        "label_emb.0.0": "add_embedding.linear_1",
-        "label_emb.0.2": "add_embedding.linear_2",
-        "input_blocks.0.0": "conv_in",
-        "out.0": "conv_norm_out",
-        "out.2": "conv_out",
-        "middle_block.1": "mid_block.attentions.0",
-        **_inside("middle_block.0", "mid_block.resnets.0", _RESNET),
-        **_inside("middle_block.2", "mid_block.resnets.1", _RESNET),
-    }
-    # The file counts what is between two skip connections: a layer, or the change of size after a block's layers.
-    for b in range(blocks):
-        attention = config["down_block_types"][b].startswith("CrossAttn")
-        for j in range(layers):
-            theirs, ours = f"input_blocks.{1 + b * (layers + 1) + j}", f"down_blocks.{b}"
-            modules |= _inside(f"{theirs}.0", f"{ours}.resnets.{j}", _RESNET)
-            if attention:
-                modules[f"{theirs}.1"] = f"{ours}.attentions.{j}"
-        if b < blocks - 1:
-            modules[f"input_blocks.{(b + 1) * (layers + 1)}.0.op"] = f"down_blocks.{b}.downsamplers.0.conv"
+    modules = _down_modules(blocks, layers, config["down_block_types"])
+    modules |= {"out.0": "conv_norm_out", "out.2": "conv_out"}
     for b in range(blocks):
         attention = config["up_block_types"][b].startswith("CrossAttn")
         for j in range(layers + 1):
@@ -163,6 +143,19 @@ def unet_table(config: Mapping[str, Any]) -> Table:
             last = f"output_blocks.{b * (layers + 1) + layers}.{2 if attention else 1}"
             modules[f"{last}.conv"] = f"up_blocks.{b}.upsamplers.0.conv"
     return Table(UNET, modules)
+
+
+def controlnet_table(prefix: str, blocks: int, layers: int, hints: int) -> Table:
+    """Return the table of a ControlNet with so many blocks, layers in each, and convolutions of its picture.
+
+    Which of the blocks have attention need not be known: a file has no tensors where they have none.
+    """
+    modules = _down_modules(blocks, layers, ["CrossAttnDownBlock2D"] * blocks)
+    modules |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(blocks * (layers + 1))}
+    modules["middle_block_out.0"] = "controlnet_mid_block"
+    names = ["conv_in", *(f"blocks.{i}" for i in range(hints - 2)), "conv_out"]
+    modules |= {f"input_hint_block.{2 * i}": f"controlnet_cond_embedding.{name}" for i, name in enumerate(names)}
+    return Table(prefix, modules)
 
 
 def vae_table(config: Mapping[str, Any]) -> Table:
@@ -221,6 +214,31 @@ def canonical(part: str, key: str) -> str:
     if part.startswith("text_encoder") and not key.startswith((TEXT_MODEL, "text_projection.")):
         return TEXT_MODEL + key
     return key
+
+
+def _down_modules(blocks: int, layers: int, types: Sequence[str]) -> dict[str, str]:
+    """Return the modules of a UNet's way down, with its embeddings of time and of added conditioning."""
+    modules = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        **_inside("middle_block.0", "mid_block.resnets.0", _RESNET),
+        **_inside("middle_block.2", "mid_block.resnets.1", _RESNET),
+    }
+    # The file counts what is between two skip connections: a layer, or the change of size after a block's layers.
+    for b in range(blocks):
+        attention = types[b].startswith("CrossAttn")
+        for j in range(layers):
+            theirs, ours = f"input_blocks.{1 + b * (layers + 1) + j}", f"down_blocks.{b}"
+            modules |= _inside(f"{theirs}.0", f"{ours}.resnets.{j}", _RESNET)
+            if attention:
+                modules[f"{theirs}.1"] = f"{ours}.attentions.{j}"
+        if b < blocks - 1:
+            modules[f"input_blocks.{(b + 1) * (layers + 1)}.0.op"] = f"down_blocks.{b}.downsamplers.0.conv"
+    return modules
 
 
 def _inside(theirs: str, ours: str, modules: Mapping[str, str]) -> dict[str, str]:
