@@ -149,7 +149,8 @@ def test_pooled_residuals_and_the_other_order_of_channels_agree(both):
 
 def test_whole_runs_agree_with_and_without_guessing(both):
     shown = picture(1)
-    base = both.latents(both.ours[0].on(shown, 0.0))
+    base = both.latents()
+    np.testing.assert_array_equal(both.latents(both.ours[0].on(shown, 0.0)), base)
     for guess in (False, True):
         expected = both.torch_latents(both.nets[0], shown, controlnet_conditioning_scale=0.8, guess_mode=guess)
         assert_same_path(both.latents(both.ours[0].on(shown, 0.8, guess=guess)), expected)
@@ -233,13 +234,21 @@ def test_the_authors_layout_is_the_same_net_to_diffusers_and_here(both, tmp_path
     }.items():
         save_file(state, tmp_path / f"{name}.safetensors")
         assert_same_net(ControlNet.load(tmp_path / f"{name}.safetensors", both.pipe), both.ours[0])
-    save_file(held, tmp_path / "net.safetensors")
+
+
+@one_family
+def test_diffusers_reads_the_authors_layout_as_we_do(both, tmp_path):
+    theirs = perturbed(diffusers.ControlNetModel.from_unet(both.theirs.unet))  # its reader knows four levels only
+    save_file(original(theirs, hints=8), tmp_path / "net.safetensors")
+    theirs.save_pretrained(tmp_path / "net")
     found = diffusers.ControlNetModel.from_single_file(
-        str(tmp_path / "net.safetensors"), config=str(both.folder / "net0"), local_files_only=True
-    )
-    theirs = both.nets[0].state_dict()
-    assert found.state_dict().keys() == theirs.keys()
-    assert all(torch.equal(x, theirs[key]) for key, x in found.state_dict().items())
+        str(tmp_path / "net.safetensors"), config=str(tmp_path / "net"), local_files_only=True
+    ).state_dict()
+    ours = flat(ControlNet.load(tmp_path / "net.safetensors").params)
+    assert found.keys() == ours.keys() == theirs.state_dict().keys()
+    back = flat(ControlNet.load(tmp_path / "net").params)
+    for key, x in theirs.state_dict().items():
+        assert torch.equal(found[key], x) and np.array_equal(ours[key], back[key])
 
 
 def test_what_we_save_opens_in_diffusers_and_here(both, tmp_path):
