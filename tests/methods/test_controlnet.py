@@ -12,11 +12,12 @@ from PIL import Image
 import jaxmix
 from jaxmix import ControlNet, InputError, Request
 from jaxmix.controls import controlnet as maths
+from jaxmix.models import ControlNetConfig
 from jaxmix.pipeline.job import denoise
 from jaxmix.pipeline.vision import as_hint
 from jaxmix.rows import to_branches
 from jaxmix.samplers import DDIM
-from jaxmix.testing import moved
+from jaxmix.testing import random_params
 from jaxmix.weights import save_tree
 from tests.jobs import Unconditional, plain_job
 
@@ -35,8 +36,10 @@ def net(fresh):
 
 
 def trained(net, seed):
-    """Return a net whose convolutions have left zero."""
-    return dataclasses.replace(net, params=moved(net.params, jax.random.key(seed), 0.1))
+    """Return a net of random weights, whose convolutions have left zero."""
+    params = random_params(jaxmix.models.ControlNetModel(net.config), seed)
+    quiet = {name: jax.tree.map(lambda x: 0.3 * x, x) for name, x in params.items() if name.startswith("controlnet_")}
+    return dataclasses.replace(net, params={**params, **quiet})
 
 
 def draw(pipe, *methods, **more):
@@ -71,7 +74,8 @@ def test_a_fresh_net_and_a_scale_of_zero_are_the_base_bit_for_bit_and_no_number_
 @pytest.fixture(scope="module")
 def on_one_level(one_level):
     """Return a pipeline that compiles in half the time, its net, and what it draws without."""
-    return one_level, trained(ControlNet.init(jax.random.key(0), one_level), 1), draw(one_level)
+    config = ControlNetConfig.of_unet(one_level.unet.config, (16, 32))
+    return one_level, trained(ControlNet(config, {}), 1), draw(one_level)
 
 
 def test_two_equal_nets_at_half_are_one_and_others_add_up(on_one_level):
@@ -128,13 +132,13 @@ def test_weights_of_guessing_are_those_of_diffusers_and_pooled_nets_see_conditio
 
 
 def test_a_net_of_sdxl_sees_each_rows_pooled_text_and_numbers(tiny_sdxl):
-    fresh = ControlNet.init(jax.random.key(0), tiny_sdxl)
-    model = jaxmix.models.ControlNetModel(fresh.config)
+    model = jaxmix.models.ControlNetModel(ControlNetConfig.of_unet(tiny_sdxl.unet.config, (16, 32)))
+    params = random_params(model)
 
     @jax.jit
     def embedded(pooled, time_ids):
         text = jaxmix.Text(jnp.zeros((2, 32, 40)), pooled, time_ids)
-        return model.embed_text(fresh.params, text, (8, 8))[1]
+        return model.embed_text(params, text, (8, 8))[1]
 
     one = embedded(jnp.ones((2, 20)), jnp.ones((2, 6)))
     other = embedded(jnp.asarray([[1.0] * 20, [2.0] * 20]), jnp.ones((2, 6)))
@@ -143,9 +147,12 @@ def test_a_net_of_sdxl_sees_each_rows_pooled_text_and_numbers(tiny_sdxl):
     assert np.abs(embedded(jnp.ones((2, 20)), 2 * jnp.ones((2, 6))) - one).max() > 1e-3
 
 
-def test_gradients_reach_the_zero_convolutions_first(fresh, net):
+def test_gradients_reach_the_zero_convolutions_first(on_one_level):
     """As in the first step of training: until they have moved, nothing before them has a gradient."""
-    model = jaxmix.models.ControlNetModel(fresh.config)
+    _, net, _ = on_one_level
+    model = jaxmix.models.ControlNetModel(net.config)
+    zero = ("controlnet_down", "controlnet_mid")
+    first = {n: jax.tree.map(jnp.zeros_like, x) if n.startswith(zero) else x for n, x in net.params.items()}
     text = jaxmix.Text(jnp.ones((1, 3, 16)))
 
     @jax.jit
@@ -160,7 +167,7 @@ def test_gradients_reach_the_zero_convolutions_first(fresh, net):
     def moves(params):
         return {name: max(map(float, jax.tree.leaves(g))) > 0 for name, g in gradient(params).items()}
 
-    assert moves(fresh.params) == {name: name.startswith(("controlnet_down", "controlnet_mid")) for name in net.params}
+    assert moves(first) == {name: name.startswith(zero) for name in net.params}
     assert all(moves(net.params).values())
 
 

@@ -149,8 +149,9 @@ def test_pooled_residuals_and_the_other_order_of_channels_agree(both):
 
 def test_whole_runs_agree_with_and_without_guessing(both):
     shown = picture(1)
-    base = both.latents()
-    np.testing.assert_array_equal(both.latents(both.ours[0].on(shown, 0.0)), base)
+    base = both.latents(both.ours[0].on(shown, 0.0))
+    if both.sdxl:  # for the others see tests/methods
+        np.testing.assert_array_equal(base, both.latents())
     for guess in (False, True):
         expected = both.torch_latents(both.nets[0], shown, controlnet_conditioning_scale=0.8, guess_mode=guess)
         assert_same_path(both.latents(both.ours[0].on(shown, 0.8, guess=guess)), expected)
@@ -161,17 +162,14 @@ def test_whole_runs_agree_with_and_without_guessing(both):
 def test_whole_runs_of_two_nets_agree_with_scales_and_windows_of_their_own(both):
     shown, scales = [picture(1), picture(2)], [0.8, 0.5]
     nets = diffusers.MultiControlNetModel(both.nets)
-    windows = [(0.0, 0.7), (0.5, 1.0)]  # of 4 steps: the first two, the last two
+    windows = [(0.0, 1.0), (0.3, 0.8)]  # of 4 steps: all, and only the third
     starts, ends = (list(x) for x in zip(*windows, strict=True))
-    expected = both.torch_latents(
-        nets, shown, controlnet_conditioning_scale=scales, control_guidance_start=starts, control_guidance_end=ends
-    )
+    told = {"controlnet_conditioning_scale": scales, "control_guidance_start": starts, "control_guidance_end": ends}
+    expected = both.torch_latents(nets, shown, **told)
     methods = [net.on(*x) for net, *x in zip(both.ours, shown, scales, windows, strict=True)]
-    assert_same_path(both.latents(*methods), expected)
-    together = both.torch_latents(nets, shown, controlnet_conditioning_scale=scales)
-    methods = [net.on(*x) for net, *x in zip(both.ours, shown, scales, strict=True)]
-    assert_same_path(both.latents(*methods), together)
-    assert np.abs(expected - together).max() > 1e-3 * np.abs(expected).max()
+    got = both.latents(*methods)
+    assert_same_path(got, expected)
+    assert np.abs(got - both.latents(methods[0])).max() > 1e-3 * np.abs(got).max()
 
 
 SMALL = {
