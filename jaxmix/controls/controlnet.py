@@ -70,9 +70,10 @@ class ControlNetControl(Control):
         strength = self.scale * jnp.maximum(self.live, self.both)
         outputs = []
         for i, y in enumerate((*made.skips, made.middle)):
-            y = y.astype(jnp.float32)
-            y = like(strength * self.weights[:, i], y) * y
-            outputs.append(y.mean((1, 2), keepdims=True) if self.net.config.global_pool_conditions else y)
+            z = y.astype(jnp.float32)
+            z = like(strength * self.weights[:, i], z) * z
+            z = z.mean((1, 2), keepdims=True) if self.net.config.global_pool_conditions else z
+            outputs.append(z.astype(y.dtype))
         return dataclasses.replace(self, residuals=jax.lax.optimization_barrier(tuple(outputs)))
 
     def join(self, site: Site, x: Float[Array, "b h w c"], skip: Array) -> tuple[Array, Array]:

@@ -28,7 +28,7 @@ from jaxmix import (
 from jaxmix.controls import ip_adapter
 from jaxmix.methods.ip_adapter import Embeddings
 from jaxmix.methods.style_id import style_id_sites
-from jaxmix.models import CLIPVisionConfig, CLIPVisionModel
+from jaxmix.models import CLIPVisionConfig, CLIPVisionModel, ControlNetConfig, ControlNetModel
 from jaxmix.models.unet import subtree
 from jaxmix.pipeline.blocks import attn2_names
 from jaxmix.pipeline.job import denoise
@@ -43,6 +43,7 @@ NAMES = [
     "IPAdapter",
     "StyleAdapter",
     "DEADiff",
+    "ControlNet",
     "LoRA",
     "DenseDiffusion",
     "PaintWithWords",
@@ -138,12 +139,15 @@ def pieces(one_level):
     strong = {name: {**layer, "strength": jnp.asarray(2.0)} for name, layer in styled.layers.items()}
     styled = dataclasses.replace(styled, layers=strong)
     split = random_deadiff(pipe, encoder)
+    beside = ControlNetModel(ControlNetConfig.of_unet(pipe.unet.config, (16, 32)))
+    net = jaxmix.ControlNet(beside.config, random_params(beside, 8))
     style = {"found": found, "pairs": [(0, 1), (1, 0)], "pairing": "diffusers", "adain": False, "guided": True}
     return found.noise, {
         "VMix": lambda s: mixer.on("all", s),
         "IPAdapter": lambda s: seer.on(seen, s),
         "StyleAdapter": lambda s: styled.on([[pictures[0], pictures[1]], [pictures[1]]], s),
         "DEADiff": lambda s: split.on([pictures[0], None], [None, pictures[1]], s),
+        "ControlNet": lambda s: net.on(list(pictures), 0.3 * s),
         "LoRA": lambda s: learnt.on(s),
         "DenseDiffusion": lambda s: DenseDiffusion(layout, cross=s, self_=0.3 * s, splice=False),
         "PaintWithWords": lambda s: PaintWithWords(layout, weight=0.4 * s),

@@ -10,13 +10,13 @@ import sys
 
 PROGRAM = """
 from jaxtyping import install_import_hook
-checked = ["attention", "blocks", "clip", "layers", "unet", "vae"]
+checked = ["attention", "blocks", "clip", "controlnet", "layers", "unet", "vae"]
 install_import_hook([f"jaxmix.models.{m}" for m in checked], "beartype.beartype")
 
 import jax
 import jax.numpy as jnp
 from jaxmix import testing
-from jaxmix.models import AddedCond, AutoencoderKL, UNet2DConditionModel
+from jaxmix.models import AddedCond, AutoencoderKL, ControlNetConfig, ControlNetModel, UNet2DConditionModel
 from tests.laws.controls import CASES, make
 
 def trace(module, *inputs, **options):
@@ -32,6 +32,8 @@ for family, dtype in (("sd1", jnp.float32), ("sdxl", jnp.bfloat16)):
     chosen, remat = ((), False) if family == "sd1" else (controls, True)
     unet = UNet2DConditionModel(cfg, dtype=dtype, remat=remat)
     trace(unet, (2, 6, 8, 4), jnp.zeros(2), (2, 7, cfg.cross_attention_dim), controls=chosen, added=more)
+    net = ControlNetModel(ControlNetConfig.of_unet(cfg, (16, 32)), dtype=dtype, remat=remat)
+    trace(net, (2, 6, 8, 4), jnp.zeros(2), (2, 7, cfg.cross_attention_dim), (2, 6, 8, 16), added=more)
     for text in (pipe.text_encoder, pipe.text_encoder_2):
         if text is not None:
             trace(text.clone(dtype=dtype), jnp.zeros((2, 32), jnp.int32))
