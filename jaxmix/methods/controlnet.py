@@ -44,7 +44,8 @@ class ControlNet(Card):
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         cfg = self.config
-        yield "for", f"{cfg.outputs - 1} skips, {cfg.cross_attention_dim} text channels, {cfg.factor} x {cfg.factor} pixels a cell"
+        cell = f"{cfg.factor} x {cfg.factor} pixels a cell"
+        yield "for", f"{cfg.outputs - 1} skips, {cfg.cross_attention_dim} text channels, {cell}"
         yield "order", cfg.controlnet_conditioning_channel_order + (", pooled" if cfg.global_pool_conditions else "")
         yield "weights", weights(self.params)
 

@@ -3,10 +3,11 @@
     python -m scripts.bench.train_memory --model sd15 --topology v5e:2x2 --per_device_batch 8
     python -m scripts.bench.train_memory --model sdxl --topology v5e:4x4 --fsdp 4 --cached true
     python -m scripts.bench.train_memory --trainer ip_adapter --model sd15 --per_device_batch 8
+    python -m scripts.bench.train_memory --trainer controlnet --model sd15 --per_device_batch 4
     python -m scripts.bench.train_memory --model sd15 --platform cpu --steps 3      # runs it here, with random weights
 
-The step is the trainer's own (`train.vmix`, `train.ip_adapter`) with the keys of configs/TRAINER_MODEL.yaml, compiled
-from shapes alone.
+The step is the trainer's own (`train.vmix`, `train.ip_adapter`, `train.controlnet`) with the keys of
+configs/TRAINER_MODEL.yaml, compiled from shapes alone.
 Compiling for a TPU needs no TPU, only libtpu: pip install "jax[tpu]". The status is 1 if the compiled step holds
 something twice, or the optimiser holds more than the adapter.
 """
@@ -51,7 +52,7 @@ class Config:
     """What to compile, and for what. Null takes the recipe's value.
 
     Attributes:
-        trainer: vmix or ip_adapter, whose pictures CLIP ViT-H/14 reads.
+        trainer: vmix, ip_adapter, whose pictures CLIP ViT-H/14 reads, or controlnet.
         model: sd15, sd21 (the 512 px base) or sdxl.
         recipe: YAML file of the trainer; configs/TRAINER_MODEL.yaml if empty (SD 2.1 has that of SD 1.5).
         platform: tpu (compile only), or cpu (this machine).
@@ -73,7 +74,7 @@ class Config:
         out: JSON file for the numbers; none if empty.
     """
 
-    trainer: Literal["vmix", "ip_adapter"] = "vmix"
+    trainer: Literal["vmix", "ip_adapter", "controlnet"] = "vmix"
     model: Literal["sd15", "sd21", "sdxl"] = "sd15"
     recipe: str = ""
     platform: Literal["tpu", "cpu"] = "tpu"
@@ -147,10 +148,10 @@ def make_step(config: Config, cfg: AdapterConfig, devices: int = 1) -> Step:
     """Return the trainer's update for a model, and its arguments as shapes."""
     pipe = abstract_pipeline(config.model, cfg.dtype, config.tiny)
     rows = cfg.train_batch_size * devices
-    made = TRAINERS[config.trainer][1](pipe, cfg, rows, config.cached, config.tiny)
+    side = config.latents or pipe.latent_shape[0]
+    made = TRAINERS[config.trainer][1](pipe, cfg, rows, side, config.cached, config.tiny)
     optimizer = make_optimizer(cfg)
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer, ema=cfg.ema_decay > 0), made.learns)
-    side = config.latents or pipe.latent_shape[0]
     batch = abstract_batch(pipe, rows, side, config.cached) | made.batch
     encoders = {name: tree for name, tree in pipe.params.items() if name != "unet"}
     spare: Any = encoders

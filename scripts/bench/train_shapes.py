@@ -21,13 +21,14 @@ from jaxmix.models import (
     UNetConfig,
     VAEConfig,
 )
+from jaxmix.models.controlnet import ControlNetConfig
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.released import RELEASED
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning import lora
 from scripts.bench.ours import vmix_config
 from scripts.bench.rows import configs
-from train import ip_adapter, vmix
+from train import controlnet, ip_adapter, vmix
 
 
 def abstract_pipeline(model: str, dtype: Any, tiny: bool = False) -> Pipeline:
@@ -56,7 +57,8 @@ def abstract_pipeline(model: str, dtype: Any, tiny: bool = False) -> Pipeline:
 class Pieces:
     """What a trainer adds to the base, as shapes, and its prediction.
 
-    `learns` and `frozen` are trees, `batch` further entries of the rows; `parts` names the parts of what learns.
+    `learns` and `frozen` are trees, `batch` further entries of the rows; `parts` names the parts of what learns. What
+    makes them is told the number of rows and the side of their square latents.
     """
 
     learns: Any
@@ -66,7 +68,7 @@ class Pieces:
     parts: dict[str, Any]
 
 
-def vmix_pieces(pipe: Pipeline, cfg: vmix.Config, rows: int, cached: bool, tiny: bool) -> Pieces:
+def vmix_pieces(pipe: Pipeline, cfg: vmix.Config, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
     """Return the pieces of `train.vmix`."""
     unet = pipe.params["unet"]
     made = vmix_config(pipe.unet, unet, pipe.text_length, cfg.labels or None)
@@ -88,7 +90,7 @@ def vmix_pieces(pipe: Pipeline, cfg: vmix.Config, rows: int, cached: bool, tiny:
     return Pieces(learns, constants, {"present": present}, vmix.make_predict(pipe, cfg), parts)
 
 
-def ip_adapter_pieces(pipe: Pipeline, cfg: ip_adapter.Config, rows: int, cached: bool, tiny: bool) -> Pieces:
+def ip_adapter_pieces(pipe: Pipeline, cfg: ip_adapter.Config, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
     """Return the pieces of `train.ip_adapter`, which reads pictures with CLIP ViT-H/14."""
     told = RELEASED["clip_vit_h"]["image_encoder"]
     if tiny:
@@ -119,9 +121,31 @@ def ip_adapter_pieces(pipe: Pipeline, cfg: ip_adapter.Config, rows: int, cached:
     return Pieces(learns, frozen, batch, ip_adapter.make_predict(pipe, encoder, cfg), parts)
 
 
+def controlnet_pieces(pipe: Pipeline, cfg: controlnet.Config, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
+    """Return the pieces of `train.controlnet`."""
+
+    def fresh(unet: Any) -> Any:
+        base = dataclasses.replace(pipe, params={**pipe.params, "unet": unet})
+        return jaxmix.ControlNet.init(jax.random.key(0), base, cfg.conditioning_embedding_out_channels).params
+
+    learns = jax.eval_shape(fresh, pipe.params["unet"])
+    learns = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), learns)
+    channels = (16, 32, 96, 256)[: pipe.vae.config.factor.bit_length()]
+    channels = tuple(cfg.conditioning_embedding_out_channels or channels)
+    net = jaxmix.ControlNet(ControlNetConfig.of_unet(pipe.unet.config, channels), learns)
+    pixels = side * pipe.vae.config.factor
+    batch = {"hint": jax.ShapeDtypeStruct((rows, pixels, pixels, 3), jnp.uint8)}
+    zeros = {name: node for name, node in learns.items() if name.startswith(("controlnet_down", "controlnet_mid"))}
+    encoder = learns["controlnet_cond_embedding"]
+    rest = {k: v for k, v in learns.items() if k not in zeros and k != "controlnet_cond_embedding"}
+    parts = {"copy of the way down": rest, "zero convolutions": zeros, "encoder of hints": encoder}
+    return Pieces(learns, {}, batch, controlnet.make_predict(pipe, net, cfg), parts)
+
+
 TRAINERS: dict[str, tuple[Any, Callable[..., Pieces]]] = {
     "vmix": (vmix.Config, vmix_pieces),
     "ip_adapter": (ip_adapter.Config, ip_adapter_pieces),
+    "controlnet": (controlnet.Config, controlnet_pieces),
 }
 """The configuration and the pieces of every trainer, by its name."""
 

@@ -18,7 +18,7 @@ from scripts.bench.train_memory import (
     size,
     trainer_config,
 )
-from scripts.bench.train_shapes import abstract_pipeline, ip_adapter_pieces, vmix_pieces
+from scripts.bench.train_shapes import abstract_pipeline, controlnet_pieces, ip_adapter_pieces, vmix_pieces
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"platform": "cpu", "tiny": True, "rank": 2, "mixed_precision": "no", "lora_targets": r"attn2\.to_q$"}
@@ -29,7 +29,7 @@ def test_the_adapter_of_a_real_model_has_the_sizes_of_the_paper(model, width):
     """F: 6 -> 77 tokens and a norm of the text's width; Z: width -> width; W_V^a: one of each attn2's to_v."""
     cfg = trainer_config(Config(model=model))
     pipe = abstract_pipeline(model, cfg.dtype)
-    made = vmix_pieces(pipe, cfg, 1, cached=False, tiny=False)
+    made = vmix_pieces(pipe, cfg, 1, 64, cached=False, tiny=False)
     found = {name: count(tree) for name, tree in made.parts.items()}
     assert found["F and its norm"] == 6 * 77 + 77 + 2 * width
     assert found["Z"] == width * width + width
@@ -51,12 +51,20 @@ def test_the_adapter_of_a_real_model_has_the_sizes_of_the_paper(model, width):
 )
 def test_an_ip_adapter_of_a_real_model_has_the_sizes_of_the_published_ones(model, kind, projection, layers):
     cfg = trainer_config(Config(trainer="ip_adapter", model=model, kind=kind))
-    made = ip_adapter_pieces(abstract_pipeline(model, cfg.dtype), cfg, 1, cached=True, tiny=False)
+    made = ip_adapter_pieces(abstract_pipeline(model, cfg.dtype), cfg, 1, 64, cached=True, tiny=False)
     assert {name: count(tree) for name, tree in made.parts.items()} == {
         "projection": projection,
         "keys and values": layers,
     }
     assert set(made.frozen) == (set() if kind == "base" else {"grey"})  # a cache has read the pictures
+
+
+@pytest.mark.parametrize(("model", "expected"), [("sd15", 361_279_120), ("sdxl", 1_251_014_160)])
+def test_a_controlnet_of_a_real_model_has_the_size_of_the_published_ones(model, expected):
+    cfg = trainer_config(Config(trainer="controlnet", model=model))
+    made = controlnet_pieces(abstract_pipeline(model, cfg.dtype), cfg, 1, 64, cached=True, tiny=False)
+    assert count(made.learns) == sum(map(count, made.parts.values())) == expected
+    assert made.batch["hint"].shape == (1, 512, 512, 3)
 
 
 def test_the_state_of_a_real_step_is_the_adapters_alone_and_the_base_is_there_once():
