@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from infer.methods import (
     compose,
+    controlnet,
     dense,
     fuse,
     image_prompt,
@@ -37,6 +38,7 @@ class Flags(
     dense.Flags,
     layers.Flags,
     style_adapter.Flags,
+    controlnet.Flags,
     image_prompt.Flags,
     lora.Flags,
     vmix.Flags,
