@@ -19,7 +19,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -64,8 +63,6 @@ class ControlNetControl(Control):
 
     def see(self, x: Float[Array, "b h w c"], t: Array, text: Text) -> Control:
         """Run the net."""
-        # Its own copy: shared with the UNet, the latents could change how that is fused, and so its last bits.
-        x = jax.lax.optimization_barrier(x)
         made = self.net.apply({"params": self.params}, x, t, self.context, self.embedded, self.added)
         strength = self.scale * jnp.maximum(self.live, self.both)
         outputs = []
@@ -74,7 +71,7 @@ class ControlNetControl(Control):
             z = like(strength * self.weights[:, i], z) * z
             z = z.mean((1, 2), keepdims=True) if self.net.config.global_pool_conditions else z
             outputs.append(z.astype(y.dtype))
-        return dataclasses.replace(self, residuals=jax.lax.optimization_barrier(tuple(outputs)))
+        return dataclasses.replace(self, residuals=tuple(outputs))
 
     def join(self, site: Site, x: Float[Array, "b h w c"], skip: Array) -> tuple[Array, Array]:
         """Add the outputs that belong here; the way up takes the skips from the last to the first."""

@@ -14,7 +14,7 @@ from jaxmix.cards import Card, weights
 from jaxmix.controls import controlnet as maths
 from jaxmix.models.controlnet import ControlNetConfig, ControlNetModel
 from jaxmix.pipeline.pipeline import Pipeline
-from jaxmix.pipeline.references import One, per_image
+from jaxmix.pipeline.references import One
 from jaxmix.pipeline.request import Method, Request, is_list
 from jaxmix.pipeline.vision import as_hint
 from jaxmix.rows import numbers
@@ -44,9 +44,9 @@ class ControlNet(Card):
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         cfg = self.config
-        cell = f"{cfg.factor} x {cfg.factor} pixels a cell"
-        yield "for", f"{cfg.outputs - 1} skips, {cfg.cross_attention_dim} text channels, {cell}"
-        yield "order", cfg.controlnet_conditioning_channel_order + (", pooled" if cfg.global_pool_conditions else "")
+        yield "for", f"{cfg.outputs - 1} skips of {cfg.block_out_channels}, {cfg.cross_attention_dim} text channels"
+        pooled = ", means over the picture" if cfg.global_pool_conditions else ""
+        yield "pictures", f"{cfg.controlnet_conditioning_channel_order}, 1/{cfg.factor} of their size{pooled}"
         yield "weights", weights(self.params)
 
     @classmethod
@@ -154,7 +154,8 @@ class Controlled(Method):
         super().check(pipe, request)
         self.net.check(pipe)
         self._numbers(request.n)
-        self._hints(request)
+        for _ in self._hints(request):  # one at a time: those of a large job need not fit into memory
+            pass
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control with a picture of one pixel."""
@@ -162,7 +163,8 @@ class Controlled(Method):
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control with the pictures."""
-        return self._add(pipe, request, self._hints(request))
+        made = np.stack(list(self._hints(request)))
+        return self._add(pipe, request, np.broadcast_to(made, (request.n, *made.shape[1:])))
 
     def _add(self, pipe: Pipeline, request: Request, hints: np.ndarray) -> Request:
         model = ControlNetModel(self.net.config, pipe.unet.dtype)
@@ -177,13 +179,11 @@ class Controlled(Method):
             raise InputError(f"ControlNet: guess: found {shown(self.guess)}, expected True or False, or one per image")
         return numbers("ControlNet: scale", self.scale, n, "prompts"), np.asarray(guess, bool)
 
-    def _hints(self, request: Request) -> np.ndarray:
-        """Return the pictures at the size of the images, (n, H, W, 3) float32 in [0, 1]."""
+    def _hints(self, request: Request) -> Iterator[np.ndarray]:
+        """Yield each picture, or the one for all, at the size of the images, (H, W, 3) float32 in [0, 1]."""
         assert request.height is not None and request.width is not None
-        size, given = (request.height, request.width), self.pictures
-        one_each = isinstance(given, (list, tuple))
-        made = []
-        for i, x in enumerate(per_image(given, request.n if one_each else 1)):
+        one_each = isinstance(self.pictures, (list, tuple))
+        for i, given in enumerate(self.pictures if one_each else [self.pictures]):
             where = f"ControlNet: pictures[{i}]" if one_each else "ControlNet: pictures"
-            made.append(as_hint(x.picture if isinstance(x, One) else x, size, where))
-        return np.broadcast_to(np.stack(made), (request.n, *size, 3))
+            picture = given.picture if isinstance(given, One) else given
+            yield as_hint(picture, (request.height, request.width), where)

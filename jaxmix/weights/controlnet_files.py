@@ -72,7 +72,7 @@ def open_controlnet(path: Path, base: Mapping[str, Any] | None = None) -> tuple[
     file = SafetensorsFile(path)
     _check_kind(file, {key: entry.shape for key, entry in file.stored.items()})
     found = file if "controlnet_mid_block.weight" in file.stored else _of_authors(file)
-    return _config(str(path), {key: entry.shape for key, entry in found.entries.items()}, base), found
+    return told_config(str(path), {key: entry.shape for key, entry in found.entries.items()}, base), found
 
 
 def write_controlnet(folder: Path, config: Mapping[str, Any], params: Params, dtype: Any = None) -> None:
@@ -141,7 +141,9 @@ def _of_authors(file: SafetensorsFile) -> Source:
     return PartSource(file.where, "ControlNet", entries, (), scales)
 
 
-def _config(where: str, shapes: Shapes, base: Mapping[str, Any] | None) -> dict[str, Any]:
+def told_config(where: str, shapes: Shapes, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the config that the shapes of a net's tensors tell, under diffusers' names; see `open_controlnet`."""
+
     def shape(key: str, *axes: int) -> tuple[int, ...]:
         if len(found := shapes.get(key, ())) not in axes:
             what = f"shape {list(found)} for" if key in shapes else "no tensor"

@@ -187,8 +187,14 @@ def test_pictures_come_in_every_form_and_keep_their_range(tmp_path):
     assert as_hint(grey, (20, 30), "x").shape == (20, 30, 3)
 
 
-def test_a_card_says_what_it_is(net):
-    assert str(net).splitlines()[0] == "ControlNet" and "4 skips, 16 text channels" in str(net)
+def test_a_card_says_what_it_is_and_a_setting_that_no_tensor_shows_can_be_given(net, tmp_path):
+    assert str(net).splitlines()[0] == "ControlNet" and "4 skips of (16, 32), 16 text channels" in str(net)
+    net.save(tmp_path / "net")
+    pooled = ControlNet.load(tmp_path / "net", config={"global_pool_conditions": True})
+    assert pooled.config == dataclasses.replace(net.config, global_pool_conditions=True)
+    assert "rgb, 1/2 of their size, means over the picture" in str(pooled)
+    with pytest.raises(InputError, match=r"net: .* global_pool_conditions is 1, expected true or false"):
+        ControlNet.load(tmp_path / "net", config={"global_pool_conditions": 1})
 
 
 CASES = [

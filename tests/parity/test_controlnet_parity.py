@@ -12,9 +12,10 @@ from PIL import Image
 import jaxmix
 from jaxmix import ControlNet, Request
 from jaxmix.controls import controlnet as maths
-from jaxmix.models import ControlNetConfig, ControlNetModel
+from jaxmix.models import ControlNetConfig, ControlNetModel, UNetConfig
 from jaxmix.released import RELEASED
 from jaxmix.rows import Text
+from jaxmix.weights.controlnet_files import told_config
 from jaxmix.weights.names import flatten, to_torch_key, to_torch_shape
 from jaxmix.weights.single_file_names import controlnet_table
 from tests.parity.oracle import assert_close, loaded, nhwc, perturbed
@@ -264,14 +265,18 @@ def test_what_we_save_opens_in_diffusers_and_here(both, tmp_path):
     assert ControlNet.load(tmp_path / "half", both.pipe).params["conv_in"]["kernel"].dtype == np.float32
 
 
-@pytest.mark.parametrize(("model", "count"), [("sd15", 361_279_120), ("sdxl", 1_251_014_160)])
-def test_every_tensor_of_the_released_sizes_is_used_once_with_the_right_shape(model, count):
+SIZES = {"sd15": (361_279_120, 13), "sd21": (364_228_240, 13), "sdxl": (1_251_014_160, 10)}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_every_tensor_of_the_released_sizes_is_used_once_and_their_shapes_tell_the_config(model):
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(RELEASED[model]["unet"])
         theirs = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     config = ControlNetConfig.from_dict(dict(theirs.config), notes := [])
-    assert notes == [] and config.outputs == {"sd15": 13, "sdxl": 10}[model]
     made = ControlNetModel(config).abstract_params()
     target = {to_torch_key(path): to_torch_shape(path, leaf.shape) for path, leaf in flatten(made)}
     assert target == {key: tuple(x.shape) for key, x in theirs.named_parameters()}
-    assert sum(int(np.prod(s)) for s in target.values()) == count
+    assert (sum(int(np.prod(s)) for s in target.values()), config.outputs) == SIZES[model]
+    assert ControlNetConfig.from_dict(told_config("x", target)) == config and notes == []
+    assert ControlNetConfig.of_unet(UNetConfig.from_dict(RELEASED[model]["unet"])) == config
