@@ -10,7 +10,8 @@ weights are w_i = 10^(-1 + i / (n - 1)) over the n outputs, the middle one last,
 .825^(12 - i) differs by less than .001), and unconditional rows get nothing; otherwise all weights are 1 and both
 branches of guidance are controlled. Some nets ("shuffle") ask for the means of their outputs over the picture.
 
-Several nets add up. A net is live in the steps that lie wholly in its window, as in diffusers.
+Several nets add up, each by its own rules (diffusers' pipelines ask only the first whether its outputs are pooled). A
+net is live in the steps that lie wholly in its window, as in diffusers; the program of the others does not hold it.
 """
 
 from __future__ import annotations

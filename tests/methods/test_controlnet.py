@@ -61,6 +61,8 @@ def test_a_fresh_net_and_a_scale_of_zero_are_the_base_bit_for_bit_and_no_number_
     np.testing.assert_array_equal(draw(tiny_pipeline, fresh.on(PICTURES)), base)
     np.testing.assert_array_equal(draw(tiny_pipeline, net.on(PICTURES, 0.0)), base)
     np.testing.assert_array_equal(draw(tiny_pipeline, net.on(PICTURES, 0.0, guess=True)), base)
+    broken = dataclasses.replace(net, params=jax.tree.map(lambda x: np.nan * x, net.params))
+    np.testing.assert_array_equal(draw(tiny_pipeline, broken.on(PICTURES, 0.0)), base)
     half = draw(tiny_pipeline, net.on(PICTURES, [0.0, 0.8]))
     np.testing.assert_array_equal(half[0], base[0])
     np.testing.assert_array_equal(half[1], on[1])
@@ -230,6 +232,10 @@ def test_a_net_for_another_base_is_refused(tiny_pipeline, tiny_sdxl, one_level, 
     longer = dataclasses.replace(net.config, conditioning_embedding_out_channels=(16, 32, 96, 256))
     with pytest.raises(InputError, match=r"it makes pictures 8 times smaller, expected 2 times"):
         dataclasses.replace(net, config=longer).check(tiny_pipeline)
+    control = maths.bind(jaxmix.models.ControlNetModel(net.config), {}, np.zeros((1, 2, 2, 3)), scale=[1], guess=[0])
+    with pytest.raises(InputError, match="ControlNet: outputs for 4 skips, expected the 2 of this UNet"):
+        one_level.check_controls((control,), (8, 8))
+    tiny_pipeline.check_controls((control.replace(sites=r"up_blocks\.1"),), (8, 8))
     net.save(tmp_path / "net")
     with pytest.raises(InputError, match=r"net: its cross_attention_dim is 16, expected 40"):
         ControlNet.load(tmp_path / "net", tiny_sdxl)
