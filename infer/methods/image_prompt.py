@@ -32,8 +32,9 @@ class Flags(Base):
     """Adapters for image prompts, and pictures for rows that name none.
 
     Attributes:
-        ip_adapter: IP-Adapter: a .safetensors file, PATH[:SCALE], where the scale (no unit) is 1 by default; the flag
-            may be repeated, or given a JSON list: every adapter sees the pictures
+        ip_adapter: IP-Adapter: mini-ip or mini-ip-plus (embedded), or a .safetensors file, PATH[:SCALE], where the
+            scale (no unit) is 1 by default; the flag may be repeated, or given a JSON list: every adapter sees the
+            pictures
         image_encoder: IP-Adapter, StyleAdapter: the CLIP image encoder that the adapter was trained with: mini-clip
             (embedded), a folder or a file
         image_embeds: IP-Adapter: a folder that keeps what the image encoder sees in each picture, for other rows, jobs

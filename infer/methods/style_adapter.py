@@ -25,7 +25,8 @@ class Flags(Base):
     """A StyleAdapter, and pictures of a style for rows that name none.
 
     Attributes:
-        style_adapter: StyleAdapter: a file by train.style_adapter, PATH[:SCALE]; its CLIP is --image-encoder
+        style_adapter: StyleAdapter: mini-style (embedded), or a file by train.style_adapter, PATH[:SCALE]; its CLIP is
+            --image-encoder
         style_images: StyleAdapter: pictures of one style; the flag may be repeated, or given a JSON list
         style_scale: StyleAdapter: how strongly, 0 for not at all (no unit); multiplied by the scale of the adapter
     """

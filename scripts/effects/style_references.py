@@ -4,8 +4,7 @@ StyleAdapter with the paper's ablations (the class token, the shuffle, several r
 Visual Style Prompting and StyleID, on references of pairs of object and style that nothing was trained on: the style
 that comes, the objects of prompt and reference that are drawn, and seconds. Pictures are kept under `out`.
 
-    python -m scripts.effects.style_references --style runs/style/style_adapter.safetensors \
-        --adapter runs/ip/ip_adapter.safetensors
+    python -m scripts.effects.style_references --out runs/effects_style_references
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ import numpy as np
 
 import jaxmix
 from jaxmix import command
+from jaxmix.methods.ip_adapter import EMBEDDED as PICTURES
+from jaxmix.methods.style_adapter import EMBEDDED as STYLES
 from jaxmix.types import InputError
 from scripts.effects import styles
 from scripts.effects.draw import digest
@@ -41,8 +42,8 @@ class Config:
 
     Attributes:
         model: "mini" or a diffusers folder of 64 px images.
-        style: the file of a StyleAdapter for it; left out if empty.
-        adapter: the file of an IP-Adapter for it; left out if empty.
+        style: "mini-style" or the file of a StyleAdapter for it; left out if empty.
+        adapter: "mini-ip" or the file of an IP-Adapter for it; left out if empty.
         image_encoder: the CLIP that they read with, and that judges pictures.
         style_blocks: pattern of the attn2 that listen to the IP-Adapter.
         cases: references, each drawn once per condition.
@@ -55,8 +56,8 @@ class Config:
     """
 
     model: str = "mini"
-    style: str = ""
-    adapter: str = ""
+    style: str = "mini-style"
+    adapter: str = "mini-ip"
     image_encoder: str = "mini-clip"
     style_blocks: str = r"^up_blocks\.1\."
     cases: int = 200
@@ -190,7 +191,8 @@ def main(cfg: Config) -> int:
 
 
 def _weights(path: str) -> Any:
-    return {"file": np.frombuffer(Path(path).read_bytes(), np.uint8)} if path else {}
+    file = {**STYLES, **PICTURES}.get(path, Path(path))
+    return {"file": np.frombuffer(file.read_bytes(), np.uint8)} if path else {}
 
 
 if __name__ == "__main__":
