@@ -16,10 +16,15 @@ Blocks = str | Mapping[str, Any] | None
 """Which cross-attentions listen: None for all, a preset, a pattern of names, or diffusers' dictionary of scales."""
 
 PRESETS = {
-    "style": (r"^up_blocks\.0\.attentions\.1\.", r"^up_blocks\.1\."),
-    "layout": (r"^down_blocks\.2\.attentions\.1\.", r"^(down_blocks\.2\.|mid_block\.)"),
+    "style": (r"^up_blocks\.0\.attentions\.1\.", r"^up_blocks\.1\.", r"^up_blocks\.2\.attentions\.0\."),
+    "layout": (
+        r"^down_blocks\.2\.attentions\.1\.",
+        r"^(down_blocks\.2\.|mid_block\.)",
+        r"^up_blocks\.1\.attentions\.1\.",
+    ),
 }
-"""InstantStyle's blocks (arXiv 2404.02733) for SDXL, and for Stable Diffusion 1.5 and 2."""
+"""InstantStyle's blocks (arXiv 2404.02733) for SDXL, for Stable Diffusion 1.5 and 2, and, measured here (see
+scripts/README.md), for the three levels of the embedded model."""
 
 
 def attn2_names(pipe: Parts) -> list[str]:
@@ -42,7 +47,9 @@ def at_sites(pipe: Parts, blocks: Blocks) -> dict[str, float]:
         raise InputError(f"blocks: found {shown(blocks)}, expected a preset, a pattern or a dictionary")
     asked = [part.strip() for part in blocks.split("+")]
     if all(part in PRESETS for part in asked):
-        patterns = [PRESETS[part][0 if pipe.text_encoder_2 is not None else 1] for part in asked]
+        small = len(pipe.unet.config.block_out_channels) == 3
+        which = 0 if pipe.text_encoder_2 is not None else 2 if small else 1
+        patterns = [PRESETS[part][which] for part in asked]
     else:
         patterns = [blocks]
     try:

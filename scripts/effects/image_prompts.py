@@ -50,7 +50,7 @@ class Config:
         plus: "mini-ip-plus" or the file of a plus adapter for it; left out if empty.
         image_encoder: the CLIP that they read with, and that judges pictures.
         vmix: "mini-vmix" or the file of a VMix adapter for it.
-        style_blocks: pattern of the attn2 that are measured as the preset for style.
+        style_blocks: preset or pattern of the attn2 that are measured as those of the style.
         style_scale: scale of the adapter beside a prompt in the parts blocks and subtract.
         cases: references; each is drawn once per condition.
         steps: sampling steps; the model's own default if null.
@@ -66,7 +66,7 @@ class Config:
     plus: str = "mini-ip-plus"
     image_encoder: str = "mini-clip"
     vmix: str = "mini-vmix"
-    style_blocks: str = r"^up_blocks\.1\."
+    style_blocks: str = "style"
     style_scale: float = 1.0
     cases: int = 200
     steps: int | None = None

@@ -45,7 +45,7 @@ class Config:
         style: "mini-style" or the file of a StyleAdapter for it; left out if empty.
         adapter: "mini-ip" or the file of an IP-Adapter for it; left out if empty.
         image_encoder: the CLIP that they read with, and that judges pictures.
-        style_blocks: pattern of the attn2 that listen to the IP-Adapter.
+        style_blocks: preset or pattern of the attn2 that listen to the IP-Adapter in InstantStyle.
         cases: references, each drawn once per condition.
         steps: sampling steps; the model's own default if null.
         inversion_steps: steps of the methods that invert the reference.
@@ -59,7 +59,7 @@ class Config:
     style: str = "mini-style"
     adapter: str = "mini-ip"
     image_encoder: str = "mini-clip"
-    style_blocks: str = r"^up_blocks\.1\."
+    style_blocks: str = "style"
     cases: int = 200
     steps: int | None = None
     inversion_steps: int = 50

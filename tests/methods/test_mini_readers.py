@@ -5,6 +5,7 @@ import pytest
 
 import jaxmix
 from jaxmix.methods import ip_adapter, style_adapter
+from jaxmix.pipeline.blocks import at_sites
 from jaxmix.types import InputError
 from jaxmix.weights.files import ASSETS
 from train.scenes import Scenes
@@ -40,6 +41,11 @@ def test_a_picture_alone_brings_its_background(pipe, scenes):
     found = [np.asarray(scorer.backgrounds)[scorer(images)["background"].argmax(-1)] for images in drawn]
     without, right = (np.mean(names == wanted) for names in found)
     assert right >= 0.6 and right > without + 0.3
+
+
+def test_the_presets_of_three_levels_are_those_measured_on_the_embedded_model(pipe):
+    for preset, block in (("style", "up_blocks.2.attentions.0"), ("layout", "up_blocks.1.attentions.1")):
+        assert list(at_sites(pipe, preset)) == [f"{block}.transformer_blocks.0.attn2"]
 
 
 def test_a_style_adapter_at_scale_0_is_the_model_itself_and_else_is_not(pipe, scenes):
