@@ -187,7 +187,7 @@ class Bench:
             return drawn[: len(seeds) - missing]
 
         key = ["image prompts", self.cfg.steps, list(texts), mark, digest([c.image for c in self.cases])]
-        return self.studio.draw(name, key, len(self.cases), some, self.cfg.batch_size)
+        return self.studio.draw(key, len(self.cases), some, self.cfg.batch_size, name)
 
     def seen(
         self,

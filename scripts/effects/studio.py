@@ -28,12 +28,17 @@ class Studio:
         self._model = digest(pipe.params)
 
     def draw(
-        self, title: str, key: Sequence[Any], n: int, some: Callable[[slice, list[int]], np.ndarray], a_batch: int
+        self,
+        key: Sequence[Any],
+        n: int,
+        some: Callable[[slice, list[int]], np.ndarray],
+        a_batch: int,
+        title: str = "",
     ) -> np.ndarray:
         """Return uint8 pictures of n cases; ``some`` draws those of a slice with the given seeds of its images.
 
-        ``key`` has everything that the pictures depend on besides the model, the seeds and the steps; ``title`` is only
-        shown, so that a condition of several tables is drawn once.
+        ``key`` has everything that the pictures depend on besides the model, the seeds and the steps. ``title`` is only
+        shown, so that a condition of several tables is drawn once; without one the first three of ``key`` are.
         """
         settings = [*key, n, self._model, self.seed, self.pipe.default_steps]
         name = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -42,7 +47,7 @@ class Studio:
             with np.load(path) as kept:
                 return kept["images"]
         parts = []
-        with command.progress(n, title, "cases") as bar:
+        with command.progress(n, title or " ".join(str(x) for x in key[:3]), "cases") as bar:
             for start in range(0, n, a_batch):
                 rows = slice(start, min(start + a_batch, n))
                 parts.append(some(rows, [self.seed + i for i in range(rows.start, rows.stop)]))

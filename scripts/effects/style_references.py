@@ -164,7 +164,7 @@ def main(cfg: Config) -> int:
             return draw(index, seeds + seeds[-1:] * missing)[: len(seeds)]
 
         key = ["style references", name, cfg.steps, cfg.inversion_steps, cfg.style_blocks, mark]
-        drawn[name] = studio.draw(name, key, len(cases), some, cfg.batch_size)
+        drawn[name] = studio.draw(key, len(cases), some, cfg.batch_size, name)
         first = list(range(min(cfg.batch_size, len(cases))))
         spent = []
         for _ in range(2):  # the first call may compile
