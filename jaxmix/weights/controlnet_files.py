@@ -14,7 +14,7 @@ from typing import Any
 from jaxmix.released import RELEASED
 from jaxmix.types import InputError, Params, shown
 from jaxmix.weights.files import exists, preferred
-from jaxmix.weights.load import open_source, read_config
+from jaxmix.weights.load import flat_pickle_error, open_source, read_config
 from jaxmix.weights.safetensors import FileEntry, SafetensorsFile
 from jaxmix.weights.single_file import PartSource, linked, linked_scale
 from jaxmix.weights.single_file_configs import heads_of, indices
@@ -27,11 +27,6 @@ _INNER = "control_model."  # where the authors' files have the net, beside the m
 _BESIDE = (UNET, VAE, "cond_stage_model.", "conditioner.", "model_ema.")
 _ENCODER = "controlnet_cond_embedding"
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-_CONVERT = (
-    "convert it: python -c \"import torch, safetensors.torch as s; d = torch.load('{}', weights_only=True); "
-    "d = d.get('state_dict', d); s.save_file({{k: x.clone() for k, x in d.items() if torch.is_tensor(x)}}, "
-    "'controlnet.safetensors')\""
-)
 _EXPECTED = f"expected {CONTROLNET} of Stable Diffusion 1.x, 2.x or SDXL"
 # What the config.json of a folder calls networks that are no ControlNet in this sense.
 _CLASSES = {
@@ -66,7 +61,7 @@ def open_controlnet(path: Path, base: Mapping[str, Any] | None = None) -> tuple[
     if path.is_dir():
         return _open_folder(path / "controlnet" if (path / "controlnet").is_dir() else path)
     if path.suffix.lower() in _PICKLES:
-        raise _pickle(path)
+        raise flat_pickle_error(path, "controlnet.safetensors")
     if path.suffix.lower() != ".safetensors":
         raise InputError(f"{path}: found {path.suffix or 'no ending'!r}, {_EXPECTED} as .safetensors")
     file = SafetensorsFile(path)
@@ -96,7 +91,7 @@ def _open_folder(folder: Path) -> tuple[dict[str, Any], Source]:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     pickles = [path for path in files if path.suffix.lower() in _PICKLES]
     if preferred(path.name for path in files) is None and pickles:
-        raise _pickle(pickles[0])
+        raise flat_pickle_error(pickles[0], "controlnet.safetensors")
     source = open_source(folder)
     _check_kind(source, {key: entry.shape for key, entry in source.entries.items()})
     return config, source
@@ -106,13 +101,6 @@ def _check_kind(source: Source, shapes: Shapes) -> None:
     kind = kind_of(shapes)
     if not kind.startswith(f"{CONTROLNET} ("):
         raise InputError(f"{source.where}: this is {kind}, {_EXPECTED}")
-
-
-def _pickle(path: Path) -> InputError:
-    return InputError(
-        f"{path}: found a Python pickle, which can run code when it is opened, expected .safetensors; "
-        + _CONVERT.format(path)
-    )
 
 
 def _of_authors(file: SafetensorsFile) -> Source:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxmix.types import InputError
 from jaxmix.weights.files import exists
 from jaxmix.weights.finite import all_finite
+from jaxmix.weights.load import flat_pickle_error
 from jaxmix.weights.safetensors import SafetensorsFile
 from jaxmix.weights.single_file_kinds import kind_of
 from jaxmix.weights.single_file_names import UNET, unet_table
@@ -28,11 +29,6 @@ _WORDS, _PLACES = (f"{_BERT}embeddings.{name}_embeddings.weight" for name in ("w
 _EYE = ".visual_encoder."  # whose attentions have one bias by another name
 _KINDS = {"i_to_k": "to_k", "i_to_v": "to_v"}
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-_CONVERT = (
-    "convert it: python -c \"import torch, safetensors.torch as s; d = torch.load('{}', weights_only=True); "
-    "d = d.get('state_dict', d); s.save_file({{k: x.clone() for k, x in d.items() if torch.is_tensor(x)}}, "
-    "'deadiff.safetensors')\""
-)
 
 
 def open_deadiff(path: Path) -> SafetensorsFile:
@@ -41,10 +37,7 @@ def open_deadiff(path: Path) -> SafetensorsFile:
         what = "a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: found {what}, expected a checkpoint of DEADiff as .safetensors")
     if path.suffix.lower() in _PICKLES:
-        raise InputError(
-            f"{path}: found a Python pickle, which can run code when it is opened, expected .safetensors; "
-            + _CONVERT.format(path)
-        )
+        raise flat_pickle_error(path, "deadiff.safetensors")
     file = SafetensorsFile(path)
     shapes = {key: entry.shape for key, entry in file.entries.items()}
     if not any(".attn2.i_to_k." in key for key in shapes) or not any("_blip." in key for key in shapes):
