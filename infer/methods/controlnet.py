@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from infer.gallery import Picture
-from infer.methods.image_prompt import check_pictures, check_window
+from infer.methods.image_prompt import check_pictures, check_window, one_of
 from infer.methods.lora import check_loras as check_files
 from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
@@ -32,8 +32,9 @@ class Flags(Base):
     """ControlNets, and pictures for rows that name none. Fields of rows have one value for all nets, or one for each.
 
     Attributes:
-        controlnet: ControlNet: diffusers' folder or a .safetensors file, PATH[:SCALE], where the scale (no unit) is 1
-            by default; the flag may be repeated, or given a JSON list: what the nets say adds up
+        controlnet: ControlNet: mini-edges, mini-tile or mini-masks (embedded), diffusers' folder or a .safetensors
+            file, PATH[:SCALE], where the scale (no unit) is 1 by default; the flag may be repeated, or given a JSON
+            list: what the nets say adds up
         control_image: ControlNet: a picture to follow; the flag may be repeated, one for each net, in order
         preprocess: ControlNet: what makes the net's map of the picture, canny[:LOW,HIGH], tile[:PIXELS], blur[:SIGMA],
             gray, recolor[:GAMMA], scribble[:THRESHOLD], or none for pictures that are maps; the flag may be repeated
@@ -92,9 +93,13 @@ class ControlNet(Method):
 
     def prepare(self) -> None:
         """Look for the nets: a mistake there is one of the whole job."""
+        from jaxmix.methods.controlnet import EMBEDDED
+
         for path, _ in self.files:
-            if not exists(user_path(path)):
-                raise InputError(f"--controlnet: {path}: no such file or folder, expected a ControlNet")
+            if path not in EMBEDDED and not exists(user_path(path)):
+                raise InputError(
+                    f"--controlnet: {path}: no such file or folder, expected {one_of('a ControlNet', EMBEDDED)}"
+                )
         given = {"--control-image": self.flags.control_image, "--guess-mode": any(_several(self.flags.guess_mode))}
         for flag, value in given.items():
             if value and not self.files:

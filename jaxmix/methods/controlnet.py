@@ -21,7 +21,11 @@ from jaxmix.rows import numbers
 from jaxmix.types import InputError, Params, note, shown
 from jaxmix.weights import load_tree
 from jaxmix.weights.controlnet_files import open_controlnet, write_controlnet
-from jaxmix.weights.files import user_path
+from jaxmix.weights.files import ASSETS, user_path
+
+PLACES = {name: ASSETS / name for name in ("mini-edges", "mini-tile", "mini-masks")}
+EMBEDDED = {name: path for name, path in PLACES.items() if path.is_dir()}
+"""Nets that come with the package, by name: what they follow is `canny`, `tile`, and masks by colour."""
 
 _CHANNELS = (16, 32, 96, 256)  # of the encoder of pictures, at 1, 1/2, 1/4 and 1/8 of their size
 _MUST_AGREE = (
@@ -68,7 +72,7 @@ class ControlNet(Card):
     def load(
         cls, path: str | Path, pipe: Pipeline | None = None, config: Mapping[str, Any] | None = None
     ) -> ControlNet:
-        """Read a net: diffusers' folder, or a ``.safetensors`` file in its layout or in the authors'.
+        """Read a net: one of `EMBEDDED`, diffusers' folder, or a ``.safetensors`` file of its layout or the authors'.
 
         With ``pipe`` the weights get the precision of its UNet, and what a file alone does not say (heads, groups of
         norms) is as there. Without, they keep their own, that is as in the released models, and whether the net fits
@@ -76,7 +80,7 @@ class ControlNet(Card):
         {"global_pool_conditions": True} for "shuffle" nets. Raises `InputError` for a pickle, with the command that
         converts it, for networks of other kinds, damaged files, and a net for another base.
         """
-        where = user_path(path)
+        where = EMBEDDED.get(str(path)) or user_path(path)
         told, source = open_controlnet(where, None if pipe is None else pipe.unet.config.to_dict())
         notes: list[str] = []
         try:

@@ -53,7 +53,7 @@ class Config:
         batch: comma list of numbers of images.
         engines: comma list of ours, flax, torch, torch-compile, and our sampler with a method: ours-vmix, ours-dense,
             ours-paint, ours-structured, ours-aligned, ours-styleid, ours-fusion, ours-composable, ours-ip (IP-Adapter
-            of 4 tokens), ours-ip-plus (of 16).
+            of 4 tokens), ours-ip-plus (of 16), ours-controlnet, ours-controlnet-2 (two nets).
         rounds: timed calls of each engine.
         device: cpu or gpu.
         dtype: float32 or bfloat16.
@@ -241,12 +241,18 @@ class Bench:
             if len(self.cells[row][engine]["rounds"]) <= i:
                 self.one_round(workers[engine], row)
 
+        def count(engine: str) -> None:
+            if engine.startswith("ours"):
+                self.cells[row][engine] |= workers[engine].ask("count", row, self.left())
+
         try:
             each(begin)
             started = time.monotonic()
             for i in range(self.rounds):
                 if i == 0 or time.monotonic() - started < self.row_seconds:
                     each(once)
+            if row.task == "sample":
+                each(count)
         finally:
             for worker in workers.values():
                 worker.close()

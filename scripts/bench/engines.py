@@ -5,7 +5,7 @@ One process per engine, so that thread pools, allocators and peak memory are sep
     {"op": "compile", "row": {...}}   compile only (torch.compile: compile and run once); fills the persistent cache
     {"op": "prepare", "row": {...}}   compile, make weights and inputs, run once
     {"op": "run"}                     run once more and time it
-    {"op": "count", "row": {...}}     count the FLOPs of the program ("ours" alone)
+    {"op": "count", "row": {...}}     count the FLOPs of the program (ours, alone or with a method)
 
 The first line of stdout is what the engine is ("versions", "device") or why it cannot run ("reason").
 """
@@ -263,7 +263,7 @@ def serve(engine: JaxEngine | TorchEngine, reply: Callable[[dict[str, Any]], Non
                 from scripts.bench.programs import program
 
                 assert row is not None
-                reply({"flops": program("ours", row).flops()})
+                reply({"flops": program(engine.name, row).flops()})
             else:
                 assert row is not None
                 call = None  # releases the last row's arrays

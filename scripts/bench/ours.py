@@ -186,6 +186,32 @@ def ours_with_pictures(row: BenchRow, tokens: int) -> Program:
     return Program(sample, params, {**plain.inputs, "shown": seen, "none": seen})
 
 
+def ours_with_nets(row: BenchRow, count: int) -> Program:
+    """Run our sampler under ControlNets in all steps, including what they make of their pictures."""
+    from jaxmix.controls import controlnet
+    from jaxmix.models import VAEConfig
+    from jaxmix.models.controlnet import ControlNetConfig, ControlNetModel
+    from jaxmix.types import InputError
+
+    if row.task != "sample":
+        raise InputError(f"{row.name}: ControlNet has a part in the sampler alone, expected --tasks sample")
+    plain, dtype = ours(row), jnp.dtype(row.dtype)
+    factor = VAEConfig.from_dict(configs(row.model, row.tiny)["vae"]).factor
+    channels = (16, 32, 96, 256)[: factor.bit_length()]
+    net = ControlNetModel(ControlNetConfig.of_unet(unet_of(row).config, channels), dtype)
+
+    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
+        scale, guess = jnp.ones((row.batch,)), np.zeros(row.batch, bool)
+        held = enumerate(params["nets"])
+        nets = tuple(controlnet.bind(net, own, x[f"map{i}"], scale=scale, guess=guess) for i, own in held)
+        return plain.fn(params["unet"], x, nets)
+
+    side = row.latents * factor
+    maps = {f"map{i}": jax.ShapeDtypeStruct((row.batch, side, side, 3), jnp.float32) for i in range(count)}
+    params = {"unet": plain.params, "nets": (cast(net.abstract_params(), dtype),) * count}
+    return Program(sample, params, {**plain.inputs, **maps})
+
+
 def materialize(made: Program, seed: int = 0, params: Any = None) -> tuple[Any, dict[str, Any]]:
     """Return device arrays for a program: weights by `quick_params` (unless given), normals and fixed numbers."""
     rng = np.random.default_rng(seed)

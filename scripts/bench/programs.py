@@ -8,8 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from scripts.bench.methods import method_program
-from scripts.bench.ours import Program, cast, inputs_of, ours, ours_with_pictures, ours_with_vmix, unet_of
-from scripts.bench.rows import METHODS, PICTURES, BenchRow, configs
+from scripts.bench.ours import (
+    Program,
+    cast,
+    inputs_of,
+    ours,
+    ours_with_nets,
+    ours_with_pictures,
+    ours_with_vmix,
+    unet_of,
+)
+from scripts.bench.rows import METHODS, NETS, PICTURES, BenchRow, configs
 
 
 def program(engine: str, row: BenchRow) -> Program:
@@ -21,6 +30,8 @@ def program(engine: str, row: BenchRow) -> Program:
         return method_program(engine, row, ours(row), unet_of(row))
     if engine in PICTURES:
         return ours_with_pictures(row, PICTURES[engine])
+    if engine in NETS:
+        return ours_with_nets(row, NETS[engine])
     return {"ours": ours, "ours-vmix": ours_with_vmix, "flax": _flax}[engine](row)
 
 

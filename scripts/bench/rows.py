@@ -28,7 +28,9 @@ METHODS = (
 )
 # Our sampler with an adapter; those that read pictures with the number of tokens that one of them becomes.
 PICTURES = {"ours-ip": 4, "ours-ip-plus": 16}
-ADAPTERS = ("ours-vmix", *PICTURES)
+# And ControlNets with their number.
+NETS = {"ours-controlnet": 1, "ours-controlnet-2": 2}
+ADAPTERS = ("ours-vmix", *PICTURES, *NETS)
 ENGINES = (*PEERS, *ADAPTERS, *METHODS)  # those after the peers: for their ratio to our plain sampler
 DTYPES = ("float32", "bfloat16")
 PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent

@@ -113,6 +113,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             [*_row_names(row), f"{row['tflop']:.3g}", *(_rate(row, e, peak) for e in engines)]
             for row in rows if "tflop" in row
         ])  # fmt: skip
+    out += _work([row for row in rows if "flops" in row["engines"].get("ours", {})], lead)
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for engine, cell in row["engines"].items():
@@ -125,6 +126,23 @@ def markdown(result: Mapping[str, Any]) -> str:
             out.append(f"- {engine}, {which}: {reason}")
     notes = [f"- {' '.join(_row_names(row))}: {row['note']}" for row in rows if row.get("note")]
     return "\n".join([*out, *(["", *notes] if notes else [])]) + "\n"
+
+
+def _work(rows: Sequence[Mapping[str, Any]], lead: Sequence[str]) -> list[str]:
+    """Return the lines about our methods' products against those of plain sampling, where both were counted."""
+    counted = {e: None for row in rows for e, cell in row["engines"].items() if e != "ours" and "flops" in cell}
+    if not counted:
+        return []
+
+    def cell(cells: Mapping[str, Mapping[str, Any]], engine: str) -> str:
+        one, plain = cells.get(engine, {}), cells["ours"]
+        if not all("flops" in c and c.get("median_s") for c in (one, plain)):
+            return ""
+        more = one["flops"] / plain["flops"]
+        return f"{more:.3f}; {one['median_s'] / plain['median_s'] / more:.2f}"
+
+    body = [[*_row_names(row), *(cell(row["engines"], e) for e in counted)] for row in rows]
+    return ["", "FLOPs against ours; seconds against ours, over that:", "", *table([*lead, *counted], body)]
 
 
 def _start(cell: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ python -m scripts.mini.package --pipeline runs/t2i/pipeline --vae runs/decoder/v
 python -m scripts.mini.package --vmix runs/vmix/adapter.safetensors
 python -m scripts.mini.package --clip runs/clip/clip
 python -m scripts.mini.package --ip runs/ip/ip_adapter.safetensors --ip_plus runs/ip_plus/ip_adapter.safetensors
+python -m scripts.mini.package --edges runs/edges/controlnet --tile runs/tile/controlnet --masks runs/masks/controlnet
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 import jaxmix
 from jaxmix import command
+from jaxmix.methods.controlnet import PLACES as NETS
 from jaxmix.methods.ip_adapter import PLACES as PICTURES
 from jaxmix.methods.style_adapter import PLACES as STYLES
 from jaxmix.methods.vmix import EMBEDDED
@@ -40,6 +42,9 @@ class Config:
         ip: ip_adapter.safetensors written by train.ip_adapter for the embedded model, of kind base.
         ip_plus: the same of kind plus.
         style: style_adapter.safetensors written by train.style_adapter for the embedded model.
+        edges: folder of a net by train.controlnet for the embedded model, of Canny's edges.
+        tile: the same of small pictures.
+        masks: the same of masks by colour.
         out: folder to which a pipeline is written.
         default_steps: default number of sampling steps.
         default_guidance_scale: default guidance.
@@ -52,13 +57,16 @@ class Config:
     ip: str = ""
     ip_plus: str = ""
     style: str = ""
+    edges: str = ""
+    tile: str = ""
+    masks: str = ""
     out: str = str(ASSETS / "mini")
     default_steps: int = 25
     default_guidance_scale: float = 3.0
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
-        others = ("vmix", "clip", "ip", "ip_plus", "style")
+        others = ("vmix", "clip", "ip", "ip_plus", "style", "edges", "tile", "masks")
         if bool(self.pipeline) == any(getattr(self, name) for name in others):
             found = "both" if self.pipeline else "neither"
             raise InputError(f"pipeline, or some of {', '.join(others)}: found {found}, expected one of the two")
@@ -92,6 +100,14 @@ def package_reader(name: str, kind: Any, path: str) -> None:
     print(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB\n{kind.load(out, pipe, 'mini-clip')}")
 
 
+def package_net(name: str, path: str) -> None:
+    """Cast a ControlNet for the embedded model to float16 and write it."""
+    pipe, out = jaxmix.load("mini"), NETS[name]
+    jaxmix.ControlNet.load(path, pipe).save(out, jnp.float16)
+    size = sum(x.stat().st_size for x in out.iterdir()) / 1e6
+    print(f"wrote {out}: {size:.2f} MB\n{jaxmix.ControlNet.load(out, pipe)}")
+
+
 def main(cfg: Config) -> int:
     """Load, cast to float16 and write; then load the result to check that it opens."""
     if not cfg.pipeline:
@@ -102,6 +118,9 @@ def main(cfg: Config) -> int:
         for key, name in readers.items():
             if path := getattr(cfg, key):
                 package_reader(name, jaxmix.StyleAdapter if key == "style" else jaxmix.IPAdapter, path)
+        for key in ("edges", "tile", "masks"):
+            if path := getattr(cfg, key):
+                package_net(f"mini-{key}", path)
         return 0
     pipe = jaxmix.load(cfg.pipeline)
     changes = {"default_steps": cfg.default_steps, "default_guidance_scale": cfg.default_guidance_scale}

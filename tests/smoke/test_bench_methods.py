@@ -7,17 +7,19 @@ import pytest
 from jaxmix.types import InputError
 from scripts.bench.ours import materialize
 from scripts.bench.programs import program
-from scripts.bench.rows import METHODS, PICTURES, BenchRow
+from scripts.bench.rows import METHODS, NETS, PICTURES, BenchRow
 
 ROW = BenchRow("mini", "sample", 8, 2, "float32", 2, tiny=True)
 
 
-@pytest.mark.parametrize("engine", [*PICTURES, *METHODS])
+@pytest.mark.parametrize("engine", [*PICTURES, *NETS, *METHODS])
 def test_a_method_changes_what_is_drawn_by_a_fitting_amount_of_work(engine):
     plain, made = program("ours", ROW), program(engine, ROW)
     work = made.flops() / plain.flops()
     three = (1.4, 1.55)  # branches, where the plain sampler has two
     bounds = {"ours-fusion": three, "ours-composable": three, "ours-aligned": (1.0, 1.3)}
+    # A net is the way down and the middle again, on rows of both branches, and two are twice that.
+    bounds |= {"ours-controlnet": (1.2, 1.6), "ours-controlnet-2": (1.4, 2.2)}
     low, high = bounds.get(engine, (1.0, 1.05))
     assert low <= work <= high
     weights, inputs = materialize(plain)
