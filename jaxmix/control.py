@@ -100,6 +100,13 @@ class Control:
     #: What this control sets alone at each of its sites; two controls with a common claim exclude each other.
     claims: ClassVar[frozenset[str]] = frozenset()
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Refuse a field with the name of a method, which it would hide: a field ``kv`` is not the stage."""
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls).get("__annotations__", ()):
+            if callable(getattr(Control, name, None)):
+                raise TypeError(f"{cls.__name__}: found a field {name!r}, expected another name than a method's")
+
     def span(self, steps: int) -> tuple[int, int]:
         """Return the (start, stop) of the window among so many sampling steps: `rounded`, or another rule."""
         return rounded(self.window, steps)

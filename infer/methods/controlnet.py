@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from infer.gallery import Picture
-from infer.methods.image_prompt import check_pictures, check_window, one_of
+from infer.methods.image_prompt import check_pictures, check_there, check_window
 from infer.methods.lora import check_loras as check_files
 from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
@@ -21,7 +21,6 @@ from infer.rows import Field, Row, check_number
 from jaxmix.control import whole_steps
 from jaxmix.preprocessors import parse, preprocess
 from jaxmix.types import InputError, shown
-from jaxmix.weights.files import exists, user_path
 
 _ROUNDING = 2  # pixels by which the shape of a picture may differ from that of a small result
 _FACTOR = 8  # and of a large one: sides of results are rounded down to multiples of this, unless a row says otherwise
@@ -93,13 +92,8 @@ class ControlNet(Method):
 
     def prepare(self) -> None:
         """Look for the nets: a mistake there is one of the whole job."""
-        from jaxmix.methods.controlnet import EMBEDDED
-
         for path, _ in self.files:
-            if path not in EMBEDDED and not exists(user_path(path)):
-                raise InputError(
-                    f"--controlnet: {path}: no such file or folder, expected {one_of('a ControlNet', EMBEDDED)}"
-                )
+            check_there("--controlnet", path, "a ControlNet")
         given = {"--control-image": self.flags.control_image, "--guess-mode": any(_several(self.flags.guess_mode))}
         for flag, value in given.items():
             if value and not self.files:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,10 @@ class ImagePrompt(Method):
 
     def prepare(self) -> None:
         """Look for the adapters, the encoder and the folder: a mistake there is one of the whole job."""
-        from jaxmix.methods.ip_adapter import EMBEDDED
         from jaxmix.pipeline.vision import EMBEDDED as ENCODERS
 
         for path, _ in self.files:
-            if path not in EMBEDDED and not exists(user_path(path)):
-                raise InputError(f"--ip-adapter: {path}: no such file, expected {one_of('an IP-Adapter', EMBEDDED)}")
+            check_there("--ip-adapter", path, "an IP-Adapter")
         encoder = self.flags.image_encoder
         if encoder is not None and encoder not in ENCODERS and not exists(user_path(encoder)):
             raise InputError(f"--image-encoder: {encoder}: no such file or folder, nor one of {', '.join(ENCODERS)}")
@@ -255,9 +253,21 @@ class ImagePrompt(Method):
         return {"follows": f"{_names(row)} x {row['ip_scale']:g}", **more}
 
 
-def one_of(what: str, names: Iterable[str]) -> str:
-    """Return what is expected, and the names of those that come with the package."""
-    return " or ".join([what, *names])
+def check_there(flag: str, path: str, what: str) -> None:
+    """Raise `InputError` if a file, a folder or an adapter of the package is not there, or is for another flag."""
+    from jaxmix.methods import controlnet, ip_adapter, style_adapter, vmix
+
+    embedded = {
+        "--ip-adapter": ip_adapter.EMBEDDED,
+        "--style-adapter": style_adapter.EMBEDDED,
+        "--controlnet": controlnet.EMBEDDED,
+        "--vmix": vmix.EMBEDDED,
+    }
+    if path in embedded[flag] or exists(user_path(path)):
+        return
+    expected = " or ".join([what, *embedded[flag]])
+    found = next((f"it is for {other}" for other, names in embedded.items() if path in names), "no such file or folder")
+    raise InputError(f"{flag}: {path}: {found}, expected {expected}")
 
 
 def check_pictures(key: str, value: Any) -> tuple[str, ...]:

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from infer.gallery import Picture
-from infer.methods.image_prompt import check_pictures, one_of, shown_size
+from infer.methods.image_prompt import check_pictures, check_there, shown_size
 from infer.methods.lora import check_loras as check_files
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
 from infer.pictures import open_picture, picture_size, write_picture
 from infer.rows import Field, Row, check_number
 from jaxmix.types import InputError
-from jaxmix.weights.files import exists, user_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +65,8 @@ class StyleAdapter(Method):
 
     def prepare(self) -> None:
         """Look for the adapter: a mistake there is one of the whole job."""
-        from jaxmix.methods.style_adapter import EMBEDDED
-
-        if self.file is not None and self.file[0] not in EMBEDDED and not exists(user_path(self.file[0])):
-            expected = one_of("a StyleAdapter", EMBEDDED)
-            raise InputError(f"--style-adapter: {self.file[0]}: no such file, expected {expected}")
+        if self.file is not None:
+            check_there("--style-adapter", self.file[0], "a StyleAdapter")
 
     def open(self, pipe: Any) -> None:
         """Read the adapter for the model, and its encoder."""

@@ -115,6 +115,11 @@ def test_controls_at_one_site_apply_left_to_right():
     assert got == [[3, 2, 1, 9], [9, 2, 1, 0]]
 
 
+def test_a_field_with_the_name_of_a_stage_is_refused_when_the_class_is_made():
+    with pytest.raises(TypeError, match="Shadow: found a field 'kv', expected another name than a method's"):
+        type("Shadow", (Control,), {"__annotations__": {"kv": "Array"}})
+
+
 def test_a_pattern_limits_a_control_to_its_sites(two_levels):
     module, params, inputs = two_levels
     base, seen = predict(module, params, *inputs, mutable=("probs", "qkv"))

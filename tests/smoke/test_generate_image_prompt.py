@@ -173,7 +173,11 @@ def test_a_flag_is_enough_without_a_prompt(files, tmp_path, prompt):
         ),
         (["--ip-subtract", "a cat"], "--ip-subtract: found 'a cat' without 'ip_image' in any row"),
         (["--style-images", "0.png"], "style_images: found 0.png without a --style-adapter"),
-        (["--style-adapter", "gone"], "gone: no such file, expected a StyleAdapter"),
+        (["--style-adapter", "gone"], "gone: no such file or folder, expected a StyleAdapter"),
+        (
+            ["--ip-adapter", "mini-style", "--ip-image", "0.png"],
+            "mini-style: it is for --style-adapter, expected an IP",
+        ),
         (["--style-adapter", "ip.safetensors", "--style-images", "0.png"], "this is an IP-Adapter"),
         (["--ip-adapter", "style.safetensors", "--ip-image", "0.png"], "this is a StyleAdapter"),
         (["--style-adapter", "style.safetensors", "--style-images", "0.png"], "holds no image encoder, expected"),
