@@ -86,6 +86,12 @@ class Residuals(NamedTuple):
     middle: Float[Array, "b h w c"]
 
 
+# Keeps the size of what SiLU passes on (the mean square of SiLU of a normal number is 0.356). With PyTorch's default, as
+# the authors start theirs, edges arrive at the last convolution 400 times smaller, and a net for the embedded model
+# followed its maps less after 600 steps than it does after 250 from here.
+_KEEPS = nn.initializers.variance_scaling(1 / 0.356, "fan_in", "truncated_normal")
+
+
 class HintEncoder(nn.Module):
     """The encoder of pictures: a pair of 3x3 convolutions a level, the second halving each side, between two others."""
 
@@ -95,10 +101,11 @@ class HintEncoder(nn.Module):
     @nn.compact
     def __call__(self, pictures: Float[AnyArray, "b H W c"]) -> Float[Array, "b h w o"]:
         first, *rest = self.config.conditioning_embedding_out_channels
-        x = nn.silu(Conv(first, dtype=self.dtype, name="conv_in")(pictures))
+        how: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _KEEPS}
+        x = nn.silu(Conv(first, **how, name="conv_in")(pictures))
         for i, channels in enumerate(rest):
-            x = nn.silu(Conv(x.shape[-1], dtype=self.dtype, name=f"blocks.{2 * i}")(x))
-            x = nn.silu(Conv(channels, 2, dtype=self.dtype, name=f"blocks.{2 * i + 1}")(x))
+            x = nn.silu(Conv(x.shape[-1], **how, name=f"blocks.{2 * i}")(x))
+            x = nn.silu(Conv(channels, 2, **how, name=f"blocks.{2 * i + 1}")(x))
         zeros = nn.initializers.zeros
         return Conv(self.config.block_out_channels[0], dtype=self.dtype, kernel_init=zeros, name="conv_out")(x)
 
