@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -23,21 +21,21 @@ from jaxmix.models.unet import join_sites, norm_sites, sites
 from jaxmix.pipeline import memory, programs
 from jaxmix.pipeline import text as words
 from jaxmix.pipeline.batching import Batch, of_shape, on_host, pack, to_bytes, warn_of_broken
-from jaxmix.pipeline.given import pictures, prompt_list
-from jaxmix.pipeline.inverted import Inverted, invert_rows
+from jaxmix.pipeline.given import pictures
+from jaxmix.pipeline.inverted import Inverted, find_noise
 from jaxmix.pipeline.job import Denoiser, Job, denoise
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.renamed import translate
-from jaxmix.pipeline.request import WEIGHTS, Method, Request, Sizes, WeightEdit, common_groups, ordered
+from jaxmix.pipeline.request import WEIGHTS, Method, Request, WeightEdit, common_groups, ordered
 from jaxmix.pipeline.saving import save_pipeline
 from jaxmix.rows import Text
 from jaxmix.samplers import (
     ClassifierFree,
-    DDIMInversion,
     FromImage,
     Guidance,
     Inpaint,
     Pin,
+    ReNoise,
     Unguided,
     make_solver,
     seed_array,
@@ -341,6 +339,7 @@ class Pipeline(Parts):
         label: str = "next",
         record: str | None = None,
         latents: Float[AnyArray, "n h w c"] | None = None,
+        renoise: ReNoise | None = None,
         mesh: Mesh | None = None,
         batch_size: int | None = None,
     ) -> Inverted:
@@ -349,40 +348,23 @@ class Pipeline(Parts):
         ``images`` (n, H, W, 3) as for `generate`, or clean scaled ``latents``. ``prompts`` describe them (empty if
         None). Without a ``guidance_scale`` above 1 the prompt's branch runs alone. ``label`` picks the timestep given
         to the model, see `jaxmix.samplers.DDIMInversion`. ``record`` is a pattern over attention sites whose projected
-        queries, keys and values are kept for every step. Raises `InputError` as `generate` does.
+        queries, keys and values are kept for every step. ``renoise`` refines every step (arXiv 2403.14602, see
+        `jaxmix.samplers.renoise`), with the label "next" and nothing recorded. Raises `InputError` as `generate` does.
         """
-        if (images is None) == (latents is None):
-            found = "neither" if images is None else "both"
-            raise InputError(f"invert: found {found}, expected either images or latents")
-        x0 = self.encode_images(images) if images is not None else jnp.asarray(latents, jnp.float32)
-        if x0.ndim != 4 or x0.shape[-1] != self.latent_shape[-1]:
-            raise InputError(f"latents: found shape {x0.shape}, expected (n, h, w, {self.latent_shape[-1]})")
-        n, hw, factor = x0.shape[0], (x0.shape[1], x0.shape[2]), self.vae.config.factor
-        prompts = [""] * n if prompts is None else prompt_list(prompts)
-        if len(prompts) != n:
-            raise InputError(f"prompts: found {len(prompts)}, expected one for each of the {n} images")
-        self.check_controls(controls, hw)
-        there = sites(self.unet.config, hw)
-        recorded = frozenset(s.name for s in there if record is not None and re.search(record, s.name))
-        if record is not None and not recorded:
-            raise InputError(f"record: found {record!r}, which matches none of the {len(there)} attention sites")
-        size = (hw[0] * factor, hw[1] * factor)
-        text = words.encode_branches(self, [[None] * n, prompts], Sizes(size, (0, 0), size).ids)
-        scale = None if guidance_scale is None else over.numbers("guidance_scale", guidance_scale, n)
-        scale = None if scale is None or scale.max() <= 1 else jnp.asarray(scale)
-        model = Denoiser(self.unet, self.params["unet"], text, over.tile(tuple(controls), n))
-        inversion = DDIMInversion.create(self.schedule, steps, label)
-        devices = 1 if mesh is None else mesh.shape[DATA]
-        batches = list(pack(n, batch_size, devices))
-        over.check_together(model.controls, n, len(batches[0].rows) // devices)
-        parts = []
-        for batch in batches:
-            part = over.take(model, batch.rows)
-            guided = None if scale is None else scale[batch.rows]
-            found = invert_rows(part, x0[batch.rows], guided, inversion, recorded, mesh)
-            parts.append(jax.tree.map(lambda y, kept=batch.kept: y[: len(kept)], found))
-        states, features = jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *parts)
-        return Inverted(states, features, label)
+        return find_noise(
+            self,
+            images,
+            prompts,
+            steps,
+            guidance_scale,
+            controls,
+            label=label,
+            record=record,
+            latents=latents,
+            renoise=renoise,
+            mesh=mesh,
+            batch_size=batch_size,
+        )
 
     # Files -------------------------------------------------------------------------------------------------------
 

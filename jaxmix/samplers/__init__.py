@@ -27,6 +27,7 @@ from jaxmix.samplers.latents import (
 from jaxmix.samplers.loop import Phase, Solver, sample
 from jaxmix.samplers.multistep import DPMSolver2M
 from jaxmix.samplers.noise import initial_noise, seed_array, step_noise
+from jaxmix.samplers.renoise import Refined, ReNoise, renoised
 from jaxmix.samplers.solvers import DDIM, Euler
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "LatentEdit",
     "Phase",
     "Pin",
+    "ReNoise",
+    "Refined",
     "SaliencyBlend",
     "Solver",
     "Unguided",
@@ -61,6 +64,7 @@ __all__ = [
     "make_solver",
     "noised",
     "pin",
+    "renoised",
     "sample",
     "seed_array",
     "stack",
