@@ -5,6 +5,7 @@ from jaxmix.methods.composable import ComposableDiffusion, split_and
 from jaxmix.methods.controlnet import ControlNet
 from jaxmix.methods.deadiff import DEADiff
 from jaxmix.methods.dense_diffusion import DenseDiffusion, dense_diffusion
+from jaxmix.methods.instantstyle_plus import InstantStylePlus
 from jaxmix.methods.ip_adapter import IPAdapter
 from jaxmix.methods.layer_prompts import LayerPrompts
 from jaxmix.methods.lora import LoRA, apply_loras
@@ -15,6 +16,7 @@ from jaxmix.methods.style_adapter import StyleAdapter
 from jaxmix.methods.style_aligned import StyleAligned, style_aligned
 from jaxmix.methods.style_id import StyleID, style_id
 from jaxmix.methods.vmix import VMix
+from jaxmix.pipeline.descriptors import CSD
 from jaxmix.pipeline.embedded import EmbeddingFolder, Embeddings
 from jaxmix.pipeline.inverted import Inverted, hold
 from jaxmix.pipeline.layouts import Segment
@@ -23,13 +25,14 @@ from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request, Sizes, WeightEdit
 from jaxmix.pipeline.vision import ImageEncoder
 from jaxmix.rows import Text, dataclass, gate, per_row, static
-from jaxmix.samplers import Guidance, LatentEdit
+from jaxmix.samplers import Guidance, LatentEdit, ReNoise
 from jaxmix.sharding import data_mesh
 from jaxmix.types import CheckpointWarning, InputError, NotFiniteWarning, TruncatedPromptWarning
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "CSD",
     "KV",
     "QKV",
     "CheckpointWarning",
@@ -44,6 +47,7 @@ __all__ = [
     "IPAdapter",
     "ImageEncoder",
     "InputError",
+    "InstantStylePlus",
     "Inverted",
     "LatentEdit",
     "LayerPrompts",
@@ -54,6 +58,7 @@ __all__ = [
     "NotFiniteWarning",
     "PaintWithWords",
     "Pipeline",
+    "ReNoise",
     "Request",
     "Segment",
     "Site",

@@ -14,7 +14,10 @@ ROOMS = {"models", "weights", "controls", "samplers", "tuning"}
 # Below each of these stand the ground floor, all rooms, and what is named here; nothing stands below what it stands on.
 UPPER = {"pipeline": set(), "methods": {"pipeline"}, "testing": {"pipeline"}, "__init__": {"pipeline", "methods"}}
 UPPER["__main__"] = set()  # the command, which runs what stands outside
-COMPOSITES = {"vmix": {"lora"}}  # methods that are made of others by their papers
+COMPOSITES = {
+    "vmix": {"lora"},
+    "instantstyle_plus": {"controlnet", "ip_adapter"},
+}  # methods that are made of others by their papers
 TOP_LEVEL = {"LICENSE", "README.md", "configs", "infer", "jaxmix", "pyproject.toml", "scripts", "tests", "train"}
 HEAVY = ("torch", "diffusers", "transformers", "grain", "orbax", "PIL", "tensorboardX", "jsonargparse", "tqdm")
 

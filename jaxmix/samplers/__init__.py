@@ -24,6 +24,7 @@ from jaxmix.samplers.latents import (
     noised,
     pin,
 )
+from jaxmix.samplers.likeness import Likeness
 from jaxmix.samplers.loop import Phase, Solver, sample
 from jaxmix.samplers.multistep import DPMSolver2M
 from jaxmix.samplers.noise import initial_noise, seed_array, step_noise
@@ -44,6 +45,7 @@ __all__ = [
     "Guidance",
     "Inpaint",
     "LatentEdit",
+    "Likeness",
     "Phase",
     "Pin",
     "ReNoise",

@@ -184,12 +184,12 @@ def _is_float(dtype: Any) -> bool:
     return jnp.issubdtype(np.dtype(dtype), jnp.floating)
 
 
-def flat_pickle_error(path: Path, made: str) -> InputError:
+def flat_pickle_error(path: Path, made: str, inner: str = "state_dict") -> InputError:
     """Return the error for a pickle of one flat dictionary of tensors, with the command that writes ``made``."""
     return InputError(
         f"{path}: found a Python pickle, which can run code when it is opened, expected .safetensors; convert it: "
         f"python -c \"import torch, safetensors.torch as s; d = torch.load('{path}', weights_only=True); "
-        "d = d.get('state_dict', d); s.save_file({k: x.clone() for k, x in d.items() if torch.is_tensor(x)}, "
+        f"d = d.get('{inner}', d); s.save_file({{k: x.clone() for k, x in d.items() if torch.is_tensor(x)}}, "
         f"'{made}')\""
     )
 
