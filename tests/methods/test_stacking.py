@@ -18,6 +18,7 @@ from jaxmix import (
     ComposableDiffusion,
     DenseDiffusion,
     InputError,
+    InstantStylePlus,
     MagicFusion,
     PaintWithWords,
     Segment,
@@ -34,6 +35,8 @@ from jaxmix.pipeline.blocks import attn2_names
 from jaxmix.pipeline.job import denoise
 from jaxmix.testing import moved, random_params
 from jaxmix.tuning import lora
+from tests.methods.test_ip_adapter import VISION as PROJECTING
+from tests.methods.test_ip_adapter import random_adapter
 from tests.methods.test_style_adapter import VISION
 
 README = Path(__file__).parents[2] / "jaxmix" / "README.md"
@@ -52,6 +55,7 @@ NAMES = [
     "StyleID",
     "MagicFusion",
     "ComposableDiffusion",
+    "InstantStylePlus",
 ]
 EXCLUDED = {
     ("DenseDiffusion", "PaintWithWords"): "places of the keys",  # two layouts of the same words
@@ -141,6 +145,9 @@ def pieces(one_level):
     split = random_deadiff(pipe, encoder)
     beside = ControlNetModel(ControlNetConfig.of_unet(pipe.unet.config, (16, 32)))
     net = jaxmix.ControlNet(beside.config, random_params(beside, 8))
+    seeing = CLIPVisionModel(CLIPVisionConfig.from_dict(PROJECTING))
+    adapter = random_adapter(pipe, jaxmix.ImageEncoder(seeing, random_params(seeing.abstract_params(), 0)))
+    plus = {"style_adapter": adapter, "tile": net, "style_blocks": "up_blocks.0", "renoise": None}
     style = {"found": found, "pairs": [(0, 1), (1, 0)], "pairing": "diffusers", "adain": False, "guided": True}
     return found.noise, {
         "VMix": lambda s: mixer.on("all", s),
@@ -156,6 +163,9 @@ def pieces(one_level):
         "StyleID": lambda s: StyleID(**style, strength=s),
         "MagicFusion": lambda s: MagicFusion(["a fish", "a boat"], strength=s, switch=0),
         "ComposableDiffusion": lambda s: ComposableDiffusion([["by the sea", "fog"], ["a boat"]], [[1, s, -s], [1, s]]),
+        "InstantStylePlus": lambda s: InstantStylePlus(
+            list(pictures), list(pictures[::-1]), style_scale=s, tile_scale=0.3 * s, **plus
+        ),
     }
 
 
