@@ -24,7 +24,7 @@ from jaxmix.weights.controlnet_files import open_controlnet, write_controlnet
 from jaxmix.weights.files import ASSETS, user_path
 
 PLACES = {name: ASSETS / name for name in ("mini-edges", "mini-tile", "mini-masks")}
-EMBEDDED = {name: path for name, path in PLACES.items() if path.is_dir()}
+EMBEDDED = {name: path for name, path in PLACES.items() if (path / "config.json").is_file()}
 """Nets that come with the package, by name: what they follow is `canny`, `tile`, and masks by colour."""
 
 _CHANNELS = (16, 32, 96, 256)  # of the encoder of pictures, at 1, 1/2, 1/4 and 1/8 of their size

@@ -28,6 +28,7 @@ from scripts.effects.image_prompts import Case, Judges, make_cases
 from scripts.effects.measures import round_trip
 from scripts.effects.pictures import labelled_grid
 from scripts.effects.studio import Measured, Studio, means, table
+from scripts.effects.styles import psnr
 from scripts.effects.vmix import load_model
 from train.controlnet import MASKS, coloured
 
@@ -104,8 +105,7 @@ def little_psnr(images: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         x.astype(np.float64).reshape(n, h // SQUARE, SQUARE, w // SQUARE, SQUARE, 3).mean((2, 4))
         for x in (images, wanted)
     ]
-    error = ((small[0] - small[1]) ** 2).mean((1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-3))
+    return psnr(*small)
 
 
 def make_map(kind: str, case: Case) -> np.ndarray:
