@@ -111,7 +111,8 @@ class ImagePrompt(Method):
         encoder = self.flags.image_encoder
         if encoder is not None and encoder not in ENCODERS and not exists(user_path(encoder)):
             raise InputError(f"--image-encoder: {encoder}: no such file or folder, nor one of {', '.join(ENCODERS)}")
-        styled = getattr(self.flags, "style_adapter", None)  # which reads with the same encoder
+        readers = ("style_adapter", "content_ip", "style_ip")  # which read with the same encoder
+        styled = any(getattr(self.flags, name, None) for name in readers)
         for flag, value in (("--image-encoder", encoder and not styled), ("--image-embeds", self.flags.image_embeds)):
             if value and not self.files:
                 raise InputError(f"{flag}: found it without an --ip-adapter, expected the adapter that it is for")
@@ -253,8 +254,11 @@ class ImagePrompt(Method):
         return {"follows": f"{_names(row)} x {row['ip_scale']:g}", **more}
 
 
-def check_there(flag: str, path: str, what: str) -> None:
-    """Raise `InputError` if a file, a folder or an adapter of the package is not there, or is for another flag."""
+def check_there(flag: str, path: str, what: str, kind: str | None = None) -> None:
+    """Raise `InputError` if a file, a folder or an adapter of the package is not there, or is for another flag.
+
+    ``kind`` is the flag whose adapters this one takes, if another.
+    """
     from jaxmix.methods import controlnet, ip_adapter, style_adapter, vmix
 
     embedded = {
@@ -263,10 +267,11 @@ def check_there(flag: str, path: str, what: str) -> None:
         "--controlnet": controlnet.EMBEDDED,
         "--vmix": vmix.EMBEDDED,
     }
-    if path in embedded[flag] or exists(user_path(path)):
+    names = embedded[kind or flag]
+    if path in names or exists(user_path(path)):
         return
-    expected = " or ".join([what, *embedded[flag]])
-    found = next((f"it is for {other}" for other, names in embedded.items() if path in names), "no such file or folder")
+    expected = " or ".join([what, *names])
+    found = next((f"it is for {other}" for other, held in embedded.items() if path in held), "no such file or folder")
     raise InputError(f"{flag}: {path}: {found}, expected {expected}")
 
 

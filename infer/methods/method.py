@@ -50,6 +50,8 @@ class Method:
     says: ClassVar[str] = ""
     #: A field by which a row chooses among methods with the same switches, and this method's value of it.
     choice: ClassVar[tuple[str, str] | None] = None
+    #: The name of a method in whose place it may be where a command needs that in every row.
+    stands_for: ClassVar[str] = ""
     #: Whether it counts as part of the model: pictures are not said to be drawn by it under "method".
     part_of_model: ClassVar[bool] = False
     #: The fields that it adds to rows.

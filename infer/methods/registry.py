@@ -13,6 +13,7 @@ from infer.methods import (
     dense,
     fuse,
     image_prompt,
+    instantstyle_plus,
     layers,
     lora,
     paint,
@@ -31,6 +32,7 @@ from jaxmix.types import InputError
 class Flags(
     compose.Flags,
     fuse.Flags,
+    instantstyle_plus.Flags,
     style_id.Flags,
     style_aligned.Flags,
     structured.Flags,
@@ -127,7 +129,7 @@ class Methods:
             if key not in _switches(owners) and not {*owners} & {*here}:
                 lacking = f"without {_switch_names(owners)}, expected it in the row, too"
                 raise InputError(f"{key}: found {_shown(row[key])} {self._other(owners, [row]) or lacking}")
-        if self.wanted is not None and self.wanted not in here:
+        if self.wanted is not None and not any(self.wanted.name in (m.name, m.stands_for) for m in here):
             if other := self._other([self.wanted], [row]):
                 raise InputError(f"{self.wanted.switches[0]}: found it {other}")
             raise self.wanted.missing()

@@ -27,7 +27,8 @@ class Flags(Base):
     Attributes:
         content: style transfer: a picture, or a folder of them: without --prompts every content meets every style
         style: style transfer: a picture, or a folder of them
-        transfer: style transfer: the method; default: style_id (StyleID), the only one so far
+        transfer: style transfer: the method, style_id (StyleID) or instantstyle_plus, whose rows have captions;
+            default: style_id
         gamma: StyleID: share of the content's queries, from 0 (more style) to 1 (more content)
         temperature: StyleID: factor of the attention scores at the edited layers (no unit)
         inject: StyleID: whether attention takes the style's keys and values
