@@ -161,7 +161,7 @@ class InstantStylePlus(Method):
             row = dataclasses.replace(row, negative_prompt=NEGATIVE_PROMPT)
         if row.prompt.strip():
             return row
-        with contextlib.suppress(OSError, UnicodeDecodeError):
+        with contextlib.suppress(OSError, UnicodeDecodeError, InputError):  # then it has none, and is refused for it
             text = Path(row["content"]).with_suffix(".txt").read_text(encoding="utf-8-sig")
             return dataclasses.replace(row, prompt=check_text("caption", " ".join(text.split())))
         return row
@@ -178,7 +178,7 @@ class InstantStylePlus(Method):
             open_cropped(row[key], *size_of(row))
         if not row.prompt.strip():
             beside = Path(row["content"]).with_suffix(".txt")
-            raise InputError(f"prompt: found none, expected a caption of {row['content']}, also as {beside}")
+            raise InputError(f"prompt: found none, expected a caption of {row['content']}, or its text in {beside}")
         if row.sampler != "ddim":
             raise InputError(f"sampler: found {row.sampler}, expected ddim, which the method inverts")
         if row.image is not None:

@@ -87,8 +87,7 @@ class Residuals(NamedTuple):
 
 
 # Keeps the size of what SiLU passes on (the mean square of SiLU of a normal number is 0.356). With PyTorch's default,
-# as the authors start theirs, edges arrive at the last convolution 400 times smaller, and a net for the embedded model
-# followed its maps less after 600 steps than it does after 250 from here.
+# as the authors start theirs, edges arrive at the last convolution hundreds of times smaller, and are seen much later.
 _KEEPS = nn.initializers.variance_scaling(1 / 0.356, "fan_in", "truncated_normal")
 
 

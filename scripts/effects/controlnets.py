@@ -21,13 +21,12 @@ import numpy as np
 import jaxmix
 from jaxmix import command
 from jaxmix.preprocessors import preprocess
-from jaxmix.types import InputError
 from scripts.effects import layouts
 from scripts.effects.draw import digest
 from scripts.effects.image_prompts import Case, Judges, make_cases
 from scripts.effects.measures import round_trip
 from scripts.effects.pictures import labelled_grid
-from scripts.effects.studio import Measured, Studio, means, table
+from scripts.effects.studio import Measured, Studio, check_counts, check_parts, filled, means, table
 from scripts.effects.styles import psnr
 from scripts.effects.vmix import load_model
 from train.controlnet import MASKS, coloured
@@ -72,11 +71,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
-        for name, least in (("cases", 2), ("grid_rows", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected {least} or more")
-        if unknown := [part for part in self.parts.split(",") if part not in PARTS]:
-            raise InputError(f"parts: found {unknown[0]!r}, expected some of {', '.join(PARTS)}")
+        check_counts(self, cases=2, grid_rows=1, batch_size=1)
+        check_parts(self.parts, PARTS)
 
 
 def edges_f1(images: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -129,17 +125,12 @@ class Bench:
     def draw(self, name: str, texts: Sequence[str], methods: Sequence[Method] = (), mark: Any = "") -> np.ndarray:
         """Return one picture per text, under methods made for some of them, which `mark` tells from others."""
 
-        def some(rows: slice, seeds: list[int]) -> np.ndarray:
-            missing = self.cfg.batch_size - len(seeds)  # the last batch is filled up, so that one program does
-            index = [*range(rows.start, rows.stop), *[rows.stop - 1] * missing]
+        def some(index: list[int], seeds: list[int]) -> np.ndarray:
             made = tuple(method(index) for method in methods)
-            seeds = seeds + seeds[-1:] * missing
-            drawn = self.studio.pipe.generate([texts[i] for i in index], seeds, self.cfg.steps, methods=made)
-            return drawn[: len(index) - missing]
+            return self.studio.pipe.generate([texts[i] for i in index], seeds, self.cfg.steps, methods=made)
 
-        return self.studio.draw(
-            ["controlnets", self.cfg.steps, list(texts), mark], len(texts), some, self.cfg.batch_size, name
-        )
+        key, size = ["controlnets", self.cfg.steps, list(texts), mark], self.cfg.batch_size
+        return self.studio.draw(key, len(texts), filled(some, size), size, name)
 
     def followed(
         self,

@@ -26,7 +26,7 @@ from jaxmix.types import InputError
 from scripts.effects.draw import digest
 from scripts.effects.measures import round_trip
 from scripts.effects.pictures import labelled_grid
-from scripts.effects.studio import Measured, Studio, means, table
+from scripts.effects.studio import Measured, Studio, check_counts, check_parts, filled, means, table
 from scripts.effects.vmix import load_model
 from train.scenes import DIMENSIONS, Plan, Scenes, measure
 from train.scenes.captions import BACKGROUND_WORDS, with_article
@@ -77,11 +77,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
-        for name, least in (("cases", 2), ("grid_rows", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected {least} or more")
-        if unknown := [part for part in self.parts.split(",") if part not in PARTS]:
-            raise InputError(f"parts: found {unknown[0]!r}, expected some of {', '.join(PARTS)}")
+        check_counts(self, cases=2, grid_rows=1, batch_size=1)
+        check_parts(self.parts, PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,18 +173,14 @@ class Bench:
     def draw(self, name: str, texts: Sequence[str], *methods: Any, mark: Any = "", **options: Any) -> np.ndarray:
         """Return one picture per case: of `texts`, under methods made for a slice of the cases, which `mark` tells."""
 
-        def some(rows: slice, seeds: list[int]) -> np.ndarray:
-            # The last batch is filled up, so that one program does.
-            missing = self.cfg.batch_size - len(seeds)
-            index = [*range(rows.start, rows.stop), *[rows.stop - 1] * missing]
+        def some(index: list[int], seeds: list[int]) -> np.ndarray:
             made = tuple(method(index) for method in methods)
             kwargs = {key: value[index] if isinstance(value, np.ndarray) else value for key, value in options.items()}
-            seeds = seeds + seeds[-1:] * missing
-            drawn = self.studio.pipe.generate([texts[i] for i in index], seeds, self.cfg.steps, methods=made, **kwargs)
-            return drawn[: len(seeds) - missing]
+            return self.studio.pipe.generate([texts[i] for i in index], seeds, self.cfg.steps, methods=made, **kwargs)
 
         key = ["image prompts", self.cfg.steps, list(texts), mark, digest([c.image for c in self.cases])]
-        return self.studio.draw(key, len(self.cases), some, self.cfg.batch_size, name)
+        size = self.cfg.batch_size
+        return self.studio.draw(key, len(self.cases), filled(some, size), size, name)
 
     def seen(
         self,

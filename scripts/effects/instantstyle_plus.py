@@ -19,14 +19,13 @@ import numpy as np
 
 import jaxmix
 from jaxmix import command
-from jaxmix.types import InputError
 from scripts.effects import styles
 from scripts.effects.controlnets import edges_f1
 from scripts.effects.draw import digest
 from scripts.effects.image_prompts import Case, Judges, make_cases
 from scripts.effects.measures import round_trip
 from scripts.effects.pictures import labelled_grid
-from scripts.effects.studio import Measured, Studio, means, table
+from scripts.effects.studio import Measured, Studio, check_counts, check_parts, filled, means, table
 from scripts.effects.vmix import load_model
 
 PLAIN = jaxmix.ReNoise(0, regularise=False)
@@ -73,11 +72,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
-        for name, least in (("cases", 2), ("ablations", 2), ("steps", 2), ("grid_rows", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected {least} or more")
-        if unknown := [part for part in self.parts.split(",") if part not in ("methods", "ablations")]:
-            raise InputError(f"parts: found {unknown[0]!r}, expected some of methods, ablations")
+        check_counts(self, cases=2, ablations=2, steps=2, grid_rows=1, batch_size=1)
+        check_parts(self.parts, ("methods", "ablations"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,11 +184,10 @@ def main(cfg: Config) -> int:
         drawn: dict[str, np.ndarray] = {}
         for name, draw in conditions.items():
 
-            def some(rows: slice, seeds: list[int], draw: Draw = draw) -> np.ndarray:
-                missing = cfg.batch_size - len(seeds)  # the last batch is filled up, so that one program does
-                index = [*range(rows.start, rows.stop), *[rows.stop - 1] * missing]
-                return draw([pairs[i] for i in index], seeds + seeds[-1:] * missing)[: len(seeds)]
+            def each(index: list[int], seeds: list[int], draw: Draw = draw) -> np.ndarray:
+                return draw([pairs[i] for i in index], seeds)
 
+            some = filled(each, cfg.batch_size)
             guided = (cfg.style_guidance, cfg.content_guidance) if "guidance by" in name else ()
             key = ["instantstyle plus", name, cfg.steps, cfg.guidance_scale, *guided, seen, mark]
             drawn[name] = studio.draw(key, len(pairs), some, cfg.batch_size, f"{title}: {name}")

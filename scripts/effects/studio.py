@@ -12,6 +12,7 @@ import numpy as np
 
 import jaxmix
 from jaxmix import command
+from jaxmix.types import InputError
 from scripts.effects.draw import digest
 from scripts.effects.stats import paired
 
@@ -59,6 +60,33 @@ class Studio:
             np.savez_compressed(file, images=images)
         unfinished.replace(path)
         return images
+
+
+def filled(draw: Callable[[list[int], list[int]], np.ndarray], a_batch: int) -> Callable[..., np.ndarray]:
+    """Return what `Studio.draw` asks for, of ``draw(indices, seeds)``, which is always given ``a_batch`` of them.
+
+    A last batch that is smaller is filled up with its last case, so that one program does.
+    """
+
+    def some(rows: slice, seeds: list[int]) -> np.ndarray:
+        missing = a_batch - len(seeds)
+        index = [*range(rows.start, rows.stop), *[rows.stop - 1] * missing]
+        return draw(index, seeds + seeds[-1:] * missing)[: len(seeds)]
+
+    return some
+
+
+def check_counts(cfg: Any, **least: int) -> None:
+    """Raise `InputError` for a field of a config that is below its least value."""
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            raise InputError(f"{name}: found {getattr(cfg, name)}, expected {value} or more")
+
+
+def check_parts(text: str, known: Sequence[str]) -> None:
+    """Raise `InputError` for a comma list with a name that is not known."""
+    if unknown := [part for part in text.split(",") if part not in known]:
+        raise InputError(f"parts: found {unknown[0]!r}, expected some of {', '.join(known)}")
 
 
 def table(title: str, found: Measured, base: str, units: Mapping[str, str]) -> str:

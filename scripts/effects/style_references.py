@@ -22,12 +22,11 @@ import jaxmix
 from jaxmix import command
 from jaxmix.methods.ip_adapter import EMBEDDED as PICTURES
 from jaxmix.methods.style_adapter import EMBEDDED as STYLES
-from jaxmix.types import InputError
 from scripts.effects import styles
 from scripts.effects.draw import digest
 from scripts.effects.image_prompts import Case, Judges, make_cases
 from scripts.effects.pictures import labelled_grid
-from scripts.effects.studio import Studio, means, table
+from scripts.effects.studio import Studio, check_counts, filled, means, table
 from scripts.effects.vmix import load_model
 from train.scenes import Plan, Scenes
 from train.scenes.captions import BACKGROUND_WORDS
@@ -70,9 +69,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
-        for name, least in (("cases", 2), ("grid_rows", 1), ("batch_size", 1), ("inversion_steps", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected {least} or more")
+        check_counts(self, cases=2, grid_rows=1, batch_size=1, inversion_steps=2)
 
 
 def more_references(cases: Sequence[Case], seed: int) -> list[list[np.ndarray]]:
@@ -157,14 +154,8 @@ def main(cfg: Config) -> int:
     drawn: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
     for name, draw in conditions(cfg, pipe, encoder, cases).items():
-
-        def some(rows: slice, seeds: list[int], draw: Draw = draw) -> np.ndarray:
-            missing = cfg.batch_size - len(seeds)  # the last batch is filled up, so that one program does
-            index = [*range(rows.start, rows.stop), *[rows.stop - 1] * missing]
-            return draw(index, seeds + seeds[-1:] * missing)[: len(seeds)]
-
         key = ["style references", name, cfg.steps, cfg.inversion_steps, cfg.style_blocks, mark]
-        drawn[name] = studio.draw(key, len(cases), some, cfg.batch_size, name)
+        drawn[name] = studio.draw(key, len(cases), filled(draw, cfg.batch_size), cfg.batch_size, name)
         first = list(range(min(cfg.batch_size, len(cases))))
         spent = []
         for _ in range(2):  # the first call may compile

@@ -13,11 +13,12 @@ import jaxmix
 from jaxmix import ControlNet, InputError, Request
 from jaxmix.controls import controlnet as maths
 from jaxmix.models import ControlNetConfig
+from jaxmix.models.controlnet import HintEncoder
 from jaxmix.pipeline.job import denoise
 from jaxmix.pipeline.vision import as_hint
 from jaxmix.rows import to_branches
 from jaxmix.samplers import DDIM
-from jaxmix.testing import random_params
+from jaxmix.testing import normal, random_params
 from jaxmix.weights import save_tree
 from tests.jobs import Unconditional, plain_job
 
@@ -171,6 +172,21 @@ def test_gradients_reach_the_zero_convolutions_first(on_one_level):
 
     assert moves(first) == {name: name.startswith(zero) for name in net.params}
     assert all(moves(net.params).values())
+
+
+def test_a_fresh_encoder_of_pictures_passes_edges_on_where_pytorchs_weights_lose_them():
+    model = HintEncoder(ControlNetConfig())
+    edges = (np.random.default_rng(0).random((2, 64, 64, 1)) < 0.15).astype(np.float32).repeat(3, -1)
+    params = dict(model.init(jax.random.key(0), edges)["params"])
+    last = params["conv_out"]["kernel"]
+    params["conv_out"] = {**params["conv_out"], "kernel": normal(jax.random.key(1), last.shape) * last[..., 0].size ** -0.5}
+
+    def size(gain):
+        scaled = {k: x if k == "conv_out" else {**x, "kernel": gain * x["kernel"]} for k, x in params.items()}
+        return float(model.apply({"params": scaled}, edges).std())
+
+    pytorch = (0.356 / 3) ** 0.5  # its weights have a variance of 1 / (3 inputs)
+    assert 0.1 < size(1.0) < 3 and size(1.0) > 100 * size(pytorch)
 
 
 def test_pictures_come_in_every_form_and_keep_their_range(tmp_path):
