@@ -179,7 +179,8 @@ def test_a_fresh_encoder_of_pictures_passes_edges_on_where_pytorchs_weights_lose
     edges = (np.random.default_rng(0).random((2, 64, 64, 1)) < 0.15).astype(np.float32).repeat(3, -1)
     params = dict(model.init(jax.random.key(0), edges)["params"])
     last = params["conv_out"]["kernel"]
-    params["conv_out"] = {**params["conv_out"], "kernel": normal(jax.random.key(1), last.shape) * last[..., 0].size ** -0.5}
+    kernel = normal(jax.random.key(1), last.shape) * last[..., 0].size ** -0.5
+    params["conv_out"] = {**params["conv_out"], "kernel": kernel}
 
     def size(gain):
         scaled = {k: x if k == "conv_out" else {**x, "kernel": gain * x["kernel"]} for k, x in params.items()}
