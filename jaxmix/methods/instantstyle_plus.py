@@ -86,6 +86,11 @@ class InstantStylePlus(Method):
             elif hasattr(value, "ndim"):
                 object.__setattr__(self, name, One(value))
 
+    @property
+    def starts(self) -> bool:
+        """Where the contents are inverted; with renoise=None at noise, as any request."""
+        return self.renoise is not None
+
     def check(self, pipe: Pipeline, request: Request) -> None:
         """Refuse missing parts, captions and pictures, another sampler, and adapters or encoders that do not fit."""
         super().check(pipe, request)
@@ -128,8 +133,6 @@ class InstantStylePlus(Method):
             request = request.add(guidance=(self._likeness(pipe, request, contents),))
         if self.renoise is None:
             return request
-        if request.latents is not None:
-            raise InputError("InstantStylePlus: found another method that says where to start, expected renoise=None")
         return dataclasses.replace(request, latents=self._start(pipe, request, contents, self.renoise))
 
     def _check_parts(self) -> None:

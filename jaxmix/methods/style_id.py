@@ -127,6 +127,11 @@ class StyleID(Method):
         return not self.stored
 
     @property
+    def starts(self) -> bool:
+        """Always: at the noise of the content, with the statistics of that of the style."""
+        return True
+
+    @property
     def label(self) -> str:
         """The label of the inversions that the pairing needs."""
         return "own" if self.pairing == "reference" else "next"

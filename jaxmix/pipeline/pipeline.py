@@ -229,6 +229,11 @@ class Pipeline(Parts):
             raise InputError(
                 f"{type(wide).__name__} and {beside[0]} exclude each other: the former adds rows to the batch"
             )
+        starting = [type(m).__name__ for m in methods if m.starts]
+        if len(starting) > 1:
+            raise InputError(
+                f"{starting[0]} and {starting[1]} exclude each other: both say where the images start (an inversion)"
+            )
         for method in methods:
             method.check(self, request)
             sketch = method.sketch(self, sketch)

@@ -273,6 +273,11 @@ class Method:
         """Whether `apply` adds rows beside the images, which later methods would not know of."""
         return False
 
+    @property
+    def starts(self) -> bool:
+        """Whether `apply` says where the images start, which only one method can."""
+        return False
+
     def check(self, pipe: Any, request: Request) -> None:
         """Raise `InputError` for a mistake, before anything is compiled; ``request`` is the whole one, checked."""
         for name in self.per_image:

@@ -53,7 +53,8 @@ class Config:
         batch: comma list of numbers of images.
         engines: comma list of ours, flax, torch, torch-compile, and our sampler with a method: ours-vmix, ours-dense,
             ours-paint, ours-structured, ours-aligned, ours-styleid, ours-fusion, ours-composable, ours-ip (IP-Adapter
-            of 4 tokens), ours-ip-plus (of 16), ours-controlnet, ours-controlnet-2 (two nets).
+            of 4 tokens), ours-ip-plus (of 16), ours-controlnet, ours-controlnet-2 (two nets),
+            ours-together (VMix, IP-Adapter, ControlNet, LoRA), ours-instantstyle-plus.
         rounds: timed calls of each engine.
         device: cpu or gpu.
         dtype: float32 or bfloat16.

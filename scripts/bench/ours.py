@@ -1,4 +1,4 @@
-"""Our programs that are timed and measured: the UNet, the sampler, alone or with VMix, and the decoder.
+"""Our programs that are timed and measured: the UNet, the sampler and the decoder.
 
 A program is a function of (params, inputs) with abstract arguments, so it can be compiled without any weights, for this
 machine or another; `materialize` makes real arguments.
@@ -124,92 +124,6 @@ def sampling_job(unet: Any, params: Any, x: dict[str, Any], n: int, controls: An
         fields = [None if y is None else jnp.concatenate([y, z], 1) for y, z in zip(fields, more, strict=True)]
     model = Denoiser(unet, params, Text(*fields), tile(tuple(controls), n))
     return Job(x["latents"], model, stack((ClassifierFree(x["scale"]), *guidance)))
-
-
-def vmix_config(unet: Any, params: Any, tokens: int, labels: Any = None) -> Any:
-    """Return the configuration of a VMix adapter for a UNet's shapes; the paper's labels if None are given."""
-    from jaxmix.controls.vmix import VMixConfig, label_pairs
-    from jaxmix.models.unet import sites, subtree
-
-    names = [site.name for site in sites(unet.config, (8, 8)) if site.name.endswith(".attn2")]
-    return VMixConfig(
-        labels=label_pairs(labels),
-        tokens=tokens,
-        context_dim=unet.config.cross_attention_dim,
-        sites=tuple((name, subtree(params, name)["to_v"]["kernel"].shape[-1]) for name in names),
-    )
-
-
-def ours_with_vmix(row: BenchRow) -> Program:
-    """Run our sampler under an adapter, including binding it to the prompts' labels in each call."""
-    from jaxmix.controls import vmix
-    from jaxmix.models import UNet2DConditionModel, UNetConfig
-    from jaxmix.types import InputError
-
-    if row.task != "sample":
-        raise InputError(f"{row.name}: VMix has a part in the sampler alone, expected --tasks sample")
-    plain, found = ours(row), configs(row.model, row.tiny)
-    unet = UNet2DConditionModel(UNetConfig.from_dict(found["unet"]))
-    config = vmix_config(unet, plain.params, found["text_length"])
-
-    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
-        control = vmix.bind(params["adapter"], x["present"], jnp.ones((row.batch,)))
-        return plain.fn(params["unet"], x, (control,))
-
-    params = {"unet": plain.params, "adapter": vmix.abstract_params(config)}
-    present = jax.ShapeDtypeStruct((row.batch, len(config.labels)), jnp.float32)
-    return Program(sample, params, {**plain.inputs, "present": present})
-
-
-def ours_with_pictures(row: BenchRow, tokens: int) -> Program:
-    """Run our sampler under an IP-Adapter at all attn2, including the keys and values of a picture's tokens."""
-    from jaxmix.controls import ip_adapter
-    from jaxmix.models import UNet2DConditionModel, UNetConfig
-    from jaxmix.models.unet import sites, subtree
-    from jaxmix.types import InputError
-
-    if row.task != "sample":
-        raise InputError(f"{row.name}: IP-Adapter has a part in the sampler alone, expected --tasks sample")
-    plain, found = ours(row), configs(row.model, row.tiny)
-    unet = UNet2DConditionModel(UNetConfig.from_dict(found["unet"]))
-    names = [site.name for site in sites(unet.config, (8, 8)) if site.name.endswith(".attn2")]
-    base = {name: subtree(plain.params, name) for name in names}
-    layers = {name: {x: {"kernel": base[name][x]["kernel"]} for x in ("to_k", "to_v")} for name in names}
-
-    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
-        scale, at_site = jnp.ones((row.batch, 1)), dict.fromkeys(names, 1.0)
-        control = ip_adapter.bind(params["layers"], x["shown"], x["none"], scale=scale, at_site=at_site)
-        return plain.fn(params["unet"], x, (control,))
-
-    seen = jax.ShapeDtypeStruct((row.batch, 1, tokens, unet.config.cross_attention_dim), jnp.dtype(row.dtype))
-    params = {"unet": plain.params, "layers": layers}
-    return Program(sample, params, {**plain.inputs, "shown": seen, "none": seen})
-
-
-def ours_with_nets(row: BenchRow, count: int) -> Program:
-    """Run our sampler under ControlNets in all steps, including what they make of their pictures."""
-    from jaxmix.controls import controlnet
-    from jaxmix.models import VAEConfig
-    from jaxmix.models.controlnet import ControlNetConfig, ControlNetModel
-    from jaxmix.types import InputError
-
-    if row.task != "sample":
-        raise InputError(f"{row.name}: ControlNet has a part in the sampler alone, expected --tasks sample")
-    plain, dtype = ours(row), jnp.dtype(row.dtype)
-    factor = VAEConfig.from_dict(configs(row.model, row.tiny)["vae"]).factor
-    channels = (16, 32, 96, 256)[: factor.bit_length()]
-    net = ControlNetModel(ControlNetConfig.of_unet(unet_of(row).config, channels), dtype)
-
-    def sample(params: Any, x: dict[str, Any]) -> jax.Array:
-        scale, guess = jnp.ones((row.batch,)), np.zeros(row.batch, bool)
-        held = enumerate(params["nets"])
-        nets = tuple(controlnet.bind(net, own, x[f"map{i}"], scale=scale, guess=guess) for i, own in held)
-        return plain.fn(params["unet"], x, nets)
-
-    side = row.latents * factor
-    maps = {f"map{i}": jax.ShapeDtypeStruct((row.batch, side, side, 3), jnp.float32) for i in range(count)}
-    params = {"unet": plain.params, "nets": (cast(net.abstract_params(), dtype),) * count}
-    return Program(sample, params, {**plain.inputs, **maps})
 
 
 def materialize(made: Program, seed: int = 0, params: Any = None) -> tuple[Any, dict[str, Any]]:

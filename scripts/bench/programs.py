@@ -7,18 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from scripts.bench.adapters import adapter_program
 from scripts.bench.methods import method_program
-from scripts.bench.ours import (
-    Program,
-    cast,
-    inputs_of,
-    ours,
-    ours_with_nets,
-    ours_with_pictures,
-    ours_with_vmix,
-    unet_of,
-)
-from scripts.bench.rows import METHODS, NETS, PICTURES, BenchRow, configs
+from scripts.bench.ours import Program, cast, inputs_of, ours, unet_of
+from scripts.bench.rows import ADAPTERS, METHODS, BenchRow, configs
 
 
 def program(engine: str, row: BenchRow) -> Program:
@@ -28,11 +20,9 @@ def program(engine: str, row: BenchRow) -> Program:
     """
     if engine in METHODS:
         return method_program(engine, row, ours(row), unet_of(row))
-    if engine in PICTURES:
-        return ours_with_pictures(row, PICTURES[engine])
-    if engine in NETS:
-        return ours_with_nets(row, NETS[engine])
-    return {"ours": ours, "ours-vmix": ours_with_vmix, "flax": _flax}[engine](row)
+    if engine in ADAPTERS:
+        return adapter_program(engine, row)
+    return {"ours": ours, "flax": _flax}[engine](row)
 
 
 def _flax(row: BenchRow) -> Program:

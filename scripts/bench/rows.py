@@ -30,7 +30,9 @@ METHODS = (
 PICTURES = {"ours-ip": 4, "ours-ip-plus": 16}
 # And ControlNets with their number.
 NETS = {"ours-controlnet": 1, "ours-controlnet-2": 2}
-ADAPTERS = ("ours-vmix", *PICTURES, *NETS)
+# VMix, a picture, a ControlNet and a LoRA in one.
+TOGETHER = "ours-together"
+ADAPTERS = ("ours-vmix", *PICTURES, *NETS, TOGETHER, "ours-instantstyle-plus")
 ENGINES = (*PEERS, *ADAPTERS, *METHODS)  # those after the peers: for their ratio to our plain sampler
 DTYPES = ("float32", "bfloat16")
 PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent

@@ -26,7 +26,7 @@ from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.released import RELEASED
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning import lora
-from scripts.bench.ours import vmix_config
+from scripts.bench.adapters import vmix_config
 from scripts.bench.rows import configs
 from train import controlnet, ip_adapter, vmix
 

@@ -16,6 +16,7 @@ from jaxmix import (
     MagicFusion,
     ReNoise,
     Request,
+    StyleID,
 )
 from jaxmix.models import CLIPVisionConfig, CLIPVisionModel, ControlNetConfig, ControlNetModel
 from jaxmix.pipeline.descriptors import eye_of
@@ -71,6 +72,15 @@ def test_it_is_its_parts_from_the_inverted_content(one_level, plus, parts):
     )
     expected = one_level.draw(dataclasses.replace(REQUEST, latents=start), by_hand, output="latent")
     np.testing.assert_allclose(made, expected, atol=1e-4)
+
+
+def test_two_methods_that_say_where_images_start_exclude_each_other_before_anything_compiles(one_level, plus):
+    start = StyleID(list(CONTENT), list(STYLE))
+    before = denoise._cache_size()
+    for pair in [(plus(), start), (start, plus())]:
+        with pytest.raises(InputError, match="exclude each other: both say where the images start"):
+            one_level.draw(REQUEST, pair)
+    assert denoise._cache_size() == before
 
 
 def test_rows_side_by_side_are_each_alone(one_level, plus):

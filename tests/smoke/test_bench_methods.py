@@ -7,12 +7,12 @@ import pytest
 from jaxmix.types import InputError
 from scripts.bench.ours import materialize
 from scripts.bench.programs import program
-from scripts.bench.rows import METHODS, NETS, PICTURES, BenchRow
+from scripts.bench.rows import ADAPTERS, METHODS, BenchRow
 
 ROW = BenchRow("mini", "sample", 8, 2, "float32", 2, tiny=True)
 
 
-@pytest.mark.parametrize("engine", [*PICTURES, *NETS, *METHODS])
+@pytest.mark.parametrize("engine", [*ADAPTERS, *METHODS])
 def test_a_method_changes_what_is_drawn_by_a_fitting_amount_of_work(engine):
     plain, made = program("ours", ROW), program(engine, ROW)
     work = made.flops() / plain.flops()
@@ -20,6 +20,8 @@ def test_a_method_changes_what_is_drawn_by_a_fitting_amount_of_work(engine):
     bounds = {"ours-fusion": three, "ours-composable": three, "ours-aligned": (1.0, 1.3)}
     # A net is the way down and the middle again, on rows of both branches, and two are twice that.
     bounds |= {"ours-controlnet": (1.2, 1.6), "ours-controlnet-2": (1.4, 2.2)}
+    # An inversion of two predictions a step, the second of them of two rows, beside the run with the net.
+    bounds |= {"ours-together": (1.2, 1.6), "ours-instantstyle-plus": (2.0, 3.2)}
     low, high = bounds.get(engine, (1.0, 1.05))
     assert low <= work <= high
     weights, inputs = materialize(plain)
