@@ -13,11 +13,11 @@ from infer.rows import (
     check_number,
     check_pixels,
     check_sampler,
-    check_seed,
     check_share,
     check_steps,
     check_text,
 )
+from infer.values import Times, check_seed, seed_ranges
 from jaxmix.types import InputError
 
 
@@ -49,6 +49,7 @@ class Plain(Base):
         strength: how much of `image` is drawn anew, above 0 and up to 1
         seed: seed of row 0, 0 to 2^64 - 1; row k draws with seed + k unless it has its own; -1 draws one at random for
             each row, once for a folder
+        seeds: several seeds, as in 1-8,12: each prompt or row is drawn with each of them
         batch_size: images denoised together (more are faster, but need more memory); no image depends on it
         dtype: number format of weights and computation; auto is the widest in which the weights are stored
         vae: a VAE instead of the model's: its folder or .safetensors file, or a model that has it
@@ -79,6 +80,7 @@ class Plain(Base):
     mask: str | None = None
     strength: float = 0.8
     seed: int = 0
+    seeds: str | None = None
     batch_size: int = 8
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     vae: str | None = None
@@ -129,6 +131,10 @@ class Plain(Base):
         if self.prompt is not None and self.prompts is not None:
             raise InputError("--prompt and --prompts: found both, expected one of them")
         check_seed("--seed", self.seed)
+        if self.seeds is not None and (self.seed or self.num_images > 1):
+            other = "--seed" if self.seed else "--num-images"
+            raise InputError(f"--seeds and {other}: found both, expected one of them")
+        self.times  # noqa: B018  refuses what is no list of seeds
         if self.steps is not None:
             check_steps("--steps", self.steps)
         if self.guidance_scale is not None:
@@ -152,6 +158,11 @@ class Plain(Base):
         for flag, value in counts:
             if value is not None and value < 1:
                 raise InputError(f"{flag}: found {value}, expected at least 1")
+
+    @property
+    def times(self) -> Times:
+        """How often each row is drawn, or the seeds with which it is."""
+        return self.num_images if self.seeds is None else seed_ranges("--seeds", self.seeds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ from typing import Any
 
 from infer.manifest import manifest_files, read_records
 from infer.png import write_whole
-from infer.rows import FRESH, Row
+from infer.rows import Row
+from infer.values import FRESH
 from jaxmix.command import command_words
 from jaxmix.types import InputError
 

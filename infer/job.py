@@ -63,16 +63,16 @@ def collect_rows(config: Config, methods: Methods) -> tuple[list[Row], list[BadR
     if named is not None and config.prompts is None:
         prompt = {} if config.prompt is None else {"prompt": config.prompt}
         objects = [(where, {**prompt, **held}) for where, held in named]
-        rows, bad = rows_of_objects(objects, defaults, fields, config.num_images)
+        rows, bad = rows_of_objects(objects, defaults, fields, config.times)
     elif config.prompt is not None and (config.prompt.strip() or not _speaks_without(fields)):
-        rows, bad = rows_of_prompts([config.prompt], defaults, fields, config.num_images)
+        rows, bad = rows_of_prompts([config.prompt], defaults, fields, config.times)
     elif config.prompts is None and _speaks_without(fields):
-        rows, bad = rows_of_objects([("the flags", {})], defaults, fields, config.num_images)
+        rows, bad = rows_of_objects([("the flags", {})], defaults, fields, config.times)
     elif config.prompts is None and methods.wanted is not None:
         raise InputError(methods.wanted.needs_rows)
     else:
         chosen = BUILTIN_PROMPTS if config.prompts in (None, "builtin") else Path(config.prompts)
-        rows, bad = read_rows(chosen, defaults, fields, config.num_images)
+        rows, bad = read_rows(chosen, defaults, fields, config.times)
     rows = methods.arrange(rows)
     if not bad:  # a bad row may be the one a flag is meant for
         methods.check_flags(rows)

@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from infer.values import FRESH, Times, check_seed, kind_of
 from jaxmix.command import near_misses
 from jaxmix.samplers import known_sampler
-from jaxmix.samplers.noise import MAX_SEED
 from jaxmix.types import InputError, shown, whole
 
-FRESH = -1
-"""The seed that stands for one drawn at random, once for a job."""
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -140,12 +138,12 @@ FIELDS = ("prompt", "id", *(field.name for field in fields(Defaults)))
 
 
 def read_rows(
-    path: str | Path, defaults: Defaults, added: Fields | None = None, times: int = 1
+    path: str | Path, defaults: Defaults, added: Fields | None = None, times: Times = 1
 ) -> tuple[list[Row], list[BadRow]]:
     """Read a .txt (one prompt per line), .jsonl (one object per line) or .csv file into good and bad rows.
 
-    Each is drawn so many `times`. An object's keys, or the names in the first line of a .csv file, are FIELDS and those
-    that methods `added`.
+    Each is drawn so many `times`, or at each of the seeds that `times` lists. An object's keys, or the names in the
+    first line of a .csv file, are FIELDS and those that methods `added`.
 
     Raises InputError if the file as a whole is of no use: missing, empty, not text, or of another kind.
     """
@@ -185,30 +183,35 @@ class Cell(str):
 
 
 def rows_of_prompts(
-    prompts: Iterable[str], defaults: Defaults, added: Fields | None = None, times: int = 1
+    prompts: Iterable[str], defaults: Defaults, added: Fields | None = None, times: Times = 1
 ) -> tuple[list[Row], list[BadRow]]:
     """Return rows for prompts given on the command line, under the same rules as the lines of a .txt file."""
     return _collect((("--prompt", prompt) for prompt in prompts), _from_text, defaults, added or {}, times)
 
 
 def rows_of_objects(
-    objects: Iterable[tuple[str, Mapping[str, Any]]], defaults: Defaults, added: Fields | None = None, times: int = 1
+    objects: Iterable[tuple[str, Mapping[str, Any]]], defaults: Defaults, added: Fields | None = None, times: Times = 1
 ) -> tuple[list[Row], list[BadRow]]:
     """Return rows for (where, fields), under the same rules as the lines of a .jsonl file."""
     return _collect(objects, dict, defaults, added or {}, times)
 
 
 def _collect(
-    contents: Iterable[tuple[str, Any]], parse: Any, defaults: Defaults, added: Fields, times: int
+    contents: Iterable[tuple[str, Any]], parse: Any, defaults: Defaults, added: Fields, times: Times
 ) -> tuple[list[Row], list[BadRow]]:
     good: list[Row] = []
     bad: list[BadRow] = []
     owners: dict[str, str] = {}
+    seeds = times if isinstance(times, tuple) else ()
+    count = len(seeds) if isinstance(times, tuple) else times
     for place, (where, line) in enumerate(contents):
-        number = place * times
+        number = place * count
         try:
             row = _row(number, where, parse(line), defaults, added)
-            again = [_again(row, k) for k in range(1, times)]
+            if seeds and "seed" in row.named:
+                raise InputError(f"seed: found {row.seed} in a row with --seeds, expected one of them")
+            row = replace(row, seed=seeds[0]) if seeds else row
+            again = [_again(row, k, seeds[k] if seeds else row.seed + k) for k in range(1, count)]
             if row.id is not None and row.id in owners:
                 raise InputError(f"id: found '{row.id}', which is already the id of {owners[row.id]}")
         except InputError as error:
@@ -220,9 +223,9 @@ def _collect(
     return good, bad
 
 
-def _again(row: Row, k: int) -> Row:
-    """Return the k-th repetition of a row, with the seed that is k further on."""
-    seed = row.seed if row.seed == FRESH else check_seed("seed", row.seed + k)
+def _again(row: Row, k: int, seed: int) -> Row:
+    """Return the k-th repetition of a row, with another seed unless it asked for a fresh one."""
+    seed = row.seed if row.seed == FRESH else check_seed("seed", seed)
     return replace(row, number=row.number + k, seed=seed, id=None if row.id is None else f"{row.id}-{k + 1}")
 
 
@@ -301,11 +304,6 @@ def check_text(key: str, value: Any) -> str:
     return value
 
 
-def check_seed(key: str, value: Any) -> int:
-    """Return `value` if it is a whole number from 0 to 2^64 - 1, or -1 for one drawn at random."""
-    return _whole(key, value, FRESH, MAX_SEED, f"a whole number from 0 to {MAX_SEED}, or -1 for a fresh one")
-
-
 def check_steps(key: str, value: Any, most: int | None = None) -> int:
     """Return `value` if it is a whole number of denoising steps, at least 1 and at most `most`."""
     return _whole(key, value, 1, most, f"a whole number {'of at least 1' if most is None else f'from 1 to {most}'}")
@@ -377,14 +375,3 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "mask": check_file,
     "strength": check_share,
 }
-
-
-def kind_of(value: Any) -> str:
-    names = {bool: "a truth value", str: "text", list: "a list", dict: "an object", type(None): "null"}
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return shown(value)
-    name = names.get(type(value), type(value).__name__)
-    if isinstance(value, (bool, str)):
-        text = json.dumps(value)
-        return f"{name} {text if len(text) <= 40 else text[:37] + '...'}"
-    return name

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 
 from infer.flags import Config
+from infer.generate import main
 from infer.methods.registry import Methods
 from infer.rows import BadRow, Defaults, Row, read_rows, rows_of_prompts
+from jaxmix.command import parse
 from jaxmix.types import InputError
 
 
@@ -167,3 +169,37 @@ def test_a_table_holds_text_and_what_json_writes_and_an_empty_cell_names_nothing
         "p.csv:5: found 7 cells, expected one for each of the 6 columns",
         f'p.csv:6: seed: found text "seven", expected a whole number from 0 to {2**64 - 1}, or -1 for a fresh one',
     ]
+
+
+def test_several_seeds_draw_each_row_with_each_of_them(tmp_path):
+    seeds = parse(main, ["--seeds", "1-3,12"]).times
+    rows, bad = read_rows(_file(tmp_path, '{"prompt": "x", "id": "a"}\n{"prompt": "y", "seed": 4}\n{"prompt": "z"}\n'),
+                          Defaults(seed=0), None, seeds)  # fmt: skip
+    assert [(row.number, row.prompt, row.seed, row.id) for row in rows] == [
+        (0, "x", 1, "a"), (1, "x", 2, "a-2"), (2, "x", 3, "a-3"), (3, "x", 12, "a-4"),
+        (8, "z", 1, None), (9, "z", 2, None), (10, "z", 3, None), (11, "z", 12, None),
+    ]  # fmt: skip
+    assert [str(row) for row in bad] == ["p.jsonl:2: seed: found 4 in a row with --seeds, expected one of them"]
+
+
+def _file(tmp_path, text):
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seeds", "8-1"], "--seeds: found the range 8-1, expected its lower end first"),
+        (["--seeds", "1-"], "--seeds: found '1-', expected a seed or a range, as in 1-8,12"),
+        (["--seeds", "1,2,1"], "--seeds: found 1 twice, expected each seed once"),
+        (["--seeds", "0-99999999999999"], "found more than 100,000 seeds"),
+        (["--seeds", "9" * 5000], "expected a whole number from 0 to"),
+        (["--seeds", "1-8", "--seed", "3"], "--seeds and --seed: found both, expected one of them"),
+        (["--seeds", "1-8", "--num-images", "3"], "--seeds and --num-images: found both"),
+    ],
+)
+def test_what_is_no_list_of_seeds_is_one_line(arguments, words):
+    with pytest.raises(InputError, match=words):
+        parse(main, arguments)
