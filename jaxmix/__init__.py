@@ -23,6 +23,7 @@ from jaxmix.pipeline.layouts import Segment
 from jaxmix.pipeline.loading import from_flax, load
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request, Sizes, WeightEdit
+from jaxmix.pipeline.showing import Preview
 from jaxmix.pipeline.vision import ImageEncoder
 from jaxmix.rows import Text, dataclass, gate, per_row, static
 from jaxmix.samplers import Guidance, LatentEdit, ReNoise
@@ -58,6 +59,7 @@ __all__ = [
     "NotFiniteWarning",
     "PaintWithWords",
     "Pipeline",
+    "Preview",
     "ReNoise",
     "Request",
     "Segment",

@@ -29,6 +29,11 @@ PROGRAM: list[str] = []
 _given: list[str] = []
 
 
+def running() -> bool:
+    """Return whether this process runs one of our commands, which show their own progress."""
+    return bool(_given)
+
+
 def run(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Parse the command line into main's config dataclass, call main, and exit with its status.
 

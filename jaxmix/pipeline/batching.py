@@ -120,7 +120,7 @@ def _to_bytes(images: Array) -> tuple[Array, Array]:
 
 def on_host(x: Array, kept: np.ndarray, output: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the images to keep, as `Pipeline.draw` outputs them, and which of them (n,) are finite."""
-    if output == "uint8":
+    if output in ("uint8", "pil"):
         images, finite = to_bytes(x)
     else:
         images = np.asarray(x)

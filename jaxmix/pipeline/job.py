@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
 from jaxmix import control as seam
 from jaxmix.control import Control, Controls
 from jaxmix.models.unet import AddedCond, UNet2DConditionModel
+from jaxmix.pipeline.showing import Watch, tell
 from jaxmix.rows import Text, dataclass, per_row, specs, static, take, to_branches
 from jaxmix.samplers import BranchFn, Guidance, LatentEdit, Phase, Solver, by_branch, sample, step_noise
+from jaxmix.schedule import prediction_to_x0
 from jaxmix.sharding import DATA
 from jaxmix.types import Array, Params
 
@@ -100,35 +103,60 @@ def over_rows(fn: Callable[..., Any], mesh: Mesh | None, in_specs: Any) -> Calla
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(DATA))
 
 
-@functools.partial(jax.jit, static_argnames=("start", "stop", "mesh"))
+@functools.partial(jax.jit, static_argnames=("start", "stop", "mesh", "watch"))
 def denoise(
-    job: Job, solver: Solver, start: int = 0, stop: int | None = None, mesh: Mesh | None = None
+    job: Job,
+    solver: Solver,
+    start: int = 0,
+    stop: int | None = None,
+    mesh: Mesh | None = None,
+    watch: Watch | None = None,
+    number: Array | int = 0,
 ) -> Float[Array, "n h w c"]:
     """Run a solver from step ``start`` to ``stop`` (None: the end); the whole loop is one program.
 
     The numbers of the solver, the job and everything in it are traced. Each run of steps with the same live controls
-    and guidance is a scan of its own.
+    and guidance is a scan of its own. ``watch`` says what is told to the watcher of this ``number`` on the way
+    (`jaxmix.pipeline.showing`); without it nothing leaves the device.
     """
 
-    def run(job: Job, solver: Solver) -> Array:
+    def run(job: Job, solver: Solver, number: Array) -> Array:
         hw = (job.noise.shape[1], job.noise.shape[2])
         x = job.noise * solver.init_scale
         for edit in job.edits:
             x = edit.start(solver, x, job.noise, start)
 
+        device = 0 if mesh is None else jax.lax.axis_index(DATA)
+        last = (solver.steps if stop is None else stop) - 1
+
         def after(x: Array, i: Array) -> Array:
-            return functools.reduce(lambda x, edit: edit.after(solver, x, job.noise, i), job.edits, x)
+            x = functools.reduce(lambda x, edit: edit.after(solver, x, job.noise, i), job.edits, x)
+            if watch is not None and not watch.clean:
+                tell(watch, number, device, i, last, x)
+            return x
+
+        def shown(phase: Phase) -> Phase:
+            def model_fn(x: Array, t: Array, i: Array) -> Array:
+                pred = phase.model_fn(x, t, i)
+                assert watch is not None
+                clean = prediction_to_x0(solver.prediction_type, pred, x, solver.signals[i], solver.sigmas[i])
+                tell(watch, number, device, i, last, clean)
+                return pred
+
+            return dataclasses.replace(phase, model_fn=model_fn)
 
         noise_fn = None
         if solver.stochastic:
             assert job.seeds is not None, "a stochastic solver draws its noise from the seeds"
             noise_fn = functools.partial(step_noise, job.seeds, shape=job.noise.shape[1:])
         spans = list(phases(job, solver, hw, start, stop))
-        latents_fn = after if job.edits else None
+        if watch is not None and watch.clean:
+            spans = [shown(phase) for phase in spans]
+        latents_fn = after if job.edits or watch is not None else None
         return sample(spans, solver, x, noise_fn=noise_fn, latents_fn=latents_fn, start=start, stop=stop)
 
     everywhere = jax.tree.map(lambda _: PartitionSpec(), solver)
-    return over_rows(run, mesh, (specs(job, DATA), everywhere))(job, solver)
+    return over_rows(run, mesh, (specs(job, DATA), everywhere, PartitionSpec()))(job, solver, jnp.asarray(number))
 
 
 def phases(job: Job, solver: Solver, hw: tuple[int, int], start: int, stop: int | None) -> Iterator[Phase]:

@@ -18,7 +18,7 @@ from jaxmix import rows as over
 from jaxmix.control import Control
 from jaxmix.models.clip import TextStates
 from jaxmix.models.unet import join_sites, norm_sites, sites
-from jaxmix.pipeline import memory, programs
+from jaxmix.pipeline import memory, previews, programs, showing
 from jaxmix.pipeline import text as words
 from jaxmix.pipeline.batching import Batch, of_shape, on_host, pack, to_bytes, warn_of_broken
 from jaxmix.pipeline.given import pictures
@@ -26,7 +26,7 @@ from jaxmix.pipeline.inverted import Inverted, find_noise
 from jaxmix.pipeline.job import Denoiser, Job, denoise
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.renamed import translate
-from jaxmix.pipeline.request import WEIGHTS, Method, Request, WeightEdit, common_groups, ordered
+from jaxmix.pipeline.request import WEIGHTS, Method, Request, WeightEdit, common_groups, ordered, several
 from jaxmix.pipeline.saving import save_pipeline
 from jaxmix.rows import Text
 from jaxmix.samplers import (
@@ -44,7 +44,7 @@ from jaxmix.samplers import (
 from jaxmix.sharding import DATA
 from jaxmix.types import AnyArray, Array, InputError, shown, whole
 
-OUTPUTS = ("uint8", "float", "latent")
+OUTPUTS = ("uint8", "float", "latent", "pil")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -98,6 +98,15 @@ class Pipeline(Parts):
         warn_of_broken(finite)
         return images
 
+    def preview(self, latents: AnyArray) -> np.ndarray:
+        """Return cheap pictures uint8 (n, h, w, 3) of latents (n, h, w, c), one pixel a cell, by a linear map."""
+        return previews.preview(self._colours, latents)
+
+    @functools.cached_property
+    def _colours(self) -> np.ndarray:
+        known = previews.known_map(self.vae.config)
+        return previews.fit_map(self) if known is None else known
+
     # Drawing -----------------------------------------------------------------------------------------------------
 
     def generate(
@@ -122,10 +131,11 @@ class Pipeline(Parts):
         output: str = "uint8",
         batch_size: int | None = None,
         tile: int | None = None,
-        callback: None = None,
-        progress: Callable[[int, int], None] | None = None,
+        num_images: int = 1,
+        callback: Callable[[int, np.ndarray], Any] | showing.Preview | None = None,
+        progress: bool | Callable[[int, int], None] | None = None,
         **renamed: Any,
-    ) -> np.ndarray:
+    ) -> Any:
         """Draw one image per prompt: `draw` of a `Request` with these fields, under ``methods``.
 
         ``seeds`` (0, 1, ... if None; one number counts up from it) fix the noise of each image, whatever the batch, the
@@ -160,7 +170,8 @@ class Pipeline(Parts):
         if renamed:
             request, methods = translate(self, request, methods, renamed)
         how: dict[str, Any] = {"mesh": mesh, "output": output, "batch_size": batch_size, "tile": tile}
-        return self.draw(request, methods, **how, callback=callback, progress=progress)
+        how |= {"num_images": num_images, "callback": callback, "progress": progress}
+        return self.draw(request, methods, **how)
 
     def draw(
         self,
@@ -171,47 +182,54 @@ class Pipeline(Parts):
         output: str = "uint8",
         batch_size: int | None = None,
         tile: int | None = None,
-        callback: None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> np.ndarray:
+        num_images: int = 1,
+        callback: Callable[[int, np.ndarray], Any] | showing.Preview | None = None,
+        progress: bool | Callable[[int, int], None] | None = None,
+    ) -> Any:
         """Draw the images of a request under methods, which are applied batch by batch.
 
         ``mesh`` (see `jaxmix.data_mesh`) splits the rows over devices. Rows are drawn ``batch_size`` at a time, all at
         once if None; every batch is padded to the same size, so each (steps, size, batch size) compiles once. ``tile``
-        (latent cells) decodes in tiles, for large images. ``progress(done, n)`` is called after each batch;
-        ``callback`` is reserved for showing steps, and must be None for now.
+        (latent cells) decodes in tiles, for large images.
 
-        Returns (n, H, W, 3) uint8, "float" in [0, 1], or "latent" (n, h, w, c) as the UNet sees them. Raises
-        `InputError`, before anything is compiled, for an invalid request, controls that do not fit, and methods that
-        exclude each other.
+        Each image is drawn ``num_images`` times, next to each other: seeds then count up from the given one, or from 0.
+        ``progress`` shows a bar of images, by default in a terminal and a notebook; or ``progress(done, n)`` is called
+        after each batch. ``callback(step, latents)`` is called after every step of a batch with its latents (k, h, w,
+        c) on the host, where ``step.images`` are the numbers of its images; `Preview` shows cheap pictures instead. It
+        must leave JAX alone, since it runs within the program; what it raises ends the drawing after that batch.
+        Without one no step leaves the device.
+
+        Returns (n, H, W, 3) uint8, "float" in [0, 1], "pil" for a list of PIL images, or "latent" (n, h, w, c) as the
+        UNet sees them. Raises `InputError`, before anything is compiled, for an invalid request, controls that do not
+        fit, and methods that exclude each other.
         """
         if output not in OUTPUTS:
-            raise InputError(f"output: found {output!r}, expected 'uint8', 'float' or 'latent'")
-        if callback is not None:
-            raise InputError("callback: found one, expected None (nothing calls it yet)")
-        if progress is not None and not callable(progress):
-            raise InputError(f"progress: found {shown(progress)}, expected a function of images done and in all")
+            raise InputError(f"output: found {shown(output)}, expected 'uint8', 'float', 'pil' or 'latent'")
+        watcher = showing.make_watcher(callback, self.preview)
         batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
         tile = None if tile is None else whole("tile", tile, 1)
-        methods = ordered(methods)
+        methods, seeds = ordered(methods), getattr(request, "seeds", None)
         request = self.check(request, methods)
+        request, methods = several(request, methods, whole("num_images", num_images, 1), seeds)
         if output != "latent":
             self.check_size(*request.hw(self), tile, *_size_of(request))
         done: list[tuple[np.ndarray, np.ndarray]] = []
         waiting: tuple[Array, np.ndarray] | None = None
-        for batch in self._batches(request, methods, mesh, batch_size):
-            x, kept = self._draw_batch(request, methods, batch, mesh)
-            if output != "latent":
-                x = programs.decode(self.vae, mesh, tile, self.params["vae"], x)
-            if waiting is not None:  # one batch behind, so that the device draws while the host copies pixels
-                done.append(on_host(*waiting, output))
-            waiting = x, kept
-            if progress is not None:
-                progress(sum(len(x) for x, _ in done) + len(kept), request.n)
-        assert waiting is not None, "a request has an image"
-        images, finite = zip(*done, on_host(*waiting, output), strict=True)
+        with showing.bar(progress, request.n) as told:
+            for batch in self._batches(request, methods, mesh, batch_size):
+                x, kept = self._draw_batch(request, methods, batch, mesh, watcher)
+                if output != "latent":
+                    x = programs.decode(self.vae, mesh, tile, self.params["vae"], x)
+                if waiting is not None:  # one batch behind, so that the device draws while the host copies pixels
+                    done.append(on_host(*waiting, output))
+                    told(sum(len(x) for x, _ in done), request.n)
+                waiting = x, kept
+            assert waiting is not None, "a request has an image"
+            done.append(on_host(*waiting, output))
+            told(request.n, request.n)
+        images, finite = zip(*done, strict=True)
         warn_of_broken(np.concatenate(finite))
-        return np.concatenate(images)
+        return showing.as_pil(np.concatenate(images)) if output == "pil" else np.concatenate(images)
 
     def check(self, request: Request, methods: Method | Sequence[Method] = ()) -> Request:
         """Return the request with everything filled in; raises `InputError` wherever `draw` would.
@@ -274,7 +292,12 @@ class Pipeline(Parts):
         return batches
 
     def _draw_batch(
-        self, request: Request, methods: Sequence[Method], batch: Batch, mesh: Mesh | None
+        self,
+        request: Request,
+        methods: Sequence[Method],
+        batch: Batch,
+        mesh: Mesh | None,
+        watcher: showing.Watcher | None = None,
     ) -> tuple[Array, np.ndarray]:
         """Return the latents of a batch, and which of its rows to keep."""
         part, pipe, n = request.take(batch.rows), self, request.n
@@ -286,9 +309,10 @@ class Pipeline(Parts):
         pipe.check_controls(part.controls, part.hw(pipe))
         assert part.steps is not None and part.sampler is not None
         solver = make_solver(part.sampler, self.schedule, part.steps)
-        x = denoise(pipe.job(part, solver), solver, *part.span, mesh)
         kept = batch.kept if part.kept is None else np.asarray(part.kept)[batch.kept]
-        return x, kept
+        job, watch = pipe.job(part, solver), None if watcher is None else watcher.watch
+        with showing.watched(watcher, batch.rows[batch.kept], kept, solver.steps, mesh) as number:
+            return denoise(job, solver, *part.span, mesh, watch, np.int32(number)), kept
 
     def job(self, request: Request, solver: Any) -> Job:
         """Return the job of a checked request whose weights are already merged, for `jaxmix.pipeline.job.denoise`."""
@@ -356,20 +380,9 @@ class Pipeline(Parts):
         queries, keys and values are kept for every step. ``renoise`` refines every step (arXiv 2403.14602, see
         `jaxmix.samplers.renoise`), with the label "next" and nothing recorded. Raises `InputError` as `generate` does.
         """
-        return find_noise(
-            self,
-            images,
-            prompts,
-            steps,
-            guidance_scale,
-            controls,
-            label=label,
-            record=record,
-            latents=latents,
-            renoise=renoise,
-            mesh=mesh,
-            batch_size=batch_size,
-        )
+        how: dict[str, Any] = {"label": label, "record": record, "latents": latents, "renoise": renoise}
+        how |= {"mesh": mesh, "batch_size": batch_size}
+        return find_noise(self, images, prompts, steps, guidance_scale, controls, **how)
 
     # Files -------------------------------------------------------------------------------------------------------
 

@@ -342,3 +342,26 @@ def common_groups(methods: Sequence[Method], n: int) -> Sequence[int] | None:
         if sizes != found[0][1]:
             raise InputError(f"groups: found {found[0][1]} in {found[0][0]} and {sizes} in {name}, expected the same")
     return found[0][1]
+
+
+def several(
+    request: Request, methods: Sequence[Method], k: int, seeds: Any = None
+) -> tuple[Request, tuple[Method, ...]]:
+    """Return a checked request with each image ``k`` times in a row, and its methods; ``seeds`` are those given.
+
+    Raises `InputError` for methods that draw images in groups, which say who is drawn with whom.
+    """
+    n = request.n
+    if k == 1:
+        return request, tuple(methods)
+    for method in methods:
+        if method.together(n) is not None:
+            name = method.title or type(method).__name__
+            raise InputError(f"num_images: found {k} with {name}, which draws images in groups, expected 1")
+    rows = np.repeat(np.arange(n), k)
+    batch = Batch(rows, np.arange(n * k), (1,) * (n * k))
+    made = request.repeat(k)
+    listed = isinstance(seeds, Sequence) or hasattr(seeds, "__len__")
+    counted = [seed + j for seed in request.seeds or () for j in range(k)] if listed else seeds
+    made = dataclasses.replace(made, seeds=seed_list(counted, n * k))
+    return made, tuple(method.take(batch, n) for method in methods)

@@ -12,13 +12,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
+from jaxmix import command
 from jaxmix.types import Array, InputError, shown, whole
 
 StepFn: TypeAlias = Callable[[int, np.ndarray], Any]
@@ -42,16 +43,40 @@ class Preview:
             raise InputError(f"Preview: show: found {shown(self.show)}, expected a function of a step and its images")
 
 
+class Step(int):
+    """The number of a step, from 0, that a callback is told of.
+
+    ``images`` are the numbers of the images whose latents come with it, and ``steps`` how many there are in all.
+    """
+
+    images: np.ndarray
+    steps: int
+
+    @classmethod
+    def of(cls, step: int, images: np.ndarray, steps: int) -> Step:
+        """Return a step with what is known of it."""
+        made = cls(step)
+        made.images, made.steps = images, steps
+        return made
+
+
+class Watch(NamedTuple):
+    """What a program tells: after every so many steps, and the last, the latents or what it takes for clean ones."""
+
+    every: int
+    clean: bool
+
+
 class Watcher:
     """Hands the steps of a batch to a function, in the order of its rows, whatever device they are from.
 
     What the function raises is kept and raised by `watched` when the program has ended; until then it is not called.
     """
 
-    def __init__(self, tell: StepFn, every: int, clean: bool) -> None:
-        self.tell, self.every, self.clean = tell, every, clean
-        self.kept: np.ndarray = np.zeros(0, int)
-        self.devices = 1
+    def __init__(self, told: StepFn, watch: Watch) -> None:
+        self.told, self.watch = told, watch
+        self.kept = self.images = np.zeros(0, int)
+        self.devices, self.steps, self.last = 1, 0, -1
         self.error: BaseException | None = None
         self._parts: dict[int, dict[int, np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -59,34 +84,55 @@ class Watcher:
     def take(self, step: int, device: int, latents: np.ndarray) -> None:
         """Take the rows of one device after a step; the last device's make the step whole."""
         with self._lock:
+            if self.error is not None or step <= self.last:  # a solver may call the model twice in a step
+                return
             parts = self._parts.setdefault(step, {})
-            parts[device] = latents
-            if len(parts) < self.devices or self.error is not None:
+            parts.setdefault(device, latents)
+            if len(parts) < self.devices:
                 return
             rows = np.concatenate([parts[i] for i in sorted(parts)])
             del self._parts[step]
+            self.last = step
             try:
-                self.tell(step, rows[self.kept])
+                self.told(Step.of(step, self.images, self.steps), rows[self.kept])
             except BaseException as error:
                 self.error = error
 
 
+def make_watcher(callback: Any, preview: Callable[[np.ndarray], np.ndarray]) -> Watcher | None:
+    """Return what tells a callback of steps, None without one; ``preview`` makes pictures of latents.
+
+    Raises `InputError` for what is neither a function nor a `Preview`, and where several processes draw.
+    """
+    if callback is None:
+        return None
+    if not callable(callback) and not isinstance(callback, Preview):
+        raise InputError(f"callback: found {shown(callback)}, expected a function (step, latents), or Preview")
+    if jax.process_count() > 1:
+        raise InputError(f"callback: found one in {jax.process_count()} processes, expected one process to be watched")
+    if isinstance(callback, Preview):
+        show = callback.show
+        return Watcher(lambda step, latents: show(step, preview(latents)), Watch(callback.every, True))
+    return Watcher(callback, Watch(1, False))
+
+
 _watchers: dict[int, Watcher] = {}
-_numbers = itertools.count()
+_numbers = itertools.count(1)
 
 
 @contextmanager
-def watched(watcher: Watcher | None, kept: np.ndarray, devices: int) -> Iterator[int]:
-    """Let the programs that run in this context tell a watcher of their steps by the number that this yields.
+def watched(watcher: Watcher | None, images: np.ndarray, kept: np.ndarray, steps: int, mesh: Any) -> Iterator[int]:
+    """Let the programs that run in this context tell a watcher of their steps, by the number that this yields.
 
-    ``kept`` are the rows that it sees, and ``devices`` those of this process. Waits for the last step, and raises what
-    the watcher's function raised.
+    ``kept`` are the rows that it sees, of the ``images``. Waits for the last step, and raises what the watcher's
+    function raised.
     """
-    number = next(_numbers)
     if watcher is None:
-        yield number
+        yield 0
         return
-    watcher.kept, watcher.devices = np.asarray(kept), devices
+    number = next(_numbers) % 2**31
+    watcher.images, watcher.kept, watcher.steps, watcher.last = images, np.asarray(kept), steps, -1
+    watcher.devices = 1 if mesh is None else mesh.size
     _watchers[number] = watcher
     try:
         yield number
@@ -97,34 +143,56 @@ def watched(watcher: Watcher | None, kept: np.ndarray, devices: int) -> Iterator
         raise watcher.error
 
 
-def tell(number: Array, device: Array | int, step: Array, latents: Array) -> None:
-    """Tell the watcher of a number, from inside a program, of the latents (n, h, w, c) of a device after a step."""
+def tell(watch: Watch, number: Array, device: Array | int, step: Array, last: int, latents: Array) -> None:
+    """Tell the watcher of a number of latents (n, h, w, c) of a device after a step, from inside a program."""
 
     def on_host(number: Any, device: Any, step: Any, latents: Any) -> None:
         watcher = _watchers.get(int(number))
         if watcher is not None:
             watcher.take(int(step), int(device), np.asarray(latents))
 
-    io_callback(on_host, None, number, jnp.asarray(device, jnp.int32), step, latents)
+    def now() -> None:
+        io_callback(on_host, None, number, jnp.asarray(device, jnp.int32), step, latents)
+
+    if watch.every == 1:
+        now()
+    else:
+        jax.lax.cond(((step + 1) % watch.every == 0) | (step == last), now, lambda: None)
 
 
-class Bar:
-    """A tqdm bar over images or steps."""
+Told: TypeAlias = Callable[[int, int], None]
 
-    def __init__(self, total: int, unit: str) -> None:
+
+@contextmanager
+def bar(progress: Any, n: int) -> Iterator[Told]:
+    """Yield what is told of images done and in all: a function that was given, or a bar.
+
+    There is a bar for True, and by default (None) in a terminal or a notebook, but not inside a command, which has its
+    own. Raises `InputError` for anything else.
+    """
+    if progress is None:
+        progress = _someone_looks()
+    if not isinstance(progress, bool):
+        if not callable(progress):
+            raise InputError(f"progress: found {shown(progress)}, expected true, false or a function of two counts")
+        yield progress
+    elif not progress:
+        yield lambda done, n: None
+    else:
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(total=total, unit=unit, leave=False)
-
-    def to(self, done: int) -> None:
-        """Move to so many."""
-        self._bar.update(done - self._bar.n)
-        if done >= self._bar.total:
-            self._bar.close()
+        with tqdm(total=n, unit="image", mininterval=0, leave=False, file=sys.stderr) as made:
+            yield lambda done, n: made.update(done - made.n) and None
 
 
-def someone_looks() -> bool:
-    """Return whether there is a terminal or a notebook in which a bar would be seen."""
-    if "ipykernel" in sys.modules:
-        return True
-    return bool(getattr(sys.stderr, "isatty", lambda: False)())
+def _someone_looks() -> bool:
+    if command.running():
+        return False
+    return "ipykernel" in sys.modules or bool(getattr(sys.stderr, "isatty", lambda: False)())
+
+
+def as_pil(images: np.ndarray) -> list[Any]:
+    """Return images uint8 (n, H, W, 3) as PIL images."""
+    from PIL import Image
+
+    return [Image.fromarray(image) for image in images]
