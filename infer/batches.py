@@ -64,7 +64,7 @@ def plan(
         start += "".join(f", {method.plan(row)}" for method, row in row_of.items())
         note = "".join(method.note(pipe, bucket.rows, size) for method in bucket.methods)
         print(
-            f"  {first.steps} steps of {first.sampler}, {first.width}x{first.height}{start}: {len(bucket.rows)} images "
+            f"  {first.steps} steps of {first.solver}, {first.width}x{first.height}{start}: {len(bucket.rows)} images "
             f"in {batches} batch{'es' * (batches > 1)} of {size}{note}",
             flush=True,
         )

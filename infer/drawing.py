@@ -137,6 +137,8 @@ def request(rows: Sequence[Row]) -> Any:
         guidance_rescale=[row.guidance_rescale for row in rows],
         steps=first.steps,
         sampler=first.sampler,
+        spacing=first.spacing,
+        eta=first.eta,
         height=first.height,
         width=first.width,
         **open_pictures(rows),

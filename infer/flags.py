@@ -6,18 +6,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from infer.methods.method import Flags as Base
-from infer.methods.registry import Flags
-from infer.rows import (
+from infer.checks import (
+    Times,
     check_file,
     check_number,
     check_pixels,
     check_sampler,
+    check_seed,
     check_share,
+    check_spacing,
     check_steps,
     check_text,
+    seed_ranges,
 )
-from infer.values import Times, check_seed, seed_ranges
+from infer.methods.method import Flags as Base
+from infer.methods.registry import Flags
 from jaxmix.types import InputError
 
 
@@ -29,8 +32,9 @@ class Plain(Base):
         model: "mini" (embedded), a diffusers folder, a single .safetensors file, or a hub id "owner/name"
         prompt: one prompt to draw
         prompts: a .txt (one prompt per line), .jsonl (one object per line: prompt, and optionally negative_prompt,
-            seed, steps, guidance_scale, guidance_rescale, sampler, height, width, image, mask, strength, id, and the
-            fields of methods) or .csv file, or "builtin"; without either flag the built-in prompts are drawn
+            seed, steps, guidance_scale, guidance_rescale, sampler, spacing, eta, height, width, image, mask, strength,
+            id, and the fields of methods) or .csv file, or "builtin"; without either flag the built-in prompts are
+            drawn
         num_images: images of each prompt or row, with seeds that count up
         out: folder for the PNGs, manifest.jsonl, contact_sheet.png and gallery.html; the same command goes on with what
             it holds; default: the first of gallery, gallery-2, ... that is not there yet
@@ -40,8 +44,12 @@ class Plain(Base):
             StyleID 50, or 20 with --pairing diffusers
         guidance_scale: classifier-free guidance, at most 1 for none (no unit); default: the model's own
         guidance_rescale: how far to reduce guided predictions to the unguided contrast, 0 to 1 (no unit)
-        sampler: the solver, such as ddim, euler, euler_ancestral, dpmpp_2m_karras; default: the model's own, or ddim
-            for StyleID
+        sampler: the solver: ddim, euler, euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, unipc, pndm,
+            lcm or tcd; euler to unipc also with a spacing, as in dpmpp_2m_karras; default: the model's own, or ddim for
+            methods that invert pictures
+        spacing: where the sampler steps: leading, trailing, linspace (of timesteps), karras, exponential, beta,
+            sgm_uniform (of noise levels, for euler to unipc); default: the sampler's or the model's own
+        eta: how much noise ddim (by default 0) or tcd (0.3) adds in each step, 0 to 1 (no unit)
         height: of the images in pixels, a multiple of 8; default: the model's own
         width: of the images in pixels, a multiple of 8; default: the model's own
         image: a picture to start from (image-to-image)
@@ -74,6 +82,8 @@ class Plain(Base):
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     sampler: str | None = None
+    spacing: str | None = None
+    eta: float | None = None
     height: int | None = None
     width: int | None = None
     image: str | None = None
@@ -142,6 +152,8 @@ class Plain(Base):
         for flag, value, check in (
             ("--negative-prompt", self.negative_prompt, check_text),
             ("--sampler", self.sampler, check_sampler),
+            ("--spacing", self.spacing, check_spacing),
+            ("--eta", self.eta, check_share),
             ("--height", self.height, check_pixels),
             ("--width", self.width, check_pixels),
             ("--guidance-rescale", self.guidance_rescale, check_share),

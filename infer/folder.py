@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from infer.checks import FRESH
 from infer.manifest import manifest_files, read_records
 from infer.png import write_whole
 from infer.rows import Row
-from infer.values import FRESH
 from jaxmix.command import command_words
 from jaxmix.types import InputError
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.batches import plan
+from infer.checks import check_steps
 from infer.drawing import Drawing, cells_of, open_pictures, request
 from infer.flags import Config
 from infer.folder import Folder, digest
@@ -19,9 +20,9 @@ from infer.measure import CompileClock
 from infer.methods.registry import Methods
 from infer.pictures import picture_size
 from infer.report import summary, write_overview
-from infer.rows import BadRow, Defaults, Fields, Row, check_steps, read_rows, rows_of_objects, rows_of_prompts
+from infer.rows import BadRow, Defaults, Fields, Row, read_rows, rows_of_objects, rows_of_prompts
 from jaxmix.command import enable_compilation_cache
-from jaxmix.samplers import image_to_image_start, make_solver
+from jaxmix.samplers import image_to_image_start, make_solver, split_sampler
 from jaxmix.types import InputError, NotFiniteWarning, TruncatedPromptWarning
 
 BUILTIN_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -172,7 +173,9 @@ def complete(
             if row.image is not None:
                 height, width = picture_size(row.image, factor)
             own = {"steps": pipe.default_steps, "guidance_scale": float(pipe.default_guidance_scale)}
-            own |= {"sampler": pipe.sampler, "height": height, "width": width}
+            # A spacing alone stands above that of the model's sampler.
+            sampler = pipe.sampler if row.spacing is None else split_sampler(pipe.sampler)[0]
+            own |= {"sampler": sampler, "height": height, "width": width}
             whole: Any = methods.settle(row, own)
             check_steps("steps", whole.steps, most)
             for key in ("height", "width"):
@@ -183,7 +186,7 @@ def complete(
             if row.image is not None:
                 image_to_image_start(whole.steps, row.strength)
             open_pictures([whole])
-            make_solver(whole.sampler, pipe.schedule, whole.steps)
+            make_solver(whole.sampler, pipe.schedule, whole.steps, whole.eta, whole.spacing)
             whole = methods.complete(whole, pipe)
         except InputError as error:
             bad.append(BadRow(row.number, row.where, str(error)))

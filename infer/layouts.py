@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from infer.checks import check_file, check_number, check_text
 from infer.gallery import CELL
 from infer.pictures import levels_of, mask_of, write_picture
-from infer.rows import check_file, check_number, check_text
 from jaxmix.types import InputError
 
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46c8d8", "#d82ec8", "#8aa800")

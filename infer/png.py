@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from jaxmix.samplers import split_sampler
+
 
 def write_png(path: Path, image: np.ndarray, texts: Mapping[str, str]) -> int:
     """Write `image` (H, W, 3) uint8 with `texts` as text chunks; return the file's size in bytes.
@@ -45,10 +47,25 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def _viewer_name(sampler: str) -> str:
     """Return the name by which image viewers and web UIs know a sampler."""
-    solver = sampler.removesuffix("_karras")
-    known = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M"}
-    known["dpmpp_2m_sde"] = "DPM++ 2M SDE"
-    return known.get(solver, solver) + " Karras" * (solver != sampler)
+    solver, spacing = split_sampler(sampler)
+    return _VIEWERS.get(solver, solver) + " Karras" * (spacing == "karras")
+
+
+_VIEWERS = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "lms": "LMS",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "pndm": "PLMS",
+    "lcm": "LCM",
+    "tcd": "TCD",
+}
+_SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta", "sgm_uniform": "SGM Uniform"}
 
 
 def setting_chunks(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
@@ -59,15 +76,19 @@ def setting_chunks(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[s
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    own = split_sampler(settings["sampler"])[1]
+    spacing = settings.get("spacing") or (None if own == "karras" else own)  # Karras is in the sampler's name
     values = {
         "Steps": settings["steps"],
         "Sampler": _viewer_name(settings["sampler"]),
+        "Schedule type": _SCHEDULES.get(spacing or ""),
+        "Eta": settings.get("eta"),
         "CFG scale": f"{settings['guidance_scale']:g}",
         "Seed": settings["seed"],
         "Size": f"{size[0]}x{size[1]}",
         "Model": settings["model"],
     }
-    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items()))
+    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items() if value is not None))
     return {"parameters": "\n".join(lines), "jaxmix": json.dumps(settings, ensure_ascii=False)}
 
 

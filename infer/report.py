@@ -48,7 +48,7 @@ def write_overview(
         record = manifest.record(row.file_name)
         if record is None or not (out / row.file_name).is_file():  # not drawn, or not yet
             continue
-        shown = {"seed": str(row.seed), "steps": f"{row.steps} {row.sampler}", "guidance": f"{row.guidance_scale:g}"}
+        shown = {"seed": str(row.seed), "steps": f"{row.steps} {row.solver}", "guidance": f"{row.guidance_scale:g}"}
         if row.negative_prompt:
             shown["negative"] = row.negative_prompt
         if row in cuts:

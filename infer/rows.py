@@ -11,14 +11,23 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from infer.values import FRESH, Times, check_seed, kind_of
+from infer.checks import (
+    FRESH,
+    Times,
+    check_file,
+    check_id,
+    check_number,
+    check_pixels,
+    check_sampler,
+    check_seed,
+    check_share,
+    check_spacing,
+    check_steps,
+    check_text,
+    kind_of,
+)
 from jaxmix.command import near_misses
-from jaxmix.samplers import known_sampler
-from jaxmix.types import InputError, shown, whole
-
-LARGEST = float(np.finfo(np.float32).max)
+from jaxmix.types import InputError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,8 @@ class Defaults:
     steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
+    spacing: str | None = None
+    eta: float | None = None
     height: int | None = None
     width: int | None = None
     guidance_rescale: float = 0.0
@@ -95,10 +106,25 @@ class Row(Defaults):
         return self.parts or (self.prompt,)
 
     @property
+    def solver(self) -> str:
+        """The sampler with its settings, as it is shown."""
+        eta = None if self.eta is None else f"eta {self.eta:g}"
+        return ", ".join(filter(None, (self.sampler, self.spacing, eta)))
+
+    @property
     def program_key(self) -> tuple[Any, ...]:
         """What rows must share to be drawn by one compiled program, and so in one batch."""
         start = None if self.image is None else (self.strength, self.mask is not None)
-        return (self.steps, self.sampler, self.height, self.width, bool(self.guidance_rescale), start)
+        return (
+            self.steps,
+            self.sampler,
+            self.spacing,
+            self.eta,
+            self.height,
+            self.width,
+            bool(self.guidance_rescale),
+            start,
+        )
 
     @property
     def file_name(self) -> str:
@@ -116,7 +142,7 @@ class Row(Defaults):
             del held["guidance_rescale"]
         if self.group_mark:
             held["group_mark"] = self.group_mark
-        for key in ("image", "mask"):  # only if they are used
+        for key in ("image", "mask", "spacing", "eta"):  # only if they are used
             if held[key] is None:
                 del held[key]
         return {"row": held.pop("number"), "prompt": held.pop("prompt"), **held}
@@ -295,71 +321,6 @@ def _checked(check: Callable[[str, Any], Any], key: str, value: Any) -> Any:
         return check(key, read)
 
 
-def check_text(key: str, value: Any) -> str:
-    """Return `value` if it is text that a PNG and a manifest can hold."""
-    if not isinstance(value, str):
-        raise InputError(f"{key}: found {kind_of(value)}, expected text")
-    if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise InputError(f"{key}: holds a character that is not text (NUL or half a surrogate pair)")
-    return value
-
-
-def check_steps(key: str, value: Any, most: int | None = None) -> int:
-    """Return `value` if it is a whole number of denoising steps, at least 1 and at most `most`."""
-    return _whole(key, value, 1, most, f"a whole number {'of at least 1' if most is None else f'from 1 to {most}'}")
-
-
-def check_number(key: str, value: Any) -> float:
-    """Return `value` as a float if it is a number that float32 can hold."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= LARGEST:
-        finite = "" if not isinstance(value, (int, float)) or isinstance(value, bool) else " that float32 can hold"
-        raise InputError(f"{key}: found {kind_of(value)}, expected a number{finite}")
-    return float(value)
-
-
-def check_share(key: str, value: Any) -> float:
-    """Return `value` as a float if it is a number from 0 to 1."""
-    if not 0 <= check_number(key, value) <= 1:
-        raise InputError(f"{key}: found {kind_of(value)}, expected a number from 0 to 1")
-    return float(value)
-
-
-def check_pixels(key: str, value: Any) -> int:
-    """Return `value` if it is a whole number of pixels; the model's own limits are checked once it is known."""
-    return _whole(key, value, 1, None, "a whole number of pixels")
-
-
-def check_sampler(key: str, value: Any) -> str:
-    """Return the sampler that is meant: by its name, or by that of diffusers' class."""
-    try:
-        return known_sampler(value)
-    except InputError as error:
-        raise InputError(f"{key}: found {kind_of(value)}, expected{str(error).partition(', expected')[2]}") from None
-
-
-def check_file(key: str, value: Any) -> str:
-    """Return `value` if it is the path of an existing file."""
-    if not Path(check_text(key, value)).is_file():
-        raise InputError(f"{key}: no such file: {value}")
-    return value
-
-
-def check_id(key: str, value: Any) -> str:
-    """Return `value` as text if it is a name (text or a whole number)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value:
-        raise InputError(f"{key}: found {kind_of(value)}, expected a name")
-    return check_text(key, value)
-
-
-def _whole(key: str, value: Any, least: int, most: int | None, expected: str) -> int:
-    try:
-        return whole(key, value, least, most)
-    except InputError:
-        raise InputError(f"{key}: found {kind_of(value)}, expected {expected}") from None
-
-
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": check_text,
     "id": check_id,
@@ -368,6 +329,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "steps": check_steps,
     "guidance_scale": check_number,
     "sampler": check_sampler,
+    "spacing": check_spacing,
+    "eta": check_share,
     "height": check_pixels,
     "width": check_pixels,
     "guidance_rescale": check_share,

@@ -17,7 +17,7 @@ class SchedulerClass:
     """One class of diffusers.
 
     `sampler` is the name of ours that is the same solver, or if not `exact` the nearest; "_karras" is added for
-    `use_karras_sigmas` where there is such a sampler. `clips`: whether the class clips x0 unless its config says
+    `use_karras_sigmas`, and so on, where the class has it. `clips`: whether the class clips x0 unless its config says
     otherwise. `defaults` are those of its keys that differ from DDIMScheduler's.
     """
 
@@ -36,25 +36,25 @@ SCHEDULERS: dict[str, SchedulerClass] = {
     "DDIMInverseScheduler": SchedulerClass(clips=True),
     "DDPMScheduler": SchedulerClass(clips=True),
     "DDPMParallelScheduler": SchedulerClass(clips=True),
-    "PNDMScheduler": SchedulerClass(defaults={"set_alpha_to_one": False}),
+    "PNDMScheduler": SchedulerClass("pndm", exact=True, defaults={"set_alpha_to_one": False}),
     "RePaintScheduler": SchedulerClass(clips=True),
     "UnCLIPScheduler": SchedulerClass(clips=True, defaults={"beta_schedule": "squaredcos_cap_v2"}),
     "CogVideoXDDIMScheduler": SchedulerClass(clips=True, defaults=_DISTILLED),
     "CogVideoXDPMScheduler": SchedulerClass(clips=True, defaults=_DISTILLED),
-    "TCDScheduler": SchedulerClass(defaults=_DISTILLED),
-    "LCMScheduler": SchedulerClass("euler_ancestral", defaults=_DISTILLED),
+    "TCDScheduler": SchedulerClass("tcd", exact=True, defaults=_DISTILLED),
+    "LCMScheduler": SchedulerClass("lcm", exact=True, defaults=_DISTILLED),
     "EulerDiscreteScheduler": SchedulerClass("euler", exact=True),
     "EulerAncestralDiscreteScheduler": SchedulerClass("euler_ancestral", exact=True),
-    "HeunDiscreteScheduler": SchedulerClass("euler", defaults=_LATENT),
-    "KDPM2DiscreteScheduler": SchedulerClass("euler", defaults=_LATENT),
+    "HeunDiscreteScheduler": SchedulerClass("heun", exact=True, defaults=_LATENT),
+    "KDPM2DiscreteScheduler": SchedulerClass("heun", defaults=_LATENT),
     "KDPM2AncestralDiscreteScheduler": SchedulerClass("euler_ancestral", defaults=_LATENT),
-    "LMSDiscreteScheduler": SchedulerClass("euler"),
+    "LMSDiscreteScheduler": SchedulerClass("lms", exact=True),
     "DPMSolverMultistepScheduler": SchedulerClass("dpmpp_2m", exact=True),
     "DPMSolverMultistepInverseScheduler": SchedulerClass("dpmpp_2m"),
     "DPMSolverSinglestepScheduler": SchedulerClass("dpmpp_2m"),
     "DEISMultistepScheduler": SchedulerClass("dpmpp_2m"),
-    "UniPCMultistepScheduler": SchedulerClass("dpmpp_2m"),
-    "DPMSolverSDEScheduler": SchedulerClass("dpmpp_2m_sde", defaults=_LATENT),
+    "UniPCMultistepScheduler": SchedulerClass("unipc", exact=True),
+    "DPMSolverSDEScheduler": SchedulerClass("dpmpp_sde", exact=True, defaults=_LATENT),
     "SASolverScheduler": SchedulerClass("dpmpp_2m_sde"),
 }
 """Every class whose noise schedule is one of betas."""
@@ -118,7 +118,13 @@ HARMLESS = frozenset(
 """Keys that choose or tune a solver; a solver asks for them with `NoiseSchedule.option`."""
 
 
-NUMBERS = {"lambda_min_clipped": -math.inf, "sigma_max": 1e-9, "sigma_min": 1e-9, "snr_shift_scale": 1e-9}
+NUMBERS = {
+    "lambda_min_clipped": -math.inf,
+    "sigma_max": 1e-9,
+    "sigma_min": 1e-9,
+    "snr_shift_scale": 1e-9,
+    "timestep_scaling": 1e-9,
+}
 """Those of them that are numbers, and the least that they may be."""
 
 

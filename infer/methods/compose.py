@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, Literal
 
+from infer.checks import kind_of
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
-from infer.rows import Field, Row, kind_of
+from infer.rows import Field, Row
 from jaxmix.methods.composable import AND, Part, split_and
 from jaxmix.types import InputError
 

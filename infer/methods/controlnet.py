@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from infer.checks import check_number
 from infer.gallery import Picture
 from infer.methods.image_prompt import check_pictures, check_there, check_window
 from infer.methods.lora import check_loras as check_files
 from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
 from infer.pictures import open_picture, picture_size, write_picture
-from infer.rows import Field, Row, check_number
+from infer.rows import Field, Row
 from jaxmix.control import whole_steps
 from jaxmix.preprocessors import parse, preprocess
 from jaxmix.types import InputError, shown

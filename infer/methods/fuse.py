@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from infer.checks import check_number, check_text
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
-from infer.rows import Field, Row, check_number, check_text
+from infer.rows import Field, Row
 from jaxmix.types import InputError
 
 

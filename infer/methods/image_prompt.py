@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from infer.checks import check_file, check_number, check_text, kind_of
 from infer.gallery import Picture
 from infer.methods.lora import check_loras as check_files
 from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
 from infer.pictures import open_picture, picture_size, write_picture
-from infer.rows import Field, Row, check_file, check_number, check_text, kind_of
+from infer.rows import Field, Row
 from jaxmix.command import progress
 from jaxmix.control import rounded
 from jaxmix.pipeline.embedded import EmbeddingFolder, Embeddings, Takes

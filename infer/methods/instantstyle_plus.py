@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from infer.checks import check_file, check_number, check_text
 from infer.gallery import Picture
 from infer.methods.image_prompt import check_there
 from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
 from infer.pictures import open_cropped, write_picture
-from infer.rows import Field, Row, check_file, check_number, check_text
+from infer.rows import Field, Row
 from jaxmix.preprocessors import parse, preprocess
 from jaxmix.types import InputError
 from jaxmix.weights.files import exists, user_path

@@ -8,9 +8,10 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from infer.checks import check_text, kind_of
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
-from infer.rows import Field, Row, check_text, kind_of
+from infer.rows import Field, Row
 from jaxmix.types import InputError
 
 

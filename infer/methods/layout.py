@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from infer import layouts
+from infer.checks import check_text
 from infer.gallery import Picture
 from infer.methods.method import Flags as Base
 from infer.methods.method import Method, size_of
-from infer.rows import Field, Fields, Row, check_text
+from infer.rows import Field, Fields, Row
 from jaxmix.types import InputError
 
 FIRST = "dense"

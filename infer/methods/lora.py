@@ -8,9 +8,10 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+from infer.checks import LARGEST, check_text, kind_of
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
-from infer.rows import LARGEST, Field, Row, check_text, kind_of
+from infer.rows import Field, Row
 from jaxmix.types import InputError
 from jaxmix.weights.files import exists
 

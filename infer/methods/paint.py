@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from infer.checks import check_number
 from infer.methods import layout
 from infer.methods.method import BatchRows, Method, size_of
-from infer.rows import Field, Row, check_number
+from infer.rows import Field, Row
 
 
 @dataclasses.dataclass(frozen=True)

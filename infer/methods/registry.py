@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from infer.checks import kind_of
 from infer.methods import (
     compose,
     controlnet,
@@ -24,7 +25,7 @@ from infer.methods import (
     vmix,
 )
 from infer.methods.method import BatchRows, Method
-from infer.rows import BadRow, Field, Row, kind_of
+from infer.rows import BadRow, Field, Row
 from jaxmix.types import InputError
 
 

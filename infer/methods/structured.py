@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from infer.checks import check_text, kind_of
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
-from infer.rows import Field, Row, check_text, kind_of
+from infer.rows import Field, Row
 from jaxmix.types import InputError
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from infer.checks import check_number
 from infer.gallery import Picture
 from infer.methods.image_prompt import check_pictures, check_there, shown_size
 from infer.methods.lora import check_loras as check_files
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
 from infer.pictures import open_picture, picture_size, write_picture
-from infer.rows import Field, Row, check_number
+from infer.rows import Field, Row
 from jaxmix.types import InputError
 
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from infer.checks import check_file, check_id, check_number, check_share
 from infer.gallery import Picture
 from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
 from infer.pictures import open_picture, write_picture
-from infer.rows import Field, Row, check_file, check_id, check_number, check_share
+from infer.rows import Field, Row
 from jaxmix.types import InputError
 
 
@@ -91,6 +92,7 @@ class StyleAligned(Method):
             "score_scale": Field(check_number, flags.score_scale),
             "score_shift": Field(check_number, flags.score_shift),
         }
+        self._held: set[Hashable] = set()  # groups that hold to a picture
         self._leads: dict[Hashable, int] = {}  # the number of each group's first row, whatever becomes of it
         self._firsts: dict[Hashable, Row] = {}
         self._inverted: dict[Hashable, Any] = {}
@@ -111,6 +113,7 @@ class StyleAligned(Method):
 
     def arrange(self, rows: Sequence[Row], alone: Mapping[str, None]) -> list[Row]:
         """Return the rows with the flag's picture as the first row of each group, numbered after all others."""
+        self._held = {self.group(row) for row in rows if self.on(row) and row["reference"] is not None}
         self._leads = {}
         for row in reversed(rows) if self.flags.reference is None else ():
             if self.on(row):
@@ -141,6 +144,10 @@ class StyleAligned(Method):
                 next_number += 1
             out.append(row)
         return out
+
+    def defaults(self, row: Row) -> Mapping[str, Any]:
+        """Default to DDIM in a group that holds to a picture, which is inverted."""
+        return {"sampler": "ddim"} if self.group(row) in self._held or self.flags.reference is not None else {}
 
     def complete(self, row: Row, pipe: Any) -> Row:
         """Refuse a reference that cannot be inverted."""

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from infer.checks import check_file, check_number, check_share, check_text
 from infer.gallery import Picture
 from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
 from infer.pictures import open_cropped, pictures_in, write_picture
-from infer.rows import Field, Row, check_file, check_number, check_share, check_text
+from infer.rows import Field, Row
 from jaxmix.types import InputError
 
 MIB = 2**20

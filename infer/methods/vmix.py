@@ -7,9 +7,10 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from infer.checks import check_number, check_text
 from infer.methods.method import BatchRows, Method
 from infer.methods.method import Flags as Base
-from infer.rows import Field, Row, check_number, check_text
+from infer.rows import Field, Row
 from jaxmix.types import InputError
 
 

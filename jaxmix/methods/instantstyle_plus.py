@@ -102,7 +102,7 @@ class InstantStylePlus(Method):
             for i, picture in enumerate(per_image(self.style, request.n)):
                 as_picture(_bare(picture), f"InstantStylePlus: style[{i}]")
         if self.renoise is not None:
-            self._check_inversion(request, self.renoise)
+            self._check_inversion(pipe, request, self.renoise)
         for name in ("style_guidance", "content_guidance"):
             numbers(f"InstantStylePlus: {name}", getattr(self, name), request.n, "prompts")
         if self.guide is not None:
@@ -162,12 +162,8 @@ class InstantStylePlus(Method):
                 "InstantStylePlus: style: found a picture that nothing follows, expected style_adapter or guide"
             )
 
-    def _check_inversion(self, request: Request, renoise: ReNoise) -> None:
-        if request.sampler != "ddim":
-            raise InputError(
-                f"InstantStylePlus: found the sampler {request.sampler}, expected ddim, which the contents are "
-                "inverted for"
-            )
+    def _check_inversion(self, pipe: Pipeline, request: Request, renoise: ReNoise) -> None:
+        request.check_inverts(pipe, "InstantStylePlus", "which the contents are inverted for")
         for i, prompt in enumerate(request.prompts):
             if not prompt.strip():
                 raise InputError(

@@ -17,7 +17,7 @@ from jaxmix.pipeline.job import Denoiser
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import BLEND, Method, Request
 from jaxmix.pipeline.text import encode_branches
-from jaxmix.samplers import SaliencyBlend, make_solver
+from jaxmix.samplers import SaliencyBlend
 from jaxmix.types import InputError
 
 
@@ -122,8 +122,7 @@ class MagicFusion(Method):
 
     def window(self, pipe: Pipeline, request: Request) -> tuple[float, float] | None:
         """Return the share of the steps that are blended, None if there are none."""
-        assert request.sampler is not None and request.steps is not None
-        solver = make_solver(request.sampler, pipe.schedule, request.steps)
+        solver = request.solver(pipe)
         before = int(np.sum(np.asarray(solver.timesteps) > self.switch)) / solver.steps
         window = (0.0, before) if self.mode == 2 else (before, 1.0)
         return None if window[0] == window[1] else window

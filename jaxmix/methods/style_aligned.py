@@ -123,11 +123,7 @@ class StyleAligned(Method):
                 )
         if self.pictures:
             assert request.steps is not None
-            if request.sampler != "ddim":
-                raise InputError(
-                    f"StyleAligned: found the sampler {request.sampler}, expected ddim: a picture is held to its DDIM "
-                    "inversion"
-                )
+            request.check_inverts(pipe, "StyleAligned", "since a picture is held to its DDIM inversion")
             if not 0 <= self.offset < request.steps:
                 raise InputError(f"offset: found {self.offset}, expected 0 to {request.steps - 1}")
 

@@ -145,8 +145,7 @@ class StyleID(Method):
             raise InputError(f"StyleID: found pairing {self.pairing!r}, expected 'reference' or 'diffusers'")
         for name in ("gamma", "temperature", "strength"):
             numbers(name, getattr(self, name), request.n, "pairs")
-        if request.sampler != "ddim":
-            raise InputError(f"StyleID: found the sampler {request.sampler}, expected ddim, which the method inverts")
+        request.check_inverts(pipe, "StyleID", "which the method inverts")
         if request.images is not None or request.latents is not None:
             raise InputError("StyleID: found images or latents to start from, expected content and style alone")
         if self.found is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmix.pipeline.saving import DEFAULTS
-from jaxmix.samplers import SAMPLERS
+from jaxmix.samplers import SAMPLERS, is_sampler
 from jaxmix.types import InputError, shown
 from jaxmix.weights import read_config
 
@@ -57,7 +57,7 @@ def own_defaults(index: Mapping[str, Any]) -> dict[str, Any]:
     for key, value, fits, expected in (
         ("steps", steps, isinstance(steps, int) and not isinstance(steps, bool) and steps > 0, "1 or more"),
         ("guidance_scale", scale, isinstance(scale, (int, float)) and 0 <= scale < 1e6, "a number"),
-        ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+        ("sampler", sampler, is_sampler(sampler), f"one of {', '.join(SAMPLERS)}"),
     ):
         if value is not None and not fits:
             raise InputError(f"{DEFAULTS}: {key} is {shown(value)}, expected {expected}")

@@ -149,6 +149,8 @@ def denoise(
         if solver.stochastic:
             assert job.seeds is not None, "a stochastic solver draws its noise from the seeds"
             noise_fn = functools.partial(step_noise, job.seeds, shape=job.noise.shape[1:])
+            if hasattr(solver, "noise"):  # what it makes of independent draws
+                noise_fn = functools.partial(solver.noise, noise_fn)
         spans = list(phases(job, solver, hw, start, stop))
         if watch is not None and watch.clean:
             spans = [shown(phase) for phase in spans]

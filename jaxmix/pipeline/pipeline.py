@@ -37,7 +37,6 @@ from jaxmix.samplers import (
     Pin,
     ReNoise,
     Unguided,
-    make_solver,
     seed_array,
     stack,
 )
@@ -122,6 +121,8 @@ class Pipeline(Parts):
         height: int | None = None,
         width: int | None = None,
         sampler: str | None = None,
+        eta: float | None = None,
+        spacing: str | None = None,
         guidance_rescale: float | Sequence[float] = 0.0,
         images: AnyArray | None = None,
         strength: float = 0.8,
@@ -140,9 +141,11 @@ class Pipeline(Parts):
 
         ``seeds`` (0, 1, ... if None; one number counts up from it) fix the noise of each image, whatever the batch, the
         order or the number of devices; ``latents`` (n, h, w, c) are the start noise itself. ``height`` and ``width``
-        are in pixels, the model's own if None. ``sampler`` is one of `jaxmix.samplers.SAMPLERS`. ``guidance_scale`` and
-        ``guidance_rescale`` (arXiv 2305.08891, 0 to 1) are one number, or one per image. A scale of at most 1 is the
-        prompt's prediction alone; where that holds for a whole batch, the UNet runs on half the rows.
+        are in pixels, the model's own if None. ``sampler`` is one of `jaxmix.samplers.SAMPLERS`, ``spacing`` one of
+        `jaxmix.samplers.SPACINGS`, and ``eta`` (0 to 1) the noise that DDIM and TCD add; None are the model's own.
+        ``guidance_scale`` and ``guidance_rescale`` (arXiv 2305.08891, 0 to 1) are one number, or one per image. A scale
+        of at most 1 is the prompt's prediction alone; where that holds for a whole batch, the UNet runs on half the
+        rows.
 
         ``images`` (n, H, W, 3), uint8 or float in [0, 1], start image-to-image with ``strength`` from 0 (keep) to 1;
         ``masks`` (n, H, W), 1 where the image is to be repainted, make it inpainting.
@@ -159,6 +162,8 @@ class Pipeline(Parts):
             guidance_rescale=guidance_rescale,
             steps=steps,
             sampler=sampler,
+            eta=eta,
+            spacing=spacing,
             height=height,
             width=width,
             images=images,
@@ -307,8 +312,7 @@ class Pipeline(Parts):
             part = method.take(batch, n).apply(pipe, part)
         pipe = self.merged(part.weights)
         pipe.check_controls(part.controls, part.hw(pipe))
-        assert part.steps is not None and part.sampler is not None
-        solver = make_solver(part.sampler, self.schedule, part.steps)
+        solver = part.solver(self)
         kept = batch.kept if part.kept is None else np.asarray(part.kept)[batch.kept]
         job, watch = pipe.job(part, solver), None if watcher is None else watcher.watch
         with showing.watched(watcher, batch.rows[batch.kept], kept, solver.steps, mesh) as number:

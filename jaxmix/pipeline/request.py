@@ -22,7 +22,7 @@ from jaxmix.pipeline.given import pictures, prompt_list, seed_list, text_list
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.text import encode_branches, join
 from jaxmix.rows import Text
-from jaxmix.samplers import Guidance, LatentEdit, image_to_image_start, make_solver
+from jaxmix.samplers import Guidance, LatentEdit, Solver, image_to_image_start, make_solver, split_sampler
 from jaxmix.types import AnyArray, Array, InputError, Params, shown, whole
 
 T = TypeVar("T")
@@ -60,7 +60,9 @@ class Request:
         guidance_scale: of classifier-free guidance, one number or one per image.
         guidance_rescale: arXiv 2305.08891, 0 to 1, one number or one per image.
         steps: of the solver.
-        sampler: one of `jaxmix.samplers.SAMPLERS`.
+        sampler: one of `jaxmix.samplers.SAMPLERS`, or with a spacing of noise levels after it, as in "euler_karras".
+        eta: how much noise DDIM and TCD add, 0 to 1; None is 0 for DDIM, and 0.3 for TCD, whose gamma it is.
+        spacing: one of `jaxmix.samplers.SPACINGS`; None is the sampler's own, or else the schedule's.
         height: in pixels.
         width: in pixels.
         span: the first step to run and the step to stop before (None: the end). With ``images`` leave the first at 0:
@@ -86,6 +88,8 @@ class Request:
     guidance_rescale: float | Sequence[float] | np.ndarray = 0.0
     steps: int | None = None
     sampler: str | None = None
+    eta: float | None = None
+    spacing: str | None = None
     height: int | None = None
     width: int | None = None
     span: tuple[int, int | None] = (0, None)
@@ -115,7 +119,9 @@ class Request:
         prompts = prompt_list(self.prompts)
         n = len(prompts)
         steps = parts.default_steps if self.steps is None else whole("steps", self.steps, 1)
-        solver = make_solver(self.sampler or parts.sampler, parts.schedule, steps)
+        # A spacing alone stands above that of the model's sampler.
+        own = parts.sampler if self.spacing is None else split_sampler(parts.sampler)[0]
+        solver = make_solver(self.sampler or own, parts.schedule, steps, self.eta, self.spacing)
         seeds = seed_list(self.seeds, n)
         negatives = text_list("negative_prompts", self.negatives, n)
         branches = tuple(text_list(f"branches[{i}]", branch, n) for i, branch in enumerate(self.branches))
@@ -176,7 +182,7 @@ class Request:
             guidance_scale=over.numbers("guidance_scale", scale, n, "prompts"),
             guidance_rescale=rescale,
             steps=solver.steps,
-            sampler=self.sampler or parts.sampler,
+            sampler=self.sampler or own,
             height=size[0],
             width=size[1],
             span=(first, last),
@@ -190,6 +196,22 @@ class Request:
     def hw(self, parts: Parts) -> tuple[int, int]:
         """Return the size of the latents of a checked request."""
         return parts.latent_hw(self.height, self.width)
+
+    def solver(self, parts: Parts) -> Solver:
+        """Return the solver of a checked request."""
+        assert self.sampler is not None and self.steps is not None, "check the request first"
+        return make_solver(self.sampler, parts.schedule, self.steps, self.eta, self.spacing)
+
+    def check_inverts(self, parts: Parts, title: str, why: str) -> None:
+        """Raise `InputError` unless a checked request draws by the DDIM that `Pipeline.invert` runs backwards."""
+        if self.sampler != "ddim":
+            raise InputError(f"{title}: found the sampler {self.sampler}, expected ddim, {why}")
+        if self.eta:
+            raise InputError(f"{title}: found eta {self.eta:g}, expected 0: an inversion knows of no noise")
+        if self.spacing not in (None, parts.schedule.timestep_spacing or "leading"):
+            raise InputError(
+                f"{title}: found the spacing {self.spacing}, expected the model's own, in which pictures are inverted"
+            )
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Request:
         """Return the request for some of its images, in that order; an index may be repeated."""

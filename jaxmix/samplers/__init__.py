@@ -1,7 +1,20 @@
 """Samplers: start noise, guidance, solvers and the denoising loop, over any `ModelFn`."""
 
-from jaxmix.samplers.choose import SAMPLERS, default_sampler, differences, known_sampler, make_solver
+from jaxmix.samplers.choose import (
+    SAMPLERS,
+    SPACINGS,
+    check_eta,
+    check_settings,
+    check_spacing,
+    default_sampler,
+    differences,
+    is_sampler,
+    known_sampler,
+    make_solver,
+    split_sampler,
+)
 from jaxmix.samplers.composable import Composed
+from jaxmix.samplers.consistency import LCM, TCD
 from jaxmix.samplers.fusion import SaliencyBlend, blend
 from jaxmix.samplers.guidance import (
     Branches,
@@ -25,24 +38,34 @@ from jaxmix.samplers.latents import (
     pin,
 )
 from jaxmix.samplers.likeness import Likeness
-from jaxmix.samplers.loop import Phase, Solver, sample
+from jaxmix.samplers.linear_multistep import LMS, PNDM
+from jaxmix.samplers.loop import Phase, Solver, TwoCalls, level, sample
 from jaxmix.samplers.multistep import DPMSolver2M
 from jaxmix.samplers.noise import initial_noise, seed_array, step_noise
 from jaxmix.samplers.renoise import Refined, ReNoise, renoised
 from jaxmix.samplers.solvers import DDIM, Euler
+from jaxmix.samplers.two_calls import DPMSolverSDE, Heun
+from jaxmix.samplers.unipc import UniPC
 
 __all__ = [
     "DDIM",
+    "LCM",
+    "LMS",
+    "PNDM",
     "SAMPLERS",
+    "SPACINGS",
+    "TCD",
     "BranchFn",
     "Branches",
     "ClassifierFree",
     "Composed",
     "DDIMInversion",
     "DPMSolver2M",
+    "DPMSolverSDE",
     "Euler",
     "FromImage",
     "Guidance",
+    "Heun",
     "Inpaint",
     "LatentEdit",
     "Likeness",
@@ -52,9 +75,14 @@ __all__ = [
     "Refined",
     "SaliencyBlend",
     "Solver",
+    "TwoCalls",
     "Unguided",
+    "UniPC",
     "blend",
     "by_branch",
+    "check_eta",
+    "check_settings",
+    "check_spacing",
     "classifier_free_guidance",
     "default_sampler",
     "differences",
@@ -62,13 +90,16 @@ __all__ = [
     "initial_noise",
     "inpaint",
     "invert",
+    "is_sampler",
     "known_sampler",
+    "level",
     "make_solver",
     "noised",
     "pin",
     "renoised",
     "sample",
     "seed_array",
+    "split_sampler",
     "stack",
     "step_noise",
 ]

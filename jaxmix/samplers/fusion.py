@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from jaxmix.rows import dataclass, per_row, static
 from jaxmix.samplers.composable import Composed
 from jaxmix.samplers.guidance import Branches, ClassifierFree, Guidance, guide
-from jaxmix.samplers.loop import Solver
+from jaxmix.samplers.loop import Solver, level
 from jaxmix.types import Array, ModelFn
 
 _WINDOW = 4  # of the average; it is even, so the map loses a row and a column and is resized back
@@ -120,7 +120,7 @@ class SaliencyBlend(Guidance):
             return rows[:, :2], rows[:, jnp.asarray([0, 2])]
 
         def predict(x: Array, t: Array, step: Array) -> Array:
-            signal, sigma = solver.signals[step], solver.sigmas[step]
+            signal, sigma = level(solver, step, t)
             per_eps = {"epsilon": jnp.ones(()), "v_prediction": signal, "sample": signal / sigma}
             return blend(
                 *pairs(x, t, step),

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from jaxmix.rows import dataclass, per_row
 from jaxmix.samplers.composable import Composed
 from jaxmix.samplers.guidance import Branches, ClassifierFree, Guidance
-from jaxmix.samplers.loop import Solver
+from jaxmix.samplers.loop import Solver, level
 from jaxmix.schedule import prediction_to_x0
 from jaxmix.types import Array, ModelFn
 
@@ -52,7 +52,7 @@ class Likeness(Guidance):
         asked = ((self.style_scale != 0) | (self.content_scale != 0))[:, None, None, None]
 
         def predict(x: Array, t: Array, step: Array) -> Array:
-            signal, sigma = solver.signals[step], solver.sigmas[step]
+            signal, sigma = level(solver, step, t)
 
             def expected(x: Array) -> Array:
                 x0 = prediction_to_x0(solver.prediction_type, alone(x, t, step)[:, 0], x, signal, sigma)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.samplers.sigmas import UNSUPPORTED, choice, dpm_levels, final_sigma, refuse
+from jaxmix.samplers.sigmas import choice, dpm_levels, final_sigma, refuse, refuse_levels
 from jaxmix.samplers.solvers import structural
 from jaxmix.schedule import NoiseSchedule, prediction_to_x0
 from jaxmix.types import InputError
@@ -39,12 +39,17 @@ class DPMSolver2M:
     stochastic: bool = structural()  # step needs noise
 
     @classmethod
-    def create(cls, schedule: NoiseSchedule, steps: int, sde: bool = False, karras: bool = False) -> "DPMSolver2M":
+    def create(
+        cls, schedule: NoiseSchedule, steps: int, sde: bool = False, spacing: str | None = None
+    ) -> "DPMSolver2M":
         """Make the solver of a schedule; `sde` is diffusers' algorithm_type "sde-dpmsolver++".
+
+        `spacing` is as for `jaxmix.samplers.sigmas.dpm_levels`.
 
         Raises InputError if the schedule cannot be run in that many steps, or needs what this solver does not have.
         """
-        refuse(schedule, ("thresholding",) if karras else ("thresholding", *UNSUPPORTED))
+        refuse(schedule, ("thresholding",) if spacing else ("thresholding", "use_lu_lambdas"))
+        refuse_levels(schedule, "dpmpp_2m_sde" if sde else "dpmpp_2m", spacing)
         order = schedule.option("solver_order", 2)
         if order not in (1, 2) and schedule.lenient:
             order = 2
@@ -52,7 +57,7 @@ class DPMSolver2M:
             raise InputError(f"scheduler config: solver_order is {order!r}, expected 2 or 1 for this sampler")
         # The last three are types of UniPC and DEIS, which diffusers treats as midpoint here.
         kind = choice(schedule, "solver_type", ("midpoint", "heun", "logrho", "bh1", "bh2"))
-        levels = dpm_levels(schedule, steps, karras)
+        levels = dpm_levels(schedule, steps, spacing)
         ratios = levels.sigmas.astype(np.float64)
         signals = levels.signals
         source, target = ratios[:-1], ratios[1:]

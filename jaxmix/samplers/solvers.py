@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmix.samplers.sigmas import UNSUPPORTED, choice, euler_levels, refuse
+from jaxmix.samplers.sigmas import choice, euler_levels, refuse, refuse_levels
 from jaxmix.schedule import NoiseSchedule, prediction_to_eps, prediction_to_x0
 from jaxmix.types import InputError
 
@@ -99,7 +99,7 @@ class DDIM(OneStep):
         Raises InputError if the schedule cannot be run in that many steps, or not with DDIM.
         """
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}, expected a number from 0 to 1")
+            raise InputError(f"eta is {eta}, expected a number from 0 to 1")
         refuse(schedule, ("thresholding",))
         timesteps = schedule.timesteps(steps)
         target = timesteps - schedule.num_train_timesteps // steps
@@ -169,8 +169,12 @@ class Euler(OneStep):
     stochastic: bool = structural()  # ancestral
 
     @classmethod
-    def create(cls, schedule: NoiseSchedule, steps: int, ancestral: bool = False, karras: bool = False) -> "Euler":
+    def create(
+        cls, schedule: NoiseSchedule, steps: int, ancestral: bool = False, spacing: str | None = None
+    ) -> "Euler":
         """Make the solver of a schedule; `ancestral` replaces as much noise as possible at each step.
+
+        `spacing` is as for `jaxmix.samplers.sigmas.euler_levels`.
 
         Raises InputError if the schedule cannot be run in that many steps, or needs what this solver does not have.
         """
@@ -178,24 +182,21 @@ class Euler(OneStep):
             choice(schedule, "interpolation_type", ("linear",))
             if schedule.prediction_type == "v_prediction":
                 choice(schedule, "timestep_type", ("discrete",))
-            if not karras:
-                refuse(schedule, UNSUPPORTED[:2])
-        levels = euler_levels(schedule, steps, karras, to_zero=ancestral)
+            refuse_levels(schedule, "euler", spacing)
+        levels = euler_levels(schedule, steps, spacing, to_zero=ancestral)
         signals = levels.signals
         signals[-1] = 1
         ratios = levels.sigmas.astype(np.float64)
         source, target = ratios[:-1], ratios[1:]
         down = target**2 / source if ancestral else target
         up = np.sqrt(np.maximum(target**2 - down**2, 0))
-        # diffusers allows for the little signal of the first level only if the spacing is leading.
-        init_scale = 1.0 if schedule.timestep_spacing == "leading" else signals[0] * ratios[0]
         return cls(
             timesteps=jnp.asarray(levels.timesteps),
             signals=jnp.asarray(signals, jnp.float32),
             sigmas=jnp.asarray(signals * ratios, jnp.float32),
             down=jnp.asarray(signals[1:] * down, jnp.float32),
             up=jnp.asarray(signals[1:] * up, jnp.float32),
-            init_scale=jnp.asarray(init_scale, jnp.float32),
+            init_scale=jnp.asarray(levels.init_scale(schedule, spacing), jnp.float32),
             prediction_type=schedule.prediction_type,
             stochastic=ancestral,
         )

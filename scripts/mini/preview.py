@@ -1,6 +1,6 @@
 """Fit the map from latents to colours that previews of the embedded model use, on scenes, and say how good it is.
 
-    python -m scripts.mini.preview
+python -m scripts.mini.preview
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxmix
-from jaxmix.samplers import make_solver
+from jaxmix.samplers import make_solver, split_sampler
 from jaxmix.samplers.sigmas import dpm_levels, euler_levels
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.schedulers import SCHEDULERS
@@ -126,8 +126,10 @@ def test_every_scheduler_class_opens_with_its_noise_schedule_or_says_what_it_has
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         pipe = jaxmix.load(folder)
-    assert [w.category for w in said] == [CheckpointWarning] * (not SCHEDULERS[name].exact)
-    assert all(f"there is no {name} here" in str(w.message) and pipe.sampler in str(w.message) for w in said)
+    runge_kutta = name == "PNDMScheduler"  # by default it begins with Runge-Kutta steps, which are not here
+    assert [w.category for w in said] == [CheckpointWarning] * (not SCHEDULERS[name].exact or runge_kutta)
+    lacks = "without what the PNDMScheduler has: skip_prk_steps=False" if runge_kutta else f"there is no {name} here"
+    assert all(lacks in str(w.message) and pipe.sampler in str(w.message) for w in said)
     assert make_solver(pipe.sampler, pipe.schedule, 4).steps == 4
     assert pipe.schedule.to_config()["_class_name"] == name
 
@@ -171,6 +173,8 @@ ENDS = {"zero snr": BETAS["stable diffusion"] | {"rescale_betas_zero_snr": True}
         ("euler_ancestral", ANCESTRAL),
         ("dpmpp_2m", DPM),
         ("dpmpp_2m_karras", DPM),
+        ("dpmpp_2m_exponential", DPM),
+        ("dpmpp_2m_beta", DPM),
     ],
 )
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -179,13 +183,13 @@ ENDS = {"zero snr": BETAS["stable diffusion"] | {"rescale_betas_zero_snr": True}
 # diffusers makes NumPy arrays of torch tensors in a way that NumPy 2 frowns at.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 def test_levels_of_euler_and_dpm_agree_bit_for_bit(name, kind, grid, betas):
-    karras = name.endswith("_karras")
-    config = (BETAS | ENDS)[betas] | grid | ({"use_karras_sigmas": True} if karras else {})
+    spacing = split_sampler(name)[1]
+    config = (BETAS | ENDS)[betas] | grid | ({f"use_{spacing}_sigmas": True} if spacing else {})
     scheduler = getattr(diffusers, kind)(**config)
     schedule = NoiseSchedule.from_config({"_class_name": kind} | config)
     for steps in (1, 2, 3, 14, 25, 50, 333):
         scheduler.set_timesteps(steps)
-        levels = (dpm_levels if kind == DPM else euler_levels)(schedule, steps, karras)
+        levels = (dpm_levels if kind == DPM else euler_levels)(schedule, steps, spacing)
         assert np.array_equal(levels.timesteps, scheduler.timesteps.numpy())
         assert np.array_equal(levels.sigmas, scheduler.sigmas.numpy())
         init = float(make_solver(name, schedule, steps).init_scale)
