@@ -165,6 +165,18 @@ def check_together(node: Any, n: int, rows: int) -> None:
     map_rows(node, look)
 
 
+def looks_back(node: Any) -> bool:
+    """Return whether any image looks at another."""
+    found = []
+
+    def look(x: Any, mark: str, where: str) -> Any:
+        found.append(mark == "back" and bool(np.any(np.asarray(x))))
+        return x
+
+    map_rows(node, look)
+    return any(found)
+
+
 def others(back: Array, x: Array) -> Array:
     """Return for each row of ``x`` (b, ...) the one ``back`` (b,) rows before it."""
     return x[jnp.arange(x.shape[0]) - back]

@@ -87,6 +87,25 @@ def pack(
         yield Batch(np.asarray(rows), np.asarray(kept), tuple(sizes))
 
 
+def pack_alike(
+    counts: np.ndarray, batch_size: int | None, devices: int, groups: Sequence[int] | None = None
+) -> Iterator[tuple[int, Batch]]:
+    """Yield the batches of images of each count (n,) and the count, as `pack` cuts them; a group has its largest."""
+    sizes = [1] * len(counts) if groups is None else groups
+    if sum(sizes) != len(counts) or min(sizes) < 1:
+        yield from ((0, batch) for batch in pack(len(counts), batch_size, devices, groups))  # which says what is wrong
+        return
+    members = np.split(np.arange(len(counts)), np.cumsum(sizes)[:-1])
+    held: dict[int, list[np.ndarray]] = {}
+    for some in members:
+        held.setdefault(int(counts[some].max()), []).append(some)
+    for count, units in sorted(held.items()):
+        rows = np.concatenate(units)
+        some_groups = None if groups is None else [len(unit) for unit in units]
+        for batch in pack(len(rows), batch_size, devices, some_groups):
+            yield count, batch._replace(rows=rows[batch.rows])
+
+
 def of_shape(name: str, value: AnyArray, shape: tuple[int, ...]) -> Array:
     """Return an array as float32; raises `InputError` if it has another shape."""
     if np.shape(value) != shape:

@@ -5,12 +5,14 @@ Whatever has one plain meaning is accepted; anything else is an `InputError` tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmix.control import Control
+from jaxmix.pipeline.prompt_syntax import parse
 from jaxmix.samplers import seed_array
 from jaxmix.types import InputError, shown, whole
 
@@ -43,6 +45,34 @@ def seed_list(value: Any, n: int) -> list[int]:
     _one_each("seeds", made, value, n)
     seed_array(made)
     return [whole("seeds", seed) for seed in made]
+
+
+def check_words(
+    two_encoders: bool,
+    syntax: str,
+    named: Mapping[str, Sequence[str | None]],
+    seconds: Sequence[Sequence[str | None] | None],
+) -> None:
+    """Raise `InputError`, naming the image, for a prompt whose weights cannot be read, or that no encoder reads.
+
+    ``seconds`` are the texts for a second text encoder in place of the ``named`` ones.
+    """
+    if not two_encoders and any(text is not None for texts in seconds for text in texts or ()):
+        raise InputError("prompts_2: found some, but the model has one text encoder, expected none")
+    for name, texts in (*named.items(), *zip((f"{name}_2" for name in named), seconds, strict=True)):
+        for i, text in enumerate(texts or ()):
+            try:
+                parse(text or "", syntax)
+            except InputError as error:
+                raise InputError(f"{name}[{i}]: {error}") from None
+
+
+def control_tuple(controls: Any) -> tuple[Control, ...]:
+    """Return controls, or a single one, as a tuple."""
+    for control in (controls,) if isinstance(controls, Control) or not hasattr(controls, "__iter__") else controls:
+        if not isinstance(control, Control):
+            raise InputError(f"controls: found {type(control).__name__}, expected Control objects")
+    return (controls,) if isinstance(controls, Control) else tuple(controls)
 
 
 def pictures(name: str, value: Any, n: int | None = None) -> np.ndarray:
@@ -114,3 +144,24 @@ def _text(name: str, value: Any) -> str:
     except UnicodeEncodeError:
         raise InputError(f"{name}: holds half a surrogate pair, which is not text") from None
     return str(value)
+
+
+def fitting_masks(
+    images: np.ndarray, masks: np.ndarray | None, height: int | None, width: int | None
+) -> np.ndarray | None:
+    """Return masks (n, H, W) for images (n, H, W, 3), which may have a channel of their own, or for one image no axis.
+
+    Raises `InputError` for another shape, and for images of another size than ``height`` and ``width``.
+    """
+    shape = images.shape
+    for name, side, own in (("height", height, shape[1]), ("width", width, shape[2])):
+        if side not in (None, own):
+            raise InputError(f"{name}: found {side} with images of {shape[1]} x {shape[2]} pixels, expected {own}")
+    if masks is None:
+        return None
+    found = masks.shape
+    if found in ((*shape[:3], 1), *([shape[1:3], (*shape[1:3], 1)] if shape[0] == 1 else [])):
+        masks = masks.reshape(shape[:3])
+    if masks.shape != shape[:3]:
+        raise InputError(f"masks: found shape {found}, expected that of the images, {shape[:3]}")
+    return masks

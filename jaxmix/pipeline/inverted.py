@@ -17,11 +17,12 @@ from jaxmix.cards import Card, some
 from jaxmix.control import QKV, Control
 from jaxmix.models.unet import sites, subtree
 from jaxmix.pipeline.batching import pack
+from jaxmix.pipeline.chunks import PLAIN, Reading
 from jaxmix.pipeline.given import prompt_list
 from jaxmix.pipeline.job import Denoiser, added, flat, over_rows
 from jaxmix.pipeline.request import Sizes
-from jaxmix.pipeline.text import encode_branches
-from jaxmix.rows import check_together, numbers, specs, take, tile, to_branches
+from jaxmix.pipeline.text import chunk_counts, encode_branches
+from jaxmix.rows import check_together, looks_back, numbers, specs, take, tile, to_branches
 from jaxmix.samplers import DDIMInversion, Pin, Refined, ReNoise, invert, renoised
 from jaxmix.samplers.guidance import guide
 from jaxmix.sharding import DATA
@@ -96,6 +97,7 @@ def find_noise(
     renoise: ReNoise | None,
     mesh: Mesh | None,
     batch_size: int | None,
+    reading: Reading = PLAIN,
 ) -> Inverted:
     """Invert images by a pipeline: `Pipeline.invert`, which has the meaning of everything."""
     if (images is None) == (latents is None):
@@ -115,22 +117,36 @@ def find_noise(
     if record is not None and not recorded:
         raise InputError(f"record: found {record!r}, which matches none of the {len(there)} attention sites")
     size = (hw[0] * factor, hw[1] * factor)
-    text = encode_branches(pipe, [[None] * n, prompts], Sizes(size, (0, 0), size).ids)
+    ids, reading = Sizes(size, (0, 0), size).ids, reading.checked()
+    bound = tile(tuple(controls), n)
+    counts = chunk_counts(pipe, prompts, None, reading)
+    if looks_back(bound) or any(name.endswith(".attn2") for name in recorded):
+        counts[:] = counts.max()
     scale = None if guidance_scale is None else numbers("guidance_scale", guidance_scale, n)
     scale = None if scale is None or scale.max() <= 1 else jnp.asarray(scale)
-    model = Denoiser(pipe.unet, pipe.params["unet"], text, tile(tuple(controls), n))
     inversion = DDIMInversion.create(pipe.schedule, steps, label)
     how = None if refined is None else refined.bind(pipe.schedule, steps, n)
     devices = 1 if mesh is None else mesh.shape[DATA]
-    batches = list(pack(n, batch_size, devices))
-    check_together(model.controls, n, len(batches[0].rows) // devices)
-    parts = []
-    for batch in batches:
-        part, refine = take((model, how), batch.rows)
-        guided = None if scale is None else scale[batch.rows]
-        made = invert_rows(part, x0[batch.rows], guided, inversion, recorded, refine, mesh)
-        parts.append(jax.tree.map(lambda y, kept=batch.kept: y[: len(kept)], made))
-    states, features = jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *parts)
+    parts, order = [], []
+    for count in sorted(set(counts.tolist())):
+        members = np.flatnonzero(counts == count)
+        some = [prompts[i] for i in members]
+        text = encode_branches(pipe, [[None] * len(some), some], ids, reading, chunks=count)
+        model = Denoiser(pipe.unet, pipe.params["unet"], text, take(bound, members))
+        batches = list(pack(len(members), batch_size, devices))
+        check_together(model.controls, len(members), len(batches[0].rows) // devices)
+        for batch in batches:
+            rows = members[batch.rows]
+            part, refine = take(model, batch.rows), take(how, rows)
+            guided = None if scale is None else scale[rows]
+            made = invert_rows(part, x0[rows], guided, inversion, recorded, refine, mesh)
+            parts.append(jax.tree.map(lambda y, kept=batch.kept: y[: len(kept)], made))
+            order.append(rows[batch.kept])
+    back = np.argsort(np.concatenate(order))
+    if len(parts) == 1:
+        states, features = parts[0]
+    else:
+        states, features = jax.tree.map(lambda *x: jnp.concatenate(x)[back], *parts)
     return Inverted(states, features, label)
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxmix.cards import Card, weights
 from jaxmix.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
-from jaxmix.pipeline.tokens import open_tokenizer, tokenize
+from jaxmix.pipeline.chunks import PLAIN, Chunks, Reading, piece_ids, tokenize
+from jaxmix.pipeline.tokens import Known, open_tokenizer
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError, Params
+
+
+class Embedding(NamedTuple):
+    """A learnt embedding: the word that stands for it, and its vectors (m, d) for each text encoder."""
+
+    token: str
+    vectors: tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -24,7 +32,8 @@ class Parts(Card):
     ``tokenizer_2`` are transformers CLIPTokenizers, or their folders, which are opened at the first prompt.
     ``sampler``, ``default_steps`` and ``default_guidance_scale`` are the defaults of a request.
     ``zeros_for_empty_prompt`` (SDXL base) zeroes all text states where there is no negative prompt. ``extras`` are the
-    tensors of a single-file checkpoint that belong to no part; saving writes them back.
+    tensors of a single-file checkpoint that belong to no part; saving writes them back. ``embeddings`` are the learnt
+    ones (textual inversion) that prompts may name; saving leaves them out.
     """
 
     unet: UNet2DConditionModel
@@ -40,6 +49,7 @@ class Parts(Card):
     sampler: str = "ddim"
     zeros_for_empty_prompt: bool = False
     extras: Any = None
+    embeddings: tuple[Embedding, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""
@@ -71,6 +81,8 @@ class Parts(Card):
         yield "images", f"{w * factor} x {h * factor} pixels"
         yield "text", f"{self.text_length} tokens, {self.unet.config.cross_attention_dim} channels"
         yield "schedule", f"{self.schedule.prediction_type}, {self.schedule.num_train_timesteps} timesteps"
+        if self.embeddings:
+            yield "embeddings", ", ".join(one.token for one in self.embeddings)
         yield "defaults", f"{self.sampler}, {self.default_steps} steps, guidance {self.default_guidance_scale:g}"
 
     @property
@@ -102,9 +114,38 @@ class Parts(Card):
                 raise InputError(f"{name}: found {value} pixels, expected a multiple of {factor}")
         return (height // factor if height else default[0], width // factor if width else default[1])
 
+    @property
+    def encoders(self) -> tuple[tuple[str, CLIPTextModel], ...]:
+        """The text encoders, one or two, each with its name in ``params``."""
+        both = (("text_encoder", self.text_encoder), ("text_encoder_2", self.text_encoder_2))
+        return tuple((name, encoder) for name, encoder in both if encoder is not None)
+
+    def known(self, encoder: int) -> tuple[Known, ...]:
+        """Return the words of the learnt embeddings, with their ids in a text encoder."""
+        first, found = self.encoders[encoder][1].config.vocab_size, []
+        for one in self.embeddings:
+            count = len(one.vectors[encoder])
+            found.append(Known(one.token, tuple(range(first, first + count))))
+            first += count
+        return tuple(found)
+
+    def learnt(self, encoder: int) -> np.ndarray | None:
+        """Return the vectors (m, d) of the learnt embeddings for a text encoder, None without any."""
+        if not self.embeddings:
+            return None
+        return np.concatenate([one.vectors[encoder] for one in self.embeddings])
+
+    def chunks(self, encoder: int, prompts: Sequence[str], reading: Reading = PLAIN) -> list[Chunks]:
+        """Return the chunks of tokens that a text encoder reads of each prompt."""
+        vocabulary = self.encoders[encoder][1].config.vocab_size
+        tokenizer = self.tokenizers[encoder]
+        return tokenize(tokenizer, self.text_length, prompts, vocabulary, reading, self.known(encoder))
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         """Return token ids (b, text_length) int32, and for each prompt the words that did not fit ("" if all did)."""
-        return tokenize(self.tokenizers[0], self.text_length, prompts, self.text_encoder.config.vocab_size)
+        found = self.chunks(0, prompts)
+        ids = [one.ids[0] for one in found] or np.zeros((0, self.text_length), np.int32)
+        return np.asarray(ids), [one.cut for one in found]
 
     def token_ids(self, phrase: str) -> list[int]:
         """Return the (first) tokenizer's ids of a phrase alone, without start and end."""
@@ -112,5 +153,4 @@ class Parts(Card):
 
     def ids_of(self, text: str) -> list[list[int]]:
         """Return the ids of a text for each text encoder, without start and end, however many they are."""
-        tokenizers = self.tokenizers if self.text_encoder_2 is not None else self.tokenizers[:1]
-        return [list(tokenizer(text, verbose=False)["input_ids"][1:-1]) for tokenizer in tokenizers]
+        return [piece_ids(self.tokenizers[i], text, self.known(i)) for i in range(len(self.encoders))]

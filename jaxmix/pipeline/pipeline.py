@@ -14,20 +14,23 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxmix import control as seam
-from jaxmix import rows as over
 from jaxmix.control import Control
 from jaxmix.models.clip import TextStates
 from jaxmix.models.unet import join_sites, norm_sites, sites
 from jaxmix.pipeline import memory, previews, programs, showing
 from jaxmix.pipeline import text as words
-from jaxmix.pipeline.batching import Batch, of_shape, on_host, pack, to_bytes, warn_of_broken
+from jaxmix.pipeline.batching import of_shape, to_bytes, warn_of_broken
+from jaxmix.pipeline.chunks import PLAIN, Reading
+from jaxmix.pipeline.drawing import draw_rows
+from jaxmix.pipeline.embeddings import with_learnt
 from jaxmix.pipeline.given import pictures
 from jaxmix.pipeline.inverted import Inverted, find_noise
-from jaxmix.pipeline.job import Denoiser, Job, denoise
+from jaxmix.pipeline.job import Denoiser, Job
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.renamed import translate
-from jaxmix.pipeline.request import WEIGHTS, Method, Request, WeightEdit, common_groups, ordered, several
+from jaxmix.pipeline.request import WEIGHTS, WORDS, Method, Request, WeightEdit
 from jaxmix.pipeline.saving import save_pipeline
+from jaxmix.pipeline.stacking import ordered, several
 from jaxmix.rows import Text
 from jaxmix.samplers import (
     ClassifierFree,
@@ -40,7 +43,6 @@ from jaxmix.samplers import (
     seed_array,
     stack,
 )
-from jaxmix.sharding import DATA
 from jaxmix.types import AnyArray, Array, InputError, shown, whole
 
 OUTPUTS = ("uint8", "float", "latent", "pil")
@@ -56,9 +58,22 @@ class Pipeline(Parts):
         """Return the (first) text encoder's states of each prompt."""
         return words.encode(self.tokenizers[0], self.text_encoder, self.params["text_encoder"], prompts)
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Text:
-        """Return what the UNet attends to for each prompt: ``context`` (b, s, d) and, for SDXL, ``pooled`` (b, p)."""
-        return words.encode_prompts(self, prompts)
+    def encode_prompt(
+        self,
+        prompts: Sequence[str],
+        prompts_2: Sequence[str | None] | None = None,
+        *,
+        syntax: str = "plain",
+        max_chunks: int | None = 1,
+        clip_skip: int = 0,
+        chunks: int | None = None,
+    ) -> Text:
+        """Return what the UNet attends to for each prompt; see `jaxmix.pipeline.text.encode_prompts`."""
+        return words.encode_prompts(self, prompts, prompts_2, Reading(syntax, max_chunks, clip_skip).checked(), chunks)
+
+    def with_embedding(self, source: Any, token: str | None = None) -> Pipeline:
+        """Return the pipeline with one more learnt embedding; see `jaxmix.pipeline.embeddings.with_learnt`."""
+        return dataclasses.replace(self, embeddings=with_learnt(self, source, token))
 
     # Pictures ----------------------------------------------------------------------------------------------------
 
@@ -135,7 +150,7 @@ class Pipeline(Parts):
         num_images: int = 1,
         callback: Callable[[int, np.ndarray], Any] | showing.Preview | None = None,
         progress: bool | Callable[[int, int], None] | None = None,
-        **renamed: Any,
+        **more: Any,
     ) -> Any:
         """Draw one image per prompt: `draw` of a `Request` with these fields, under ``methods``.
 
@@ -149,6 +164,9 @@ class Pipeline(Parts):
 
         ``images`` (n, H, W, 3), uint8 or float in [0, 1], start image-to-image with ``strength`` from 0 (keep) to 1;
         ``masks`` (n, H, W), 1 where the image is to be repainted, make it inpainting.
+
+        Further keywords say how prompts are read: ``syntax``, ``max_chunks``, ``clip_skip``, ``prompts_2`` and
+        ``negative_prompts_2``; see `Request`.
 
         For the other arguments, the result and the errors see `draw`. The other fields of a `Request` need `draw`; the
         keywords of the last release for them (`pinned`, `fusion`, `context`, `start`, `guided`, `original_size`,
@@ -171,9 +189,10 @@ class Pipeline(Parts):
             masks=masks,
             latents=latents,
             controls=controls,  # type: ignore[arg-type]
+            **{field: more.pop(key) for key, field in WORDS.items() if key in more},
         )
-        if renamed:
-            request, methods = translate(self, request, methods, renamed)
+        if more:
+            request, methods = translate(self, request, methods, more)
         how: dict[str, Any] = {"mesh": mesh, "output": output, "batch_size": batch_size, "tile": tile}
         how |= {"num_images": num_images, "callback": callback, "progress": progress}
         return self.draw(request, methods, **how)
@@ -194,8 +213,9 @@ class Pipeline(Parts):
         """Draw the images of a request under methods, which are applied batch by batch.
 
         ``mesh`` (see `jaxmix.data_mesh`) splits the rows over devices. Rows are drawn ``batch_size`` at a time, all at
-        once if None; every batch is padded to the same size, so each (steps, size, batch size) compiles once. ``tile``
-        (latent cells) decodes in tiles, for large images.
+        once if None; every batch is padded to the same size, so each (steps, size, batch size) compiles once. Images
+        whose prompts take different numbers of chunks are drawn in batches of their own. ``tile`` (latent cells)
+        decodes in tiles, for large images.
 
         Each image is drawn ``num_images`` times, next to each other: seeds then count up from the given one, or from 0.
         ``progress`` shows a bar of images, by default in a terminal and a notebook; or ``progress(done, n)`` is called
@@ -218,23 +238,8 @@ class Pipeline(Parts):
         request, methods = several(request, methods, whole("num_images", num_images, 1), seeds)
         if output != "latent":
             self.check_size(*request.hw(self), tile, *_size_of(request))
-        done: list[tuple[np.ndarray, np.ndarray]] = []
-        waiting: tuple[Array, np.ndarray] | None = None
-        with showing.bar(progress, request.n) as told:
-            for batch in self._batches(request, methods, mesh, batch_size):
-                x, kept = self._draw_batch(request, methods, batch, mesh, watcher)
-                if output != "latent":
-                    x = programs.decode(self.vae, mesh, tile, self.params["vae"], x)
-                if waiting is not None:  # one batch behind, so that the device draws while the host copies pixels
-                    done.append(on_host(*waiting, output))
-                    told(sum(len(x) for x, _ in done), request.n)
-                waiting = x, kept
-            assert waiting is not None, "a request has an image"
-            done.append(on_host(*waiting, output))
-            told(request.n, request.n)
-        images, finite = zip(*done, strict=True)
-        warn_of_broken(np.concatenate(finite))
-        return showing.as_pil(np.concatenate(images)) if output == "pil" else np.concatenate(images)
+        how: dict[str, Any] = {"mesh": mesh, "output": output, "batch_size": batch_size, "tile": tile}
+        return draw_rows(self, request, methods, **how, watcher=watcher, progress=progress)
 
     def check(self, request: Request, methods: Method | Sequence[Method] = ()) -> Request:
         """Return the request with everything filled in; raises `InputError` wherever `draw` would.
@@ -285,38 +290,6 @@ class Pipeline(Parts):
         """Raise `InputError` for controls that do not fit the UNet at latents of size ``hw``, or each other."""
         cfg = self.unet.config
         seam.validate(controls, sites(cfg, hw), norm_sites(cfg, hw), join_sites(cfg, hw))
-
-    def _batches(
-        self, request: Request, methods: Sequence[Method], mesh: Mesh | None, batch_size: int | None
-    ) -> list[Batch]:
-        devices = 1 if mesh is None else mesh.shape[DATA]
-        groups = common_groups(methods, request.n)
-        batches = list(pack(request.n, batch_size, devices, groups))
-        if groups is None:
-            over.check_together(request.controls, request.n, len(batches[0].rows) // devices)
-        return batches
-
-    def _draw_batch(
-        self,
-        request: Request,
-        methods: Sequence[Method],
-        batch: Batch,
-        mesh: Mesh | None,
-        watcher: showing.Watcher | None = None,
-    ) -> tuple[Array, np.ndarray]:
-        """Return the latents of a batch, and which of its rows to keep."""
-        part, pipe, n = request.take(batch.rows), self, request.n
-        for method in methods:
-            if method.when > WEIGHTS:  # all edits at once: only one set is cached, and a part of it would evict it
-                pipe = self.merged(part.weights)
-            part = method.take(batch, n).apply(pipe, part)
-        pipe = self.merged(part.weights)
-        pipe.check_controls(part.controls, part.hw(pipe))
-        solver = part.solver(self)
-        kept = batch.kept if part.kept is None else np.asarray(part.kept)[batch.kept]
-        job, watch = pipe.job(part, solver), None if watcher is None else watcher.watch
-        with showing.watched(watcher, batch.rows[batch.kept], kept, solver.steps, mesh) as number:
-            return denoise(job, solver, *part.span, mesh, watch, np.int32(number)), kept
 
     def job(self, request: Request, solver: Any) -> Job:
         """Return the job of a checked request whose weights are already merged, for `jaxmix.pipeline.job.denoise`."""
@@ -375,17 +348,19 @@ class Pipeline(Parts):
         renoise: ReNoise | None = None,
         mesh: Mesh | None = None,
         batch_size: int | None = None,
+        reading: Reading = PLAIN,
     ) -> Inverted:
         """Find the noise that draws given images, by DDIM inversion, and the states on the way.
 
         ``images`` (n, H, W, 3) as for `generate`, or clean scaled ``latents``. ``prompts`` describe them (empty if
-        None). Without a ``guidance_scale`` above 1 the prompt's branch runs alone. ``label`` picks the timestep given
-        to the model, see `jaxmix.samplers.DDIMInversion`. ``record`` is a pattern over attention sites whose projected
-        queries, keys and values are kept for every step. ``renoise`` refines every step (arXiv 2403.14602, see
-        `jaxmix.samplers.renoise`), with the label "next" and nothing recorded. Raises `InputError` as `generate` does.
+        None) and are read as ``reading`` says. Without a ``guidance_scale`` above 1 the prompt's branch runs alone.
+        ``label`` picks the timestep given to the model, see `jaxmix.samplers.DDIMInversion`. ``record`` is a pattern
+        over attention sites whose projected queries, keys and values are kept for every step. ``renoise`` refines every
+        step (arXiv 2403.14602, `jaxmix.samplers.renoise`), with the label "next" and nothing recorded. Raises
+        `InputError` as `generate` does.
         """
         how: dict[str, Any] = {"label": label, "record": record, "latents": latents, "renoise": renoise}
-        how |= {"mesh": mesh, "batch_size": batch_size}
+        how |= {"mesh": mesh, "batch_size": batch_size, "reading": reading}
         return find_noise(self, images, prompts, steps, guidance_scale, controls, **how)
 
     # Files -------------------------------------------------------------------------------------------------------

@@ -50,10 +50,17 @@ def encode_images(vae: AutoencoderKL, params: Params, images: Float[Array, "n H 
     return mean * vae.config.scaling_factor
 
 
-@functools.partial(jax.jit, static_argnames=("text_encoder",))
-def encode_ids(text_encoder: CLIPTextModel, params: Params, ids: Array) -> TextStates:
-    """Encode token ids (b, s)."""
-    return text_encoder.apply({"params": params}, ids)
+@functools.partial(jax.jit, static_argnames=("text_encoder", "clip_skip"))
+def encode_ids(
+    text_encoder: CLIPTextModel,
+    params: Params,
+    ids: Array,
+    seen: Array | None = None,
+    more: Array | None = None,
+    clip_skip: int = 0,
+) -> TextStates:
+    """Encode token ids (b, s); the other arguments are those of `CLIPTextModel`."""
+    return text_encoder.apply({"params": params}, ids, seen, more, clip_skip)
 
 
 draw_noise = jax.jit(initial_noise, static_argnames=("shape",))

@@ -9,7 +9,8 @@ from typing import Any
 
 from jaxmix.pipeline.batching import of_shape
 from jaxmix.pipeline.parts import Parts
-from jaxmix.pipeline.request import Method, Request, Sizes, ordered
+from jaxmix.pipeline.request import Method, Request, Sizes
+from jaxmix.pipeline.stacking import ordered
 from jaxmix.samplers import Unguided
 
 KEYWORDS = ("pinned", "fusion", "context", "start", "guided", "original_size", "crop", "target_size")

@@ -18,14 +18,33 @@ from jaxtyping import Float
 from jaxmix import rows as over
 from jaxmix.control import Control
 from jaxmix.pipeline.batching import Batch, inside, shrink_masks
-from jaxmix.pipeline.given import pictures, prompt_list, seed_list, text_list
+from jaxmix.pipeline.chunks import Reading
+from jaxmix.pipeline.given import (
+    check_words,
+    control_tuple,
+    fitting_masks,
+    pictures,
+    prompt_list,
+    seed_list,
+    text_list,
+)
 from jaxmix.pipeline.parts import Parts
-from jaxmix.pipeline.text import encode_branches, join
+from jaxmix.pipeline.text import check_skip, chunk_counts, encode_branches, join
 from jaxmix.rows import Text
 from jaxmix.samplers import Guidance, LatentEdit, Solver, image_to_image_start, make_solver, split_sampler
 from jaxmix.types import AnyArray, Array, InputError, Params, shown, whole
 
 T = TypeVar("T")
+
+
+WORDS = {
+    "prompts_2": "prompts_2",
+    "negative_prompts_2": "negatives_2",
+    "syntax": "syntax",
+    "max_chunks": "max_chunks",
+    "clip_skip": "clip_skip",
+}
+"""Keywords of `Pipeline.generate` about how prompts are read, and the fields of a `Request` that they are."""
 
 
 class WeightEdit(Protocol):
@@ -79,6 +98,12 @@ class Request:
         guidance: in addition to classifier-free guidance, which acts in all steps that none of these covers.
         edits: of the latents, after those that ``images`` and ``masks`` imply.
         kept: rows to return once methods have added some; all if None.
+        prompts_2: what SDXL's second text encoder reads instead of ``prompts``; None for the same.
+        negatives_2: likewise instead of ``negatives``.
+        syntax: how prompts say weights, one of `jaxmix.pipeline.prompt_syntax.SYNTAXES`.
+        max_chunks: how many chunks of tokens (75 of CLIP's 77) are read of a prompt; None for all of it.
+        clip_skip: how many of the text encoders' last layers are left out, of the conditional branches as in diffusers.
+        chunks: to which all prompts are filled up; as many as the longest needs if None. `Pipeline.draw` says it.
     """
 
     prompts: Sequence[str]
@@ -105,6 +130,12 @@ class Request:
     guidance: tuple[Guidance, ...] = ()
     edits: tuple[LatentEdit, ...] = ()
     kept: np.ndarray | None = None
+    prompts_2: Sequence[str | None] | None = None
+    negatives_2: Sequence[str | None] | None = None
+    syntax: str = "plain"
+    max_chunks: int | None = 1
+    clip_skip: int = 0
+    chunks: int | None = None
 
     @property
     def n(self) -> int:
@@ -118,6 +149,7 @@ class Request:
         """
         prompts = prompt_list(self.prompts)
         n = len(prompts)
+        reading = self.reading.checked()
         steps = parts.default_steps if self.steps is None else whole("steps", self.steps, 1)
         # A spacing alone stands above that of the model's sampler.
         own = parts.sampler if self.spacing is None else split_sampler(parts.sampler)[0]
@@ -125,15 +157,20 @@ class Request:
         seeds = seed_list(self.seeds, n)
         negatives = text_list("negative_prompts", self.negatives, n)
         branches = tuple(text_list(f"branches[{i}]", branch, n) for i, branch in enumerate(self.branches))
+        seconds = [
+            None if value is None else text_list(name, value, n)
+            for name, value in (("prompts_2", self.prompts_2), ("negative_prompts_2", self.negatives_2))
+        ]
+        check_skip(parts, reading.clip_skip)
+        named = {"prompts": prompts, "negative_prompts": negatives}
+        check_words(parts.text_encoder_2 is not None, reading.syntax, named, seconds)
         scale = parts.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
         rescale = over.numbers("guidance_rescale", self.guidance_rescale, n, "prompts", least=0.0)
         if rescale.max() > 1:
             raise InputError(f"guidance_rescale: found {shown(self.guidance_rescale)}, expected numbers from 0 to 1")
         first, last = self.span
-        height, width = (
-            None if side is None else whole(name, side, 1)
-            for name, side in (("height", self.height), ("width", self.width))
-        )
+        height = None if self.height is None else whole("height", self.height, 1)
+        width = None if self.width is None else whole("width", self.width, 1)
         latents = None if self.latents is None else jnp.asarray(self.latents, jnp.float32)
         images = None if self.images is None else pictures("images", self.images, n)
         masks = None if self.masks is None else inside(self.masks)
@@ -141,18 +178,8 @@ class Request:
             if first:
                 raise InputError(f"start: found step {first} with images, expected strength to say where they start")
             first = image_to_image_start(solver.steps, self.strength)
-            shape = images.shape
-            for name, side, own in (("height", height, shape[1]), ("width", width, shape[2])):
-                if side not in (None, own):
-                    raise InputError(
-                        f"{name}: found {side} with images of {shape[1]} x {shape[2]} pixels, expected {own}"
-                    )
-            height, width = shape[1:3]
-            same = [(*shape[:3], 1), *([shape[1:3], (*shape[1:3], 1)] if n == 1 else [])]
-            if masks is not None and masks.shape in same:
-                masks = masks.reshape(shape[:3])  # a channel of its own, or one mask without the first axis
-            if masks is not None and masks.shape != shape[:3]:
-                raise InputError(f"masks: found shape {np.shape(self.masks)}, expected that of the images, {shape[:3]}")  # type: ignore[arg-type]
+            masks = fitting_masks(images, masks, height, width)
+            height, width = images.shape[1:3]
         elif masks is not None:
             raise InputError("masks: found masks alone, expected also the images to repaint")
         if not 0 <= first < solver.steps:
@@ -166,9 +193,7 @@ class Request:
             if latents.ndim != 4 or latents.shape[0] != n or latents.shape[-1] != channels:
                 raise InputError(f"latents: found shape {latents.shape}, expected ({n}, h, w, {channels})")
             if self.images is not None and latents.shape[1:3] != hw:
-                raise InputError(
-                    f"latents: found shape {latents.shape}, expected ({n}, *{hw}, {channels}) of the images"
-                )
+                raise InputError(f"latents: found shape {latents.shape}, expected {(n, *hw, channels)} of the images")
             hw = (latents.shape[1], latents.shape[2])
         size = (hw[0] * factor, hw[1] * factor)
         return dataclasses.replace(
@@ -188,9 +213,13 @@ class Request:
             span=(first, last),
             sizes=self.sizes or Sizes(size, (0, 0), size),
             latents=latents,
-            controls=over.tile(_controls(self.controls), n),
+            controls=over.tile(control_tuple(self.controls), n),
             edits=over.tile(tuple(self.edits), n),
             guidance=over.tile(tuple(self.guidance), n),
+            prompts_2=seconds[0],
+            negatives_2=seconds[1],
+            max_chunks=reading.max_chunks,
+            clip_skip=reading.clip_skip,
         )
 
     def hw(self, parts: Parts) -> tuple[int, int]:
@@ -217,7 +246,7 @@ class Request:
         """Return the request for some of its images, in that order; an index may be repeated."""
         rows = np.asarray(rows)
         changed: dict[str, Any] = {}
-        for name in ("prompts", "negatives", "seeds"):
+        for name in ("prompts", "negatives", "seeds", "prompts_2", "negatives_2"):
             value = getattr(self, name)
             changed[name] = None if value is None else [value[i] for i in rows]
         changed["branches"] = tuple([branch[i] for i in rows] for branch in self.branches)
@@ -239,37 +268,66 @@ class Request:
         changed: dict[str, Any] = {name: (*getattr(self, name), *value) for name, value in more.items()}
         return dataclasses.replace(self, **changed)
 
+    @property
+    def reading(self) -> Reading:
+        """How the prompts are read."""
+        return Reading(self.syntax, self.max_chunks, self.clip_skip)
+
+    def chunk_counts(self, parts: Parts, further: Sequence[Sequence[str]] | None = None) -> np.ndarray:
+        """Return how many chunks the longest text of each image takes, ``further`` ones (n lists) included."""
+        if self.chunks is not None or self.text is not None:
+            tokens = 0 if self.text is None else self.text.context.shape[2]
+            return np.full(self.n, self.chunks or max(tokens // parts.text_length, 1))
+        found = np.ones(self.n, int)
+        if self.max_chunks == 1:
+            return found
+        read = [(self.prompts, self.prompts_2), (self.negatives or [None] * self.n, self.negatives_2)]
+        for branch, second in [*read, *((branch, None) for branch in self.branches)]:
+            texts = [text or "" for text in branch]
+            found = np.maximum(found, chunk_counts(parts, texts, second, self.reading))
+        for i, texts in enumerate(further or ()):
+            if texts:
+                found[i] = max(found[i], *chunk_counts(parts, list(texts), None, self.reading))
+        return found
+
+    def tokens(self, parts: Parts) -> int:
+        """Return the number of tokens of the text of each branch."""
+        return int(self.chunk_counts(parts).max()) * parts.text_length
+
     def states(self, parts: Parts) -> Text:
         """Return the text of all branches of the images, (n, branches, ...)."""
         if self.text is not None:
+            shape = self.text.context.shape
             expected = (self.n, 2 + len(self.branches), parts.text_length, parts.unet.config.cross_attention_dim)
-            if self.text.context.shape != expected:
-                raise InputError(f"text.context: found shape {self.text.context.shape}, expected {expected}")
+            whole_chunks = len(shape) == 4 and shape[2] > 0 and shape[2] % parts.text_length == 0
+            if not whole_chunks or (*shape[:2], shape[3]) != (*expected[:2], expected[3]):
+                raise InputError(f"text.context: found shape {shape}, expected {expected}, or several times the tokens")
             return self.text
         assert self.negatives is not None and self.sizes is not None, "check the request first"
-        return encode_branches(parts, [self.negatives, self.prompts, *self.branches], self.sizes.ids)
+        seconds = [self.negatives_2, self.prompts_2, *[None] * len(self.branches)]
+        branches = [self.negatives, self.prompts, *self.branches]
+        return encode_branches(
+            parts, branches, self.sizes.ids, self.reading, seconds=seconds, chunks=int(self.chunk_counts(parts).max())
+        )
 
     def with_branch(self, parts: Parts, prompts: Sequence[str | None]) -> tuple[Request, int]:
         """Return the request with one more conditional prompt per image, and the number of its branch."""
         made = self.add(branches=(list(prompts),))
         if self.text is not None:
-            assert self.sizes is not None, "check the request first"
-            more = encode_branches(parts, [prompts], self.sizes.ids)
-            made = dataclasses.replace(made, text=join(self.text, more))
+            made = dataclasses.replace(made, text=join(self.text, self.encoded(parts, [prompts], first=2)))
         return made, 1 + len(made.branches)
+
+    def encoded(self, parts: Parts, branches: Sequence[Sequence[str | None]], first: int = 0) -> Text:
+        """Return the text of other branches, read as the request's own; ``first`` is the number of their first."""
+        assert self.sizes is not None, "check the request first"
+        chunks = int(self.chunk_counts(parts).max())
+        return encode_branches(parts, branches, self.sizes.ids, self.reading, chunks=chunks, first=first)
 
     def latent_masks(self, parts: Parts) -> Array | None:
         """Return the masks at the size of the latents (n, h, w, 1), None if there are none."""
         if self.masks is None or self.images is None:
             return None
         return shrink_masks(self.masks, np.shape(self.images)[:3], parts.vae.config.factor)
-
-
-def _controls(controls: Sequence[Any]) -> tuple[Control, ...]:
-    for control in (controls,) if isinstance(controls, Control) or not hasattr(controls, "__iter__") else controls:
-        if not isinstance(control, Control):
-            raise InputError(f"controls: found {type(control).__name__}, expected Control objects")
-    return (controls,) if isinstance(controls, Control) else tuple(controls)
 
 
 WEIGHTS, ATTENTION, NOISE, BLEND = 0, 1, 2, 3
@@ -318,6 +376,10 @@ class Method:
         """Return the sizes of the groups of the ``n`` images that must be drawn together, None without groups."""
         return None
 
+    def further_prompts(self, n: int) -> Sequence[Sequence[str]]:
+        """Return for each of the ``n`` images the prompts that it is drawn with beside its own, if there are any."""
+        return ()
+
     def take(self: T, batch: Batch, n: int) -> T:
         """Return the method for a batch of the ``n`` images."""
         cut = {
@@ -335,55 +397,3 @@ class Method:
 def is_list(value: Any) -> bool:
     """Return whether a value has one entry per image: a sequence or an array, neither text nor a mapping."""
     return not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__len__")
-
-
-def ordered(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
-    """Return methods, or a single one, in the order in which they are applied.
-
-    Raises `InputError` for anything that is not a method.
-    """
-    given: Any = (methods,) if isinstance(methods, Method) or not hasattr(methods, "__iter__") else tuple(methods)
-    for method in given:
-        if not isinstance(method, Method):
-            kind = type(method).__name__
-            hint = f"{kind}.on(...)" if hasattr(method, "on") else "one such as MagicFusion(...)"
-            raise InputError(f"methods: found {kind}, expected {hint}")
-    return tuple(sorted(given, key=lambda method: method.when))
-
-
-def common_groups(methods: Sequence[Method], n: int) -> Sequence[int] | None:
-    """Return the groups in which the images must be drawn; raises `InputError` if methods need different ones."""
-    found: list[tuple[str, list[int]]] = []
-    for method in methods:
-        sizes = method.together(n)
-        if sizes is not None:
-            found.append((type(method).__name__, list(sizes)))
-    if not found:
-        return None
-    for name, sizes in found[1:]:
-        if sizes != found[0][1]:
-            raise InputError(f"groups: found {found[0][1]} in {found[0][0]} and {sizes} in {name}, expected the same")
-    return found[0][1]
-
-
-def several(
-    request: Request, methods: Sequence[Method], k: int, seeds: Any = None
-) -> tuple[Request, tuple[Method, ...]]:
-    """Return a checked request with each image ``k`` times in a row, and its methods; ``seeds`` are those given.
-
-    Raises `InputError` for methods that draw images in groups, which say who is drawn with whom.
-    """
-    n = request.n
-    if k == 1:
-        return request, tuple(methods)
-    for method in methods:
-        if method.together(n) is not None:
-            name = method.title or type(method).__name__
-            raise InputError(f"num_images: found {k} with {name}, which draws images in groups, expected 1")
-    rows = np.repeat(np.arange(n), k)
-    batch = Batch(rows, np.arange(n * k), (1,) * (n * k))
-    made = request.repeat(k)
-    listed = isinstance(seeds, Sequence) or hasattr(seeds, "__len__")
-    counted = [seed + j for seed in request.seeds or () for j in range(k)] if listed else seeds
-    made = dataclasses.replace(made, seeds=seed_list(counted, n * k))
-    return made, tuple(method.take(batch, n) for method in methods)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import codecs
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from jaxmix.types import InputError, shown
 from jaxmix.weights.files import read_json, refuse_stand_in
@@ -79,25 +78,48 @@ def _without_marks(folder: Path, copy: Path) -> str:
     return str(copy)
 
 
-def tokenize(
-    tokenizer: Any, length: int, prompts: Sequence[str], vocabulary: int | None = None
-) -> tuple[np.ndarray, list[str]]:
-    """Return token ids (b, length) int32, and for each prompt the words that did not fit ("" if all did).
+def one_line(tokenizer: Any, what: str) -> contextlib.AbstractContextManager[None]:
+    """Turn whatever a tokenizer raises into an `InputError` that names it."""
+    return _one_line(f"{name_of(tokenizer)}: {what}")
 
-    Raises InputError for ids that a text encoder with a `vocabulary` of so many tokens does not have.
+
+def name_of(tokenizer: Any) -> str:
+    """Return what messages call a tokenizer."""
+    return getattr(tokenizer, "name_or_path", "") or "tokenizer"
+
+
+class Known(NamedTuple):
+    """A word with ids of its own: that of a learnt embedding, one id for each of its vectors."""
+
+    token: str
+    ids: tuple[int, ...]
+
+
+def known_pieces(text: str, known: Sequence[Known], syntax: str = "plain") -> Iterator[str | Known]:
+    """Yield a text cut at the words that are known, whatever their case; of two that fit the longer one is meant.
+
+    ComfyUI's prompts say ``embedding:`` before them.
     """
-    ids, cut = [], []
-    where = getattr(tokenizer, "name_or_path", "") or "tokenizer"
-    for prompt in prompts:
-        with _one_line(f"{where}: cannot tokenize {shown(prompt)}"):
-            whole = tokenizer(prompt, verbose=False)["input_ids"]  # not verbose: the caller words the warning
-            cut.append(tokenizer.decode(whole[length - 1 : -1]).strip() if len(whole) > length else "")
-            padded = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"]
-            ids.append(np.asarray(padded, np.int64).reshape(length))
-    made = np.asarray(ids, np.int64).reshape(-1, length)
-    if vocabulary is not None and made.size and not 0 <= made.min() <= made.max() < vocabulary:
-        raise InputError(
-            f"{where}: gives the token id {made.max()}, but the text encoder has {vocabulary} tokens, expected the "
-            "tokenizer of this model"
-        )
-    return made.astype(np.int32), cut
+    if not known:
+        yield text
+        return
+    longest = sorted(known, key=lambda one: -len(one.token))
+    before = "(?:embedding:)?" if syntax == "comfy" else ""
+    found = re.compile("|".join(before + _as_word(one.token) for one in longest), re.IGNORECASE)
+    by_name = {one.token.lower(): one for one in known}
+    start = 0
+    for match in found.finditer(text):
+        if match.start() > start:
+            yield text[start : match.start()]
+        said = match[0].lower()
+        yield by_name.get(said) or by_name[said.removeprefix("embedding:")]
+        start = match.end()
+    if start < len(text) or not text:
+        yield text[start:]
+
+
+def _as_word(token: str) -> str:
+    """Return the pattern of a token that is no part of a longer word."""
+    before = r"(?<!\w)" if re.match(r"\w", token) else ""
+    after = r"(?!\w)" if re.search(r"\w$", token) else ""
+    return before + re.escape(token) + after

@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 import jaxmix
 from jaxmix.models import CLIPTextConfig, UNetConfig, VAEConfig
-from jaxmix.pipeline.tokens import open_tokenizer, tokenize
+from jaxmix.pipeline.chunks import tokenize
+from jaxmix.pipeline.tokens import open_tokenizer
 from jaxmix.released import RELEASED
 from jaxmix.samplers import default_sampler, differences, make_solver
 from jaxmix.schedule import NoiseSchedule
