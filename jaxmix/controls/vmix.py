@@ -77,8 +77,9 @@ class VMixControl(Control):
         if site.name not in self.values:
             return a
         va = self.values[site.name].astype(a.v.dtype)
-        if va.shape[1] != a.v.shape[1]:
-            raise InputError(f"VMix: found {a.v.shape[1]} text tokens, expected the adapter's {va.shape[1]}")
+        if a.v.shape[1] % va.shape[1]:
+            raise InputError(f"VMix: found {a.v.shape[1]} text tokens, expected a multiple of {va.shape[1]}")
+        va = jnp.tile(va, (1, a.v.shape[1] // va.shape[1], 1))  # for each chunk of a long prompt
         va = va.reshape(*va.shape[:2], *a.v.shape[2:])
         return KV(a.k, a.v + like(self.scale, va) * va)
 

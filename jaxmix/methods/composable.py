@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.pipeline.batching import Batch
+from jaxmix.pipeline.given import check_prompt
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import NOISE, Method, Request
 from jaxmix.samplers import Composed
@@ -100,7 +101,13 @@ class ComposableDiffusion(Method):
         for i, texts in enumerate(self.prompts):
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
                 raise InputError(f"ComposableDiffusion.prompts[{i}]: found {texts!r}, expected a list of prompts")
+            for k, text in enumerate(texts):
+                check_prompt(text, request.syntax, f"ComposableDiffusion.prompts[{i}][{k}]")
             self._weights(i)
+
+    def further_prompts(self, n: int) -> list[list[str]]:
+        """Return the further prompts of each image."""
+        return [list(texts) for texts in self.prompts]
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add the guidance without the branches that it is of."""

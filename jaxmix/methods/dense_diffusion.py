@@ -13,6 +13,7 @@ from jaxmix.controls import dense_diffusion as dense
 from jaxmix.models.unet import sites
 from jaxmix.pipeline import layouts as shared
 from jaxmix.pipeline.batching import inside
+from jaxmix.pipeline.chunks import PLAIN, Reading
 from jaxmix.pipeline.layouts import Segment
 from jaxmix.pipeline.phrases import Phrase, encoded_alone
 from jaxmix.pipeline.pipeline import Pipeline
@@ -67,18 +68,25 @@ class Placed(NamedTuple):
     phrases: list[tuple[int, Phrase]]
 
 
-def place(pipe: Pipeline, prompts: Sequence[str], layouts: Sequence[Sequence[Segment]]) -> Placed:
+def place(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    layouts: Sequence[Sequence[Segment]],
+    reading: Reading = PLAIN,
+    prompts_2: Sequence[str | None] | None = None,
+    tokens: int | None = None,
+) -> Placed:
     """Find each phrase in its prompt and shrink each mask to the latents; raises what `dense_diffusion` says.
 
     Where a phrase stands more than once, the first place is meant; of segments that share tokens the last one has them.
     """
-    segments = shared.place(pipe, prompts, layouts)
+    segments = shared.place(pipe, prompts, layouts, reading, prompts_2)
     factor, most = pipe.vae.config.factor, max(map(len, segments))
     if most > dense.MOST_SEGMENTS:
         raise InputError(f"layouts: found {most} segments, expected at most {dense.MOST_SEGMENTS}")
     height, width = shared.size_of(segments)
     masks = np.zeros((len(prompts), most, height // factor, width // factor), bool)
-    owners = np.full((len(prompts), 1 + (pipe.text_encoder_2 is not None), pipe.text_length), -1)
+    owners = np.full((len(prompts), 1 + (pipe.text_encoder_2 is not None), tokens or pipe.text_length), -1)
     phrases = []
     for i, layout in enumerate(segments):
         for j, (segment, phrase, where) in enumerate(layout):
@@ -94,10 +102,10 @@ def place(pipe: Pipeline, prompts: Sequence[str], layouts: Sequence[Sequence[Seg
     return Placed(masks, owners, phrases)
 
 
-def splice(pipe: Pipeline, context: np.ndarray, placed: Placed) -> np.ndarray:
+def splice(pipe: Pipeline, context: np.ndarray, placed: Placed, reading: Reading = PLAIN) -> np.ndarray:
     """Return text states (n, s, d) with those of each phrase, encoded alone, in its place in the sentence."""
     context = np.array(context)
-    for image, tokens, channels, states in encoded_alone(pipe, placed.phrases):
+    for image, tokens, channels, states in encoded_alone(pipe, placed.phrases, reading):
         context[image, tokens, channels] = states
     return context
 
@@ -130,22 +138,25 @@ class DenseDiffusion(Method):
         super().check(pipe, request)
         for name in ("cross", "self_", "area"):
             numbers(name.rstrip("_"), getattr(self, name), request.n, "prompts")
-        place(pipe, request.prompts, self.layouts)
+        self._place(pipe, request)
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control, which needs no text encoder."""
-        return request.add(controls=(self.control(pipe, place(pipe, request.prompts, self.layouts)),))
+        return request.add(controls=(self.control(pipe, self._place(pipe, request)),))
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control, and put the states of the phrases into those of the prompts."""
-        placed = place(pipe, request.prompts, self.layouts)
+        placed = self._place(pipe, request)
         request = request.add(controls=(self.control(pipe, placed),))
         if not self.splice:
             return request
         text = request.states(pipe)
-        context = splice(pipe, np.asarray(text.context[:, 1]), placed)
+        context = splice(pipe, np.asarray(text.context[:, 1]), placed, request.reading)
         spliced = dataclasses.replace(text, context=text.context.at[:, 1].set(context))
         return dataclasses.replace(request, text=spliced)
+
+    def _place(self, pipe: Pipeline, request: Request) -> Placed:
+        return place(pipe, request.prompts, self.layouts, request.reading, request.prompts_2, request.tokens(pipe))
 
     def control(self, pipe: Pipeline, placed: Placed) -> dense.DenseDiffusionControl:
         """Return the control of placed layouts."""

@@ -208,7 +208,7 @@ class InstantStylePlus(Method):
     def _start(self, pipe: Pipeline, request: Request, contents: list[np.ndarray], renoise: ReNoise) -> Array:
         """Return the inverted latents of the contents (n, h, w, c); one with the same caption is inverted once."""
         assert request.steps is not None
-        invert = functools.partial(pipe.invert, steps=request.steps, renoise=renoise)
+        invert = functools.partial(pipe.invert, steps=request.steps, renoise=renoise, reading=request.reading)
         found: dict[Any, Array] = {}
         keys = [(x.tobytes(), prompt) for x, prompt in zip(contents, request.prompts, strict=True)]
         for key, picture in zip(keys, contents, strict=True):

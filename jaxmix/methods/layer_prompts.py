@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmix.controls import layer_prompts as maths
 from jaxmix.pipeline.blocks import at_sites, attn2_names
+from jaxmix.pipeline.given import check_prompt
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request
 from jaxmix.pipeline.text import encode_prompts
@@ -46,12 +47,17 @@ class LayerPrompts(Method):
             )
         super().check(pipe, request)
         for i, told in enumerate(self.prompts):
-            _by_layer(pipe, told, f"LayerPrompts: prompts[{i}]")
+            for layer, prompt in _by_layer(pipe, told, f"LayerPrompts: prompts[{i}]").items():
+                check_prompt(prompt, request.syntax, f"LayerPrompts: prompts[{i}][{layer!r}]")
+
+    def further_prompts(self, n: int) -> list[list[str]]:
+        """Return the layers' prompts of each image."""
+        return [list(told.values()) for told in self.prompts]
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control with states of zeros."""
         told = [_by_layer(pipe, x, "LayerPrompts") for x in self.prompts]
-        shape = (request.n, self._count(told), pipe.text_length, pipe.unet.config.cross_attention_dim)
+        shape = (request.n, self._count(told), request.tokens(pipe), pipe.unet.config.cross_attention_dim)
         return self._add(pipe, request, told, np.zeros(shape, np.float32))
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
@@ -60,7 +66,9 @@ class LayerPrompts(Method):
         distinct = list(dict.fromkeys(prompt for layers in told for prompt in layers.values()))
         if not distinct:
             return request
-        encoded = np.asarray(encode_prompts(pipe, distinct).context.astype(jnp.float32))
+        chunks = request.tokens(pipe) // pipe.text_length
+        encoded = encode_prompts(pipe, distinct, None, request.reading, chunks).context
+        encoded = np.asarray(encoded.astype(jnp.float32))
         states = np.zeros((request.n, self._count(told), *encoded.shape[1:]), np.float32)
         for i, layers in enumerate(told):
             for k, prompt in enumerate(dict.fromkeys(layers.values())):

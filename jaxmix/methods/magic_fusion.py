@@ -13,10 +13,10 @@ import numpy as np
 from jaxmix import rows as over
 from jaxmix.control import Control
 from jaxmix.pipeline.batching import Batch
+from jaxmix.pipeline.given import check_prompt
 from jaxmix.pipeline.job import Denoiser
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import BLEND, Method, Request
-from jaxmix.pipeline.text import encode_branches
 from jaxmix.samplers import SaliencyBlend
 from jaxmix.types import InputError
 
@@ -65,6 +65,8 @@ class MagicFusion(Method):
             raise InputError(
                 f"fusion: mode is {self.mode!r}, expected 1 (blend after the switch) or 2 (blend before it)"
             )
+        for i, prompt in enumerate(self.prompts):
+            check_prompt(prompt, request.syntax, f"fusion: prompts[{i}]")
         last = pipe.schedule.num_train_timesteps - 1
         if not 0 <= self.switch <= last:
             raise InputError(f"fusion: switch is {self.switch!r}, expected a timestep from 0 to {last}")
@@ -78,6 +80,11 @@ class MagicFusion(Method):
         fits(pipe, self.expert or pipe)
         if self.controls is not None:
             (self.expert or pipe).check_controls(over.tile(tuple(self.controls), n), request.hw(pipe))
+
+    def further_prompts(self, n: int) -> list[list[str]]:
+        """Return the expert's prompts of each image."""
+        own = self.negative_prompts or [None] * n
+        return [[text for text in texts if text is not None] for texts in zip(self.prompts, own, strict=True)]
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add the guidance without its text and its numbers."""
@@ -112,7 +119,7 @@ class MagicFusion(Method):
         expert = self.expert or pipe
         negatives = request.negatives if self.negative_prompts is None else self.negative_prompts
         assert negatives is not None and request.sizes is not None
-        text = encode_branches(expert if self.own_text else pipe, [negatives, self.prompts], request.sizes.ids)
+        text = request.encoded(expert if self.own_text else pipe, [negatives, self.prompts])
         told_the_same = [a == b for a, b in zip(self.prompts, request.prompts, strict=True)]
         inside = over.own_words(request.controls, np.asarray(told_the_same, np.float32))
         if self.controls is not None:

@@ -48,7 +48,7 @@ class PaintWithWords(Method):
             raise InputError(f"layouts: found {len(self.layouts)}, expected one for each of the {request.n} prompts")
         super().check(pipe, request)
         numbers("weight", self.weight, request.n, "prompts")
-        for layout in shared.place(pipe, request.prompts, self.layouts):
+        for layout in shared.place(pipe, request.prompts, self.layouts, request.reading, request.prompts_2):
             for segment, _, where in layout:
                 _levels(segment.mask, where)
 
@@ -56,21 +56,22 @@ class PaintWithWords(Method):
         """Add the control of the first image that has segments: the masks of many images are large."""
         first = next(i for i, layout in enumerate(self.layouts) if len(layout))
         one = dataclasses.replace(self, layouts=[self.layouts[first]], weight=0.0)
-        return request.add(controls=(one.control(pipe, request.prompts[first : first + 1]),))
+        return request.add(controls=(one.control(pipe, request.take([first])),))
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control, unless none of the images has a segment."""
         if not any(map(len, self.layouts)):
             return request
-        return request.add(controls=(self.control(pipe, request.prompts),))
+        return request.add(controls=(self.control(pipe, request),))
 
-    def control(self, pipe: Pipeline, prompts: Sequence[str]) -> paint.PaintControl:
-        """Return the control of the layouts of prompts."""
-        placed = shared.place(pipe, prompts, self.layouts)
+    def control(self, pipe: Pipeline, request: Request) -> paint.PaintControl:
+        """Return the control of the layouts of a request's prompts."""
+        placed = shared.place(pipe, request.prompts, self.layouts, request.reading, request.prompts_2)
+        tokens = request.tokens(pipe)
         height, width = shared.size_of(placed)
         factor = pipe.vae.config.factor
         grids = sorted({site.hw for site in sites(pipe.unet.config, (height // factor, width // factor))})
-        drawn = [_painted(layout, pipe.text_length, grids) for layout in placed]
+        drawn = [_painted(layout, tokens, grids) for layout in placed]
         return paint.bind(
             {grid: np.stack([image[grid] for image in drawn]) for grid in drawn[0]},
             training_sigmas(pipe.schedule),

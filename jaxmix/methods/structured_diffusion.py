@@ -43,7 +43,7 @@ class StructuredDiffusion(Method):
             raise InputError(f"phrases: found {len(self.phrases)}, expected a list for each of the {request.n} prompts")
         super().check(pipe, request)
         numbers("strength", self.strength, request.n, "prompts")
-        self._find(pipe, request.prompts)
+        self._find(pipe, request)
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add a control that changes nothing."""
@@ -51,14 +51,14 @@ class StructuredDiffusion(Method):
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control, unless none of the images has a phrase."""
-        found = self._find(pipe, request.prompts)
+        found = self._find(pipe, request)
         if not any(found):
             return request
         text = request.states(pipe)
         context = np.asarray(text.context[:, 1].astype(jnp.float32))
         change = np.zeros_like(context)
         phrases = [(i, phrase) for i, some in enumerate(found) for phrase in some]
-        for image, tokens, channels, states in encoded_alone(pipe, phrases):
+        for image, tokens, channels, states in encoded_alone(pipe, phrases, request.reading):
             # c_i and c_0 differ in this place alone.
             change[image, tokens, channels] += (states - context[image, tokens, channels]) / (1 + len(found[image]))
         return dataclasses.replace(request, text=text).add(controls=(self._bind(change),))
@@ -66,10 +66,12 @@ class StructuredDiffusion(Method):
     def _bind(self, change: np.ndarray) -> structured.StructuredControl:
         return structured.bind(change, strength=self.strength, sites=self.sites, window=self.window)
 
-    def _find(self, pipe: Pipeline, prompts: Sequence[str]) -> list[list[Phrase]]:
+    def _find(self, pipe: Pipeline, request: Request) -> list[list[Phrase]]:
         held = []
-        for i, (prompt, phrases) in enumerate(zip(prompts, self.phrases, strict=True)):
+        for i, (prompt, phrases) in enumerate(zip(request.prompts, self.phrases, strict=True)):
             if isinstance(phrases, str) or not all(isinstance(phrase, str) for phrase in phrases):
                 raise InputError(f"image {i}: phrases: found {phrases!r}, expected a list of parts of its prompt")
-            held.append([find_phrase(pipe, prompt, p, f"image {i}, phrase {j} ({p!r})") for j, p in enumerate(phrases)])
+            how = request.reading, None if request.prompts_2 is None else request.prompts_2[i]
+            named = [(p, f"image {i}, phrase {j} ({p!r})") for j, p in enumerate(phrases)]
+            held.append([find_phrase(pipe, prompt, p, where, *how) for p, where in named])
         return held

@@ -169,6 +169,7 @@ class StyleAligned(Method):
                 [request.prompts[row]],
                 steps=request.steps,
                 guidance_scale=self.inversion_guidance,
+                reading=request.reading,
             )
         return picture.course(self.offset)
 

@@ -56,13 +56,21 @@ class Lowered(NamedTuple):
 class Chunks(NamedTuple):
     """A prompt for one tokenizer: ids and weights (chunks, length), and the words that were ``cut`` off.
 
-    ``lowered`` are the pieces that compel blends out.
+    ``lowered`` are the pieces that compel blends out; ``sizes`` is how many tokens of the prompt each chunk has.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     lowered: tuple[Lowered, ...]
     cut: str
+    sizes: tuple[int, ...]
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where the prompt's own tokens stand in all its chunks, one behind the other."""
+        length = self.ids.shape[1]
+        starts = [i * length + 1 for i in range(len(self.sizes))]
+        return np.concatenate([np.arange(s, s + n) for s, n in zip(starts, self.sizes, strict=True)])
 
     def filled(self, count: int, empty: np.ndarray) -> Chunks:
         """Return ``count`` chunks, the further ones those of an empty prompt."""
@@ -75,6 +83,7 @@ class Chunks(NamedTuple):
             np.pad(self.weights, pad, constant_values=1.0),
             tuple(Lowered(w, np.pad(place, pad)) for w, place in self.lowered),
             self.cut,
+            (*self.sizes, *[0] * lack),
         )
 
 
@@ -116,10 +125,9 @@ def chunk(tokenizer: Any, length: int, prompt: str, reading: Reading = PLAIN, kn
         ids[i, 1 : 1 + n] = [token.id for token in tokens]
         ids[i, 1 + n :] = [empty[1], *empty[2 : length - n]]
         weights[i, 1 : 1 + n] = [token.weight for token in tokens]
-    cut = [token.id for tokens in lost for token in tokens]
-    return Chunks(
-        ids, weights, _lowered(kept, length) if reading.syntax == "compel" else (), _said(tokenizer, cut, known)
-    )
+    cut = _said(tokenizer, [token.id for tokens in lost for token in tokens], known)
+    lowered = _lowered(kept, length) if reading.syntax == "compel" else ()
+    return Chunks(ids, weights, lowered, cut, tuple(map(len, kept)))
 
 
 def tokenize(

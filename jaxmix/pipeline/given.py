@@ -61,10 +61,15 @@ def check_words(
         raise InputError("prompts_2: found some, but the model has one text encoder, expected none")
     for name, texts in (*named.items(), *zip((f"{name}_2" for name in named), seconds, strict=True)):
         for i, text in enumerate(texts or ()):
-            try:
-                parse(text or "", syntax)
-            except InputError as error:
-                raise InputError(f"{name}[{i}]: {error}") from None
+            check_prompt(text or "", syntax, f"{name}[{i}]")
+
+
+def check_prompt(prompt: str, syntax: str, where: str) -> None:
+    """Raise `InputError`, which says ``where``, for a prompt whose weights cannot be read."""
+    try:
+        parse(prompt, syntax)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def control_tuple(controls: Any) -> tuple[Control, ...]:

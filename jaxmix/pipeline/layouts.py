@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmix.pipeline.chunks import PLAIN, Reading
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.phrases import Phrase, find_phrase
 from jaxmix.types import AnyArray, InputError
@@ -35,7 +36,13 @@ class Placed(NamedTuple):
     where: str
 
 
-def place(parts: Parts, prompts: Sequence[str], layouts: Sequence[Sequence[Segment]]) -> list[list[Placed]]:
+def place(
+    parts: Parts,
+    prompts: Sequence[str],
+    layouts: Sequence[Sequence[Segment]],
+    reading: Reading = PLAIN,
+    prompts_2: Sequence[str | None] | None = None,
+) -> list[list[Placed]]:
     """Return the segments of each prompt with the places of their phrases; one may be a pair (phrase, mask), too.
 
     Raises `InputError`, naming the image and the segment, for a phrase that is not in its prompt, a mask of another
@@ -60,10 +67,11 @@ def place(parts: Parts, prompts: Sequence[str], layouts: Sequence[Sequence[Segme
                 raise InputError(
                     f"{where}: found a mask of {shape[0]} x {shape[1]} pixels, expected multiples of {factor}"
                 )
-            words = segment.phrase.strip()
-            held[i].append(
-                Placed(segment, find_phrase(parts, prompts[i], segment.phrase, where) if words else None, where)
-            )
+            found = None
+            if segment.phrase.strip():
+                second = None if prompts_2 is None else prompts_2[i]
+                found = find_phrase(parts, prompts[i], segment.phrase, where, reading, second)
+            held[i].append(Placed(segment, found, where))
     return held
 
 

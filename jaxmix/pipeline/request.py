@@ -162,7 +162,7 @@ class Request:
             for name, value in (("prompts_2", self.prompts_2), ("negative_prompts_2", self.negatives_2))
         ]
         check_skip(parts, reading.clip_skip)
-        named = {"prompts": prompts, "negative_prompts": negatives}
+        named: Mapping[str, Sequence[str | None]] = {"prompts": prompts, "negative_prompts": negatives}
         check_words(parts.text_encoder_2 is not None, reading.syntax, named, seconds)
         scale = parts.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
         rescale = over.numbers("guidance_rescale", self.guidance_rescale, n, "prompts", least=0.0)

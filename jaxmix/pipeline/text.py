@@ -58,14 +58,21 @@ def encode_prompts(
     prompt: None. Raises `InputError` for prompts that are longer than ``chunks``.
     """
     check_skip(parts, reading.clip_skip)
-    read = [parts.chunks(i, texts, reading) for i, texts in enumerate(_of_encoders(parts, prompts, prompts_2))]
+    read = [parts.chunks(i, texts, reading) for i, texts in enumerate(of_encoders(parts, prompts, prompts_2))]
     own = np.max([[len(one.ids) for one in found] for found in read], 0, initial=1)
     if chunks is not None and own.max() > chunks:
         longest = int(own.argmax())
         raise InputError(
             f"prompt {shown(prompts[longest])}: found {own[longest]} chunks of tokens, expected at most {chunks}"
         )
-    counted = own if chunks is None else np.full(len(prompts), chunks)
+    return encode_chunks(parts, read, reading, own if chunks is None else np.full(len(prompts), chunks))
+
+
+def encode_chunks(parts: Parts, read: Sequence[Sequence[Chunks]], reading: Reading, counted: np.ndarray) -> Text:
+    """Return the text of prompts that each text encoder's tokenizer has ``read``, filled up to the longest.
+
+    ``counted`` (b,) is how many chunks of each prompt count in its mean, those that fill it up included.
+    """
     held = [
         _states(parts, i, found, int(counted.max(initial=1)), counted, reading, penultimate=len(read) > 1)
         for i, found in enumerate(read)
@@ -75,7 +82,7 @@ def encode_prompts(
     return Text(jnp.concatenate([context for context, _ in held], -1), held[1][1])
 
 
-def _of_encoders(parts: Parts, prompts: Sequence[str], prompts_2: Prompts | None) -> list[list[str]]:
+def of_encoders(parts: Parts, prompts: Sequence[str], prompts_2: Prompts | None) -> list[list[str]]:
     """Return the prompts of each text encoder."""
     texts = [list(prompts)]
     if parts.text_encoder_2 is not None:
@@ -103,7 +110,7 @@ def chunk_counts(
     """Return how many chunks each prompt takes, in the encoder that needs more."""
     if reading.max_chunks == 1:
         return np.ones(len(prompts), int)
-    texts = _of_encoders(parts, prompts, prompts_2)
+    texts = of_encoders(parts, prompts, prompts_2)
     return np.max([[len(one.ids) for one in parts.chunks(i, t, reading)] for i, t in enumerate(texts)], 0, initial=1)
 
 
@@ -259,7 +266,7 @@ def warn_of_cuts(parts: Parts, prompts: Sequence[str], prompts_2: Prompts | None
     """Warn of each prompt of which words are cut off, as the first text encoder reads it."""
     if reading.max_chunks is None:
         return
-    for texts, number in zip(_of_encoders(parts, prompts, prompts_2), (0, 1), strict=False):
+    for texts, number in zip(of_encoders(parts, prompts, prompts_2), (0, 1), strict=False):
         if number and texts == list(prompts):
             return  # said already
         for prompt, one in zip(texts, parts.chunks(number, texts, reading), strict=True):
