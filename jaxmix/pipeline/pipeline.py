@@ -28,7 +28,7 @@ from jaxmix.pipeline.inverted import Inverted, find_noise
 from jaxmix.pipeline.job import Denoiser, Job
 from jaxmix.pipeline.parts import Parts
 from jaxmix.pipeline.renamed import translate
-from jaxmix.pipeline.request import WEIGHTS, WORDS, Method, Request, WeightEdit
+from jaxmix.pipeline.request import FURTHER, WEIGHTS, Method, Request, WeightEdit
 from jaxmix.pipeline.saving import save_pipeline
 from jaxmix.pipeline.stacking import ordered, several
 from jaxmix.rows import Text
@@ -136,8 +136,6 @@ class Pipeline(Parts):
         height: int | None = None,
         width: int | None = None,
         sampler: str | None = None,
-        eta: float | None = None,
-        spacing: str | None = None,
         guidance_rescale: float | Sequence[float] = 0.0,
         images: AnyArray | None = None,
         strength: float = 0.8,
@@ -156,17 +154,16 @@ class Pipeline(Parts):
 
         ``seeds`` (0, 1, ... if None; one number counts up from it) fix the noise of each image, whatever the batch, the
         order or the number of devices; ``latents`` (n, h, w, c) are the start noise itself. ``height`` and ``width``
-        are in pixels, the model's own if None. ``sampler`` is one of `jaxmix.samplers.SAMPLERS`, ``spacing`` one of
-        `jaxmix.samplers.SPACINGS`, and ``eta`` (0 to 1) the noise that DDIM and TCD add; None are the model's own.
-        ``guidance_scale`` and ``guidance_rescale`` (arXiv 2305.08891, 0 to 1) are one number, or one per image. A scale
-        of at most 1 is the prompt's prediction alone; where that holds for a whole batch, the UNet runs on half the
-        rows.
+        are in pixels, the model's own if None. ``sampler`` is one of `jaxmix.samplers.SAMPLERS`. ``guidance_scale``
+        and ``guidance_rescale`` (arXiv 2305.08891, 0 to 1) are one number, or one per image. A scale of at most 1 is
+        the prompt's prediction alone; where that holds for a whole batch, the UNet runs on half the rows.
 
         ``images`` (n, H, W, 3), uint8 or float in [0, 1], start image-to-image with ``strength`` from 0 (keep) to 1;
         ``masks`` (n, H, W), 1 where the image is to be repainted, make it inpainting.
 
-        Further keywords say how prompts are read: ``syntax``, ``max_chunks``, ``clip_skip``, ``prompts_2`` and
-        ``negative_prompts_2``; see `Request`.
+        Further keywords: ``spacing``, one of `jaxmix.samplers.SPACINGS`, and ``eta`` (0 to 1), the noise that DDIM and
+        TCD add, both the model's own if None; and how prompts are read, ``syntax``, ``max_chunks``, ``clip_skip``,
+        ``prompts_2`` and ``negative_prompts_2``, see `Request`.
 
         For the other arguments, the result and the errors see `draw`. The other fields of a `Request` need `draw`; the
         keywords of the last release for them (`pinned`, `fusion`, `context`, `start`, `guided`, `original_size`,
@@ -180,8 +177,6 @@ class Pipeline(Parts):
             guidance_rescale=guidance_rescale,
             steps=steps,
             sampler=sampler,
-            eta=eta,
-            spacing=spacing,
             height=height,
             width=width,
             images=images,
@@ -189,7 +184,7 @@ class Pipeline(Parts):
             masks=masks,
             latents=latents,
             controls=controls,  # type: ignore[arg-type]
-            **{field: more.pop(key) for key, field in WORDS.items() if key in more},
+            **{field: more.pop(key) for key, field in FURTHER.items() if key in more},
         )
         if more:
             request, methods = translate(self, request, methods, more)

@@ -37,14 +37,9 @@ from jaxmix.types import AnyArray, Array, InputError, Params, shown, whole
 T = TypeVar("T")
 
 
-WORDS = {
-    "prompts_2": "prompts_2",
-    "negative_prompts_2": "negatives_2",
-    "syntax": "syntax",
-    "max_chunks": "max_chunks",
-    "clip_skip": "clip_skip",
-}
-"""Keywords of `Pipeline.generate` about how prompts are read, and the fields of a `Request` that they are."""
+FURTHER = {name: name for name in ("eta", "spacing", "syntax", "max_chunks", "clip_skip", "prompts_2")}
+FURTHER["negative_prompts_2"] = "negatives_2"
+"""Further keywords of `Pipeline.generate`, and the fields of a `Request` that they are."""
 
 
 class WeightEdit(Protocol):

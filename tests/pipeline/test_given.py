@@ -96,8 +96,8 @@ def test_anything_else_is_one_error(tiny_pipeline, fields, message):
         ({"batch_size": 0}, "batch_size: found 0, expected a whole number of at least 1"),
         ({"batch_size": "8"}, "batch_size: found '8'"),
         ({"tile": -1}, "tile: found -1"),
-        ({"progress": 3}, "progress: found 3, expected a function"),
-        ({"output": "pil"}, "output: found 'pil'"),
+        ({"progress": 3}, "progress: found 3, expected true, false or a function"),
+        ({"output": "png"}, "output: found 'png'"),
     ],
 )
 def test_options_of_drawing_are_checked_before_anything_compiles(tiny_pipeline, options, message):
