@@ -144,6 +144,7 @@ def fits(general: Pipeline, expert: Pipeline) -> None:
         "prediction_type": [p.schedule.prediction_type for p in (general, expert)],
         "num_train_timesteps": [p.schedule.num_train_timesteps for p in (general, expert)],
         "unet cross_attention_dim": [p.unet.config.cross_attention_dim for p in (general, expert)],
+        "unet time_cond_proj_dim": [p.unet.config.time_cond_proj_dim for p in (general, expert)],
         "unet addition_embed_type": [p.unet.config.addition_embed_type for p in (general, expert)],
     }
     for name, (a, b) in pairs.items():

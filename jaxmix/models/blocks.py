@@ -149,13 +149,15 @@ class UpBlock(Block):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two dense layers with SiLU between, on the sinusoidal embedding."""
+    """Two dense layers with SiLU between, on the sinusoidal embedding, to which a projected condition may be added."""
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b e"]) -> Float[Array, "b f"]:
+    def __call__(self, x: Float[Array, "b e"], cond: Float[Array, "b g"] | None = None) -> Float[Array, "b f"]:
+        if cond is not None:
+            x = x + Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")(cond)
         x = Linear(self.features, dtype=self.dtype, name="linear_1")(x)
         return Linear(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
@@ -176,6 +178,7 @@ def go_down(
     controls: Sequence[Control] = (),
     added: AddedCond | Float[AnyArray, "b e"] | None = None,
     hint: Float[Array, "b h w c2"] | None = None,
+    timestep_cond: Float[Array, "b g"] | None = None,
     *,
     dtype: Any,
     remat: bool,
@@ -188,7 +191,8 @@ def go_down(
     channels, n = cfg.block_out_channels, len(cfg.block_out_channels)
     t = jnp.broadcast_to(jnp.asarray(t), (latents.shape[0],))
     emb = timestep_embedding(t, channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
-    emb = TimestepEmbedding(4 * channels[0], dtype, name="time_embedding")(emb.astype(dtype))
+    cond = None if timestep_cond is None else timestep_cond.astype(dtype)
+    emb = TimestepEmbedding(4 * channels[0], dtype, name="time_embedding")(emb.astype(dtype), cond)
     if (added is None) != (cfg.addition_embed_type is None):
         found, expected = ("none", "AddedCond") if added is None else (type(added).__name__, "none")
         raise InputError(

@@ -244,11 +244,15 @@ class DownConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(DownConfig):
-    """Configuration of `UNet2DConditionModel`; fields as in diffusers."""
+    """Configuration of `UNet2DConditionModel`; fields as in diffusers.
+
+    ``time_cond_proj_dim`` is the width of the embedded guidance scale that latent consistency models take.
+    """
 
     sample_size: int | tuple[int, int] = 64
     out_channels: int = 4
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    time_cond_proj_dim: int | None = None
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
     fixed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -263,7 +267,6 @@ class UNetConfig(DownConfig):
         "time_embedding_dim": (None,),
         "time_embedding_act_fn": (None,),
         "timestep_post_act": (None,),
-        "time_cond_proj_dim": (None,),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
         "attention_type": ("default",),

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -20,7 +21,7 @@ from jaxmix.models.attention import Attention, Context
 from jaxmix.models.blocks import AddedCond, TimestepEmbedding, UpBlock, added_features, block, go_down
 from jaxmix.models.config import DownConfig, UNetConfig
 from jaxmix.models.layers import Conv, GroupNorm
-from jaxmix.types import AnyArray, Array, Params
+from jaxmix.types import AnyArray, Array, InputError, Params
 
 
 class UNet2DConditionModel(nn.Module):
@@ -42,17 +43,25 @@ class UNet2DConditionModel(nn.Module):
         context: Context,
         controls: Sequence[Control] = (),
         added: AddedCond | Float[AnyArray, "b e"] | None = None,
+        timestep_cond: Float[AnyArray, "b g"] | None = None,
     ) -> Float[Array, "b h w o"]:
         """Predict (noise, or v) for latents (b, h, w, c) at timesteps ``t`` (scalar or (b,), 0-999).
 
         ``context`` is (b, s, d) text states, or the result of `precompute`. ``added`` is SDXL's added conditioning, or
-        the result of `embed_added`. Returns float32 (b, h, w, o) of ``out_channels``. Raises `InputError` if ``added``
-        is missing, not expected, or of a wrong width.
+        the result of `embed_added`. ``timestep_cond`` is the guidance that a latent consistency model takes
+        (`guidance_embedding`), zeros if None. Returns float32 (b, h, w, o) of ``out_channels``. Raises `InputError` if
+        ``added`` or ``timestep_cond`` are missing, not expected, or of a wrong width.
         """
         cfg, controls = self.config, tuple(controls)
         n = len(cfg.block_out_channels)
         how: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat}
-        emb, x, skips = go_down(cfg, latents, t, context, controls, added, **how)
+        width, found = cfg.time_cond_proj_dim, None if timestep_cond is None else timestep_cond.shape[-1]
+        if found not in (None, width):
+            raise InputError(f"unet: timestep_cond: found {found} channels, expected {width or 'none'} with this model")
+        if width is not None and timestep_cond is None:
+            timestep_cond = jnp.zeros((latents.shape[0], width))
+        cond = None if timestep_cond is None else jnp.asarray(timestep_cond)
+        emb, x, skips = go_down(cfg, latents, t, context, controls, added, timestep_cond=cond, **how)
         for i, kind in enumerate(cfg.up_block_types):
             layers = cfg.layers_per_block + 1
             attention, last = kind.startswith("Cross"), i == n - 1
@@ -128,6 +137,22 @@ def embed_added(cfg: DownConfig, params: Params, added: AddedCond, dtype: Any) -
     features = added_features(cfg, added).astype(dtype)
     layer = TimestepEmbedding(4 * cfg.block_out_channels[0], dtype, parent=None)
     return layer.apply({"params": params["add_embedding"]}, features)
+
+
+def guidance_embedding(cfg: UNetConfig, scale: Float[AnyArray, " b"]) -> Float[Array, "b g"]:
+    """Return what a latent consistency model is told of guidance scales: sinusoids of w = scale - 1 (arXiv 2310.04378).
+
+    The paper's scale is w, that of classifier-free guidance w + 1. A model without it raises `InputError`.
+    """
+    if cfg.time_cond_proj_dim is None:
+        raise InputError("unet: guidance: found a scale to embed, expected none: time_cond_proj_dim is None")
+    half = cfg.time_cond_proj_dim // 2
+    # Angles of thousands of radians: the last bit of a frequency shows, so they are rounded where diffusers does.
+    rate = np.log(np.float32(10000)) / np.float32(max(half - 1, 1))
+    freqs = np.exp((np.arange(half, dtype=np.float32) * -rate).astype(np.float64)).astype(np.float32)
+    angles = 1000.0 * (jnp.asarray(scale, jnp.float32) - 1)[:, None] * freqs
+    out = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    return jnp.pad(out, ((0, 0), (0, cfg.time_cond_proj_dim % 2)))
 
 
 def blank_inputs(cfg: DownConfig, hw: tuple[int, int]) -> tuple[Any, ...]:

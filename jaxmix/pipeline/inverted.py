@@ -103,6 +103,8 @@ def find_noise(
     if (images is None) == (latents is None):
         found = "neither" if images is None else "both"
         raise InputError(f"invert: found {found}, expected either images or latents")
+    if pipe.distilled_guidance:
+        raise InputError("invert: found a latent consistency model, expected one whose steps can be run backwards")
     refined = _refining(renoise, label, record)
     x0 = pipe.encode_images(images) if images is not None else jnp.asarray(latents, jnp.float32)
     if x0.ndim != 4 or x0.shape[-1] != pipe.latent_shape[-1]:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from jaxmix import control as seam
 from jaxmix.control import Control, Controls
-from jaxmix.models.unet import AddedCond, UNet2DConditionModel
+from jaxmix.models.unet import AddedCond, UNet2DConditionModel, guidance_embedding
 from jaxmix.pipeline.showing import Watch, tell
 from jaxmix.rows import Text, dataclass, per_row, specs, static, take, to_branches
 from jaxmix.samplers import BranchFn, Guidance, LatentEdit, Phase, Solver, by_branch, sample, step_noise
@@ -32,12 +32,14 @@ class Denoiser:
     """A UNet with its weights, the text of its branches and the controls inside it, one row per image.
 
     In ``text`` (n, branches, ...) branch 0 is unconditional, 1 conditional, further ones are other conditional prompts.
+    ``scale`` (n,) is the guidance scale that a latent consistency model is told, None for other models.
     """
 
     unet: UNet2DConditionModel = static()
     params: Params
     text: Text
     controls: Controls = ()
+    scale: Float[Array, " n"] | None = per_row(default=None)
 
     def branches(self, which: Sequence[int], hw: tuple[int, int]) -> BranchFn:
         """Return the function that predicts some branches of each image (n, branches, h, w, c).
@@ -53,11 +55,14 @@ class Denoiser:
         first = tuple(float(branch == 1) for branch in which)
         controls = tuple(to_branches(c, live, first).prepare(rows, hw) for c in self.controls)
         extra = None if rows.pooled is None else self.unet.embed_added(self.params, added(rows))
+        told = None
+        if self.scale is not None:
+            told = jnp.repeat(guidance_embedding(self.unet.config, self.scale), count, axis=0)
         kv = self.unet.precompute(self.params, rows.context, hw, controls)
 
         def predict(x: Array, t: Array, step: Array) -> Array:
             now = tuple(c.at(step, t).see(x, t, rows) for c in controls)
-            return self.unet.apply({"params": self.params}, x, t, kv, now, extra)
+            return self.unet.apply({"params": self.params}, x, t, kv, now, extra, told)
 
         return by_branch(predict, count)
 

@@ -218,9 +218,7 @@ def _load_folder(folder: Path, kind: np.dtype | None, told: _Told) -> Pipeline:
         schedule=schedule,
         tokenizer=folder / "tokenizer",
         tokenizer_2=folder / "tokenizer_2" if family == "sdxl" else None,
-        default_steps=defaults.get("steps", 25),
-        default_guidance_scale=defaults.get("guidance_scale", _GUIDANCE_SCALE[family]),
-        sampler=defaults.get("sampler") or default_sampler(schedule),
+        **_defaults(family, schedule, configs["unet"], defaults),
         zeros_for_empty_prompt=family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
         extras=Extras.open(folder) if not replaced else None,
     )
@@ -250,11 +248,26 @@ def _load_single_file(path: Path, kind: np.dtype | None, told: _Told) -> Pipelin
         kind,
         schedule=schedule,
         **tokenizers,
-        default_guidance_scale=_GUIDANCE_SCALE[family],
-        sampler=default_sampler(schedule),
+        **_defaults(family, schedule, configs["unet"]),
         zeros_for_empty_prompt=family == "sdxl",
         extras=file.extras if told.unet is None and told.vae is None else None,
     )
+
+
+def _defaults(family: str, schedule: NoiseSchedule, unet: Any, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the steps, guidance scale and sampler of a model; `own` holds what it says itself."""
+    own = own or {}
+    sampler, scale = default_sampler(schedule), _GUIDANCE_SCALE[family]
+    steps = 4 if sampler in ("lcm", "tcd") else 25
+    if unet.time_cond_proj_dim is not None:
+        scale = 8.5  # of diffusers' pipeline for latent consistency models
+    elif sampler in ("lcm", "tcd"):
+        scale = 1.0  # guidance is distilled into it
+    return {
+        "default_steps": own.get("steps", steps),
+        "default_guidance_scale": own.get("guidance_scale", scale),
+        "sampler": own.get("sampler", sampler),
+    }
 
 
 def _replace_parts(told: _Told, family: str, configs: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:

@@ -86,6 +86,11 @@ class Parts(Card):
         yield "defaults", f"{self.sampler}, {self.default_steps} steps, guidance {self.default_guidance_scale:g}"
 
     @property
+    def distilled_guidance(self) -> bool:
+        """Whether the UNet is told the guidance scale, as latent consistency models are: it has no second branch."""
+        return self.unet.config.time_cond_proj_dim is not None
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of one image's latents."""
         size = self.unet.config.sample_size

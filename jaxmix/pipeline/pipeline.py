@@ -262,6 +262,7 @@ class Pipeline(Parts):
             sketch = method.sketch(self, sketch)
         self.check_controls(sketch.controls, request.hw(self))
         stack([ClassifierFree(jnp.zeros(())), *sketch.guidance])
+        self._check_guidance(sketch)
         for edit in request.edits:
             if isinstance(edit, Pin):
                 assert request.steps is not None
@@ -269,13 +270,23 @@ class Pipeline(Parts):
                 of_shape("pinned.states", edit.states, shape)
         return request
 
+    def _check_guidance(self, request: Request) -> None:
+        """Raise `InputError` for what needs a second branch, with a model whose guidance is in its weights."""
+        asks = [type(g).__name__ for g in request.guidance if g.over]
+        asks += ["guidance_rescale"] * bool(np.any(request.guidance_rescale))
+        if asks and self.distilled_guidance:
+            raise InputError(
+                f"{asks[0]}: found it with a latent consistency model (time_cond_proj_dim "
+                f"{self.unet.config.time_cond_proj_dim}), whose guidance has no second branch, expected another model"
+            )
+
     def check_size(self, h: int, w: int, tile: int | None = None, encodes: bool = False, guided: bool = True) -> None:
         """Raise `InputError` if drawing one image with latents of (h, w) cells takes more memory than a device has.
 
         ``tile`` (latent cells) is that of the decoder; ``encodes`` says whether a picture is encoded first, ``guided``
         whether its scale is above 1. Nothing is compiled, and nothing of that size is made.
         """
-        memory.check_size(self, self._least, (h, w), tile, encodes, 1 + guided)
+        memory.check_size(self, self._least, (h, w), tile, encodes, 1 + (guided and not self.distilled_guidance))
 
     @functools.cached_property
     def _least(self) -> dict[Any, int]:
@@ -296,13 +307,15 @@ class Pipeline(Parts):
         assert request.seeds is not None
         scale, rescale = np.asarray(request.guidance_scale), np.asarray(request.guidance_rescale)
         first: Guidance = Unguided()
-        if scale.max() > 1 or any(g.over for g in request.guidance):
+        self._check_guidance(request)
+        if not self.distilled_guidance and (scale.max() > 1 or any(g.over for g in request.guidance)):
             first = ClassifierFree(
                 jnp.asarray(scale, jnp.float32), jnp.asarray(rescale, jnp.float32) if rescale.any() else None
             )
+        told = jnp.asarray(scale, jnp.float32) if self.distilled_guidance else None
         return Job(
             noise=self.initial_latents(request.seeds, hw) if request.latents is None else jnp.asarray(request.latents),
-            model=Denoiser(self.unet, self.params["unet"], request.states(self), request.controls),
+            model=Denoiser(self.unet, self.params["unet"], request.states(self), request.controls, told),
             guidance=stack((first, *request.guidance)),
             edits=(*edits, *request.edits),
             seeds=jnp.asarray(seed_array(request.seeds)) if solver.stochastic else None,

@@ -326,7 +326,7 @@ def test_added_conditioning_that_does_not_fit_is_named():
             "transformer_layers_per_block is (1, (2, 1), 3), expected a whole number",
         ),
         ({"layers_per_block": [2, 2, 2]}, "layers_per_block is (2, 2, 2), expected a whole number"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
+        ({"time_cond_proj_dim": 0}, "time_cond_proj_dim is 0, expected a whole number"),
     ],
 )
 def test_an_unsupported_value_is_named(changes, message):
