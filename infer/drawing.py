@@ -40,11 +40,10 @@ class Drawing:
         methods: Methods,
         out: Path,
         manifest: Manifest,
-        cuts: Mapping[Row, str],
         common: Mapping[str, Any],
     ) -> None:
         self.pipe, self.mesh, self.tile, self.methods = pipe, mesh, tile, methods
-        self.out, self.manifest, self.cuts, self.common = out, manifest, cuts, common
+        self.out, self.manifest, self.common = out, manifest, common
         self.times = Times()
         self.failed: list[BadRow] = []
 
@@ -109,8 +108,6 @@ class Drawing:
             method.write_inputs(row, self.out)
         size_bytes = write_png(self.out / row.file_name, image, setting_chunks(settings, (width, height)))
         extra: dict[str, Any] = {"width": width, "height": height, "latents": shape, "bytes": size_bytes}
-        if row in self.cuts:
-            extra["cut"] = self.cuts[row]
         self.manifest.add_image(row.file_name, settings, extra)
 
     def _fail(self, row: Row, reason: str, bar: Any) -> None:
@@ -141,6 +138,11 @@ def request(rows: Sequence[Row]) -> Any:
         eta=first.eta,
         height=first.height,
         width=first.width,
+        prompts_2=None if all(row.prompt_2 is None for row in rows) else [row.prompt_2 for row in rows],
+        negatives_2=None if all(row.negative_prompt_2 is None for row in rows) else [r.negative_prompt_2 for r in rows],
+        syntax=first.prompt_syntax,
+        max_chunks=None,
+        clip_skip=first.clip_skip,
         **open_pictures(rows),
     )
 

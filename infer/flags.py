@@ -21,6 +21,7 @@ from infer.checks import (
 )
 from infer.methods.method import Flags as Base
 from infer.methods.registry import Flags
+from infer.wording import check_embeddings, check_layers_skipped
 from jaxmix.types import InputError
 
 
@@ -40,6 +41,15 @@ class Plain(Base):
             it holds; default: the first of gallery, gallery-2, ... that is not there yet
         negative_prompt: what to steer away from, for rows without their own; "" is encoded, none at all is zeros for a
             model trained so (SDXL base)
+        prompt_2: what SDXL's second text encoder reads instead of the prompt; default: the same
+        negative_prompt_2: likewise instead of the negative prompt
+        prompt_syntax: how prompts weigh words: a1111 is (word), [word], (word:1.2) and BREAK, comfy is (word) and
+            (word:1.2), compel is word+, word- and (some words)1.2, plain takes every sign for text
+        max_chunks: refuse prompts of more chunks of 75 tokens (30 for mini) than this; default: any length
+        clip_skip: last layers of the text encoders that are left out for the prompt, as diffusers counts (one less
+            than A1111)
+        embedding: a learnt embedding (textual inversion) that prompts name, FILE[:TOKEN]; default TOKEN: the key in
+            diffusers' files, the file's name in others; the flag may be repeated, or given a JSON list
         steps: denoising steps, from 1 to the 1000 with which models are usually trained; default: the model's own; for
             StyleID 50, or 20 with --pairing diffusers
         guidance_scale: classifier-free guidance, at most 1 for none (no unit); default: the model's own
@@ -78,6 +88,12 @@ class Plain(Base):
     num_images: int = 1
     out: str | None = None
     negative_prompt: str | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    prompt_syntax: Literal["a1111", "comfy", "compel", "plain"] = "a1111"
+    max_chunks: int | None = None
+    clip_skip: int = 0
+    embedding: list[str] | str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
@@ -151,6 +167,10 @@ class Plain(Base):
             check_number("--guidance-scale", self.guidance_scale)
         for flag, value, check in (
             ("--negative-prompt", self.negative_prompt, check_text),
+            ("--prompt-2", self.prompt_2, check_text),
+            ("--negative-prompt-2", self.negative_prompt_2, check_text),
+            ("--clip-skip", self.clip_skip, check_layers_skipped),
+            ("--embedding", self.embedding, check_embeddings),
             ("--sampler", self.sampler, check_sampler),
             ("--spacing", self.spacing, check_spacing),
             ("--eta", self.eta, check_share),
@@ -167,7 +187,7 @@ class Plain(Base):
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite: found both, expected one of them")
         counts = ("--batch-size", self.batch_size), ("--devices", self.devices), ("--num-images", self.num_images)
-        for flag, value in counts:
+        for flag, value in (*counts, ("--max-chunks", self.max_chunks)):
             if value is not None and value < 1:
                 raise InputError(f"{flag}: found {value}, expected at least 1")
 

@@ -21,9 +21,10 @@ from infer.methods.registry import Methods
 from infer.pictures import picture_size
 from infer.report import summary, write_overview
 from infer.rows import BadRow, Defaults, Fields, Row, read_rows, rows_of_objects, rows_of_prompts
+from infer.wording import chunks_of, with_embeddings
 from jaxmix.command import enable_compilation_cache
 from jaxmix.samplers import image_to_image_start, make_solver, split_sampler
-from jaxmix.types import InputError, NotFiniteWarning, TruncatedPromptWarning
+from jaxmix.types import InputError, NotFiniteWarning
 
 BUILTIN_PROMPTS = Path(__file__).with_name("prompts.txt")
 
@@ -120,19 +121,17 @@ def draw(
     cache = enable_compilation_cache()
     clock = CompileClock()
     with clock, warnings.catch_warnings():
-        for told in (TruncatedPromptWarning, NotFiniteWarning):  # with their rows, by this job itself
-            warnings.simplefilter("ignore", told)
-        pipe = load()
+        warnings.simplefilter("ignore", NotFiniteWarning)  # with their rows, by this job itself
+        pipe = with_embeddings(load(), config.embedding)
         for method in methods.all:
             method.open(pipe)
         common = {"model": config.model, "dtype": config.dtype}
-        told = {key: getattr(config, key) for key in ("vae", "base", "prediction_type", "zero_snr")}
+        told = {key: getattr(config, key) for key in ("vae", "base", "prediction_type", "zero_snr", "embedding")}
         common |= {key: value for key, value in told.items() if value is not None}
-        rows, unfit = complete(rows, pipe, methods, config.tile, common)
+        rows, unfit = complete(rows, pipe, methods, config.tile, common, config.max_chunks)
         bad = sorted([*bad, *unfit], key=lambda row: row.number)
         refuse(config, rows, bad)
         report(bad)
-        cuts = warn_of_cuts(pipe, rows)
         if not config.dry_run:
             folder.claim()
         with Manifest(folder.path) as manifest:
@@ -144,13 +143,13 @@ def draw(
             for failed in bad:
                 manifest.add_error(failed.number, failed.where, failed.reason)
             methods.begin(pipe, todo)
-            drawing = Drawing(pipe, mesh, config.tile, methods, folder.path, manifest, cuts, common)
+            drawing = Drawing(pipe, mesh, config.tile, methods, folder.path, manifest, common)
             interrupted = drawing.run(batches, len(todo), clock)
     bad = sorted([*bad, *drawing.failed], key=lambda row: row.number)
     times = drawing.times
     times.compile = clock.seconds
     times.whole = time.monotonic() - started
-    write_overview(folder.path, config.model, rows, bad, manifest, times, cuts, methods)
+    write_overview(folder.path, config.model, rows, bad, manifest, times, methods)
     sheet = ", contact_sheet.png" if (folder.path / "contact_sheet.png").exists() else ""
     print(f"wrote {folder.path / 'gallery.html'}{sheet}, manifest.jsonl and {times.images} PNGs")
     print(summary(times, clock, cached=cache is not None))
@@ -161,7 +160,12 @@ def draw(
 
 
 def complete(
-    rows: Sequence[Row], pipe: Any, methods: Methods, tile: int | None = None, common: Mapping[str, Any] | None = None
+    rows: Sequence[Row],
+    pipe: Any,
+    methods: Methods,
+    tile: int | None = None,
+    common: Mapping[str, Any] | None = None,
+    max_chunks: int | None = None,
 ) -> tuple[list[Row], list[BadRow]]:
     """Fill in what follows from the model and the rows' pictures, and sort out rows that this model cannot draw."""
     good, bad = [], []
@@ -188,6 +192,8 @@ def complete(
             open_pictures([whole])
             make_solver(whole.sampler, pipe.schedule, whole.steps, whole.eta, whole.spacing)
             whole = methods.complete(whole, pipe)
+            count = chunks_of(whole, pipe, max_chunks, methods.further_prompts(whole))
+            whole = dataclasses.replace(whole, chunks=count)
         except InputError as error:
             bad.append(BadRow(row.number, row.where, str(error)))
             continue
@@ -207,19 +213,6 @@ def marked(rows: Sequence[Row], methods: Methods, common: Mapping[str, Any]) -> 
     ]
     held = [digest({**methods.settings(row), **common, "row": None}) for row in rows]
     return [dataclasses.replace(row, mark=mark) for row, mark in zip(rows, held, strict=True)]
-
-
-def warn_of_cuts(pipe: Any, rows: Sequence[Row]) -> dict[Row, str]:
-    """Print a line for each prompt too long for the text encoder; return the words that each row lost."""
-    cuts: dict[Row, str] = {}
-    prompts = [(row, text) for row in rows for text in row.texts]
-    for key, read in (("prompt", prompts), ("negative_prompt", [(row, row.negative_prompt or "") for row in rows])):
-        _, cut = pipe.tokenize([text for _, text in read])
-        for (row, _), words in zip(read, cut, strict=True):
-            if words:
-                print(f"warning: {row.where}: {key} is too long for the model; cut off: {words!r}", file=sys.stderr)
-                cuts[row] = "; ".join(filter(None, (cuts.get(row), words)))
-    return cuts
 
 
 def refuse(config: Config, rows: Sequence[Row], bad: Sequence[BadRow]) -> None:

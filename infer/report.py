@@ -38,7 +38,6 @@ def write_overview(
     bad: Sequence[BadRow],
     manifest: Manifest,
     times: Times,
-    cuts: dict[Row, str],
     methods: Methods,
 ) -> None:
     """Write gallery.html and contact_sheet.png of all rows of the job, drawn now or earlier."""
@@ -51,8 +50,6 @@ def write_overview(
         shown = {"seed": str(row.seed), "steps": f"{row.steps} {row.solver}", "guidance": f"{row.guidance_scale:g}"}
         if row.negative_prompt:
             shown["negative"] = row.negative_prompt
-        if row in cuts:
-            shown["cut off"] = cuts[row]
         if row.id is not None:
             shown["id"] = row.id
         if row.image is not None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from infer import wording
 from infer.checks import (
     FRESH,
     Times,
@@ -27,6 +28,7 @@ from infer.checks import (
     kind_of,
 )
 from jaxmix.command import near_misses
+from jaxmix.pipeline.chunks import Reading
 from jaxmix.types import InputError, shown
 
 
@@ -50,6 +52,10 @@ class Defaults:
     image: str | None = None
     mask: str | None = None
     strength: float = 0.8
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    prompt_syntax: str = "a1111"
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,8 @@ class Row(Defaults):
 
     `number` is the row's place in its file, from 0; `where` names it in messages. `complete` fills in what is None.
     `extra` holds the fields that methods added, and `named` says which fields the row itself sets. `parts` are the
-    prompts that a completed row's `prompt` is composed of, if any. `group_mark` stands for the rows of its group on
-    which its picture depends, `mark` for everything on which it does.
+    prompts that a completed row's `prompt` is composed of, and `chunks` counts those of its longest text. `group_mark`
+    stands for the rows of its group on which its picture depends, `mark` for everything on which it does.
     """
 
     number: int
@@ -85,6 +91,7 @@ class Row(Defaults):
     extra: tuple[tuple[str, Any], ...] = ()
     named: frozenset[str] = field(default=frozenset(), compare=False)
     parts: tuple[str, ...] = ()
+    chunks: int = 1
     mark: str = field(default="", compare=False)
     group_mark: str = field(default="", compare=False)
 
@@ -112,6 +119,11 @@ class Row(Defaults):
         return ", ".join(filter(None, (self.sampler, self.spacing, eta)))
 
     @property
+    def reading(self) -> Reading:
+        """How the prompts are read."""
+        return Reading(self.prompt_syntax, None, self.clip_skip)
+
+    @property
     def program_key(self) -> tuple[Any, ...]:
         """What rows must share to be drawn by one compiled program, and so in one batch."""
         start = None if self.image is None else (self.strength, self.mask is not None)
@@ -124,6 +136,7 @@ class Row(Defaults):
             self.width,
             bool(self.guidance_rescale),
             start,
+            self.reading,
         )
 
     @property
@@ -134,7 +147,7 @@ class Row(Defaults):
     def settings(self) -> dict[str, Any]:
         """Return the plain fields on which the image depends, as written into the PNG and the manifest."""
         held = asdict(self)
-        for key in ("where", "extra", "named", "parts", "mark", "group_mark"):
+        for key in ("where", "extra", "named", "parts", "mark", "group_mark", *wording.unused(self)):
             del held[key]
         if self.image is None:
             del held["strength"]
@@ -298,7 +311,7 @@ def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults, a
         given["prompt"] = content["prompt"]  # null is not a prompt; elsewhere it means that nothing is set
     seed = FRESH if defaults.seed == FRESH else defaults.seed + number
     flags = {"prompt": "", **vars(defaults), "seed": seed}
-    values: dict[str, Any] = {key: given[key] if key in given else flags.get(key) for key in FIELDS}
+    values = {key: given[key] if key in given else flags.get(key) for key in FIELDS}
     checked: dict[str, Any] = {
         key: _checked(_CHECKS[key], key, value) for key, value in values.items() if value is not None or key == "prompt"
     }
@@ -337,4 +350,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "image": check_file,
     "mask": check_file,
     "strength": check_share,
+    "prompt_2": check_text,
+    "negative_prompt_2": check_text,
+    "prompt_syntax": wording.check_syntax,
+    "clip_skip": wording.check_layers_skipped,
 }

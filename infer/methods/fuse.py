@@ -110,6 +110,10 @@ class Fuse(Method):
             )
         return row
 
+    def further_prompts(self, row: Row) -> Sequence[str]:
+        """Return the expert's prompt."""
+        return [row["expert_prompt"] or row.texts[0]]
+
     def said(self, row: Row) -> str:
         """Return what switched the method on."""
         return "--expert" if row["expert_prompt"] is None else "expert_prompt"

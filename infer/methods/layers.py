@@ -60,8 +60,12 @@ class Layers(Method):
         import jaxmix
 
         method = jaxmix.LayerPrompts([dict(row["layers"])])
-        method.check(pipe, jaxmix.Request(prompts=[row.texts[0]]))
+        method.check(pipe, jaxmix.Request(prompts=[row.texts[0]], syntax=row.prompt_syntax))
         return row
+
+    def further_prompts(self, row: Row) -> Sequence[str]:
+        """Return the prompts of the layers."""
+        return [prompt for _, prompt in row["layers"]]
 
     def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return the prompts of each row's layers."""

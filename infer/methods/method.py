@@ -92,6 +92,10 @@ class Method:
         """Return a row of the method completed for the model; raises InputError for one that cannot be drawn."""
         return row
 
+    def further_prompts(self, row: Row) -> Sequence[str]:
+        """Return the prompts that a completed row of the method is drawn with beside its own."""
+        return ()
+
     def missing(self) -> InputError:
         """Return the error for a row without any of the method's switches, if the command needs the method."""
         return InputError(f"no field '{self.switches[0]}'")

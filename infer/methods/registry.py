@@ -153,6 +153,10 @@ class Methods:
             row = method.complete(row, pipe)
         return row
 
+    def further_prompts(self, row: Row) -> list[str]:
+        """Return the prompts that a row is drawn with beside its own."""
+        return [text for method in self.of(row) for text in method.further_prompts(row)]
+
     def check(self, pipe: Any, rows: Sequence[Row], request: Callable[[Sequence[Row]], Any]) -> list[BadRow]:
         """Return the completed rows that cannot be drawn by their methods, or together with others of their group.
 
@@ -300,7 +304,8 @@ class Methods:
         if len(weights) > 1:
             raise InputError("found different LoRAs, expected the same weights in a group")
         methods = self._together(members)
-        program = (members[0].program_key, tuple((m.name, m.program_key(members)) for m in methods))
+        chunks = max(row.chunks for row in members)
+        program = (members[0].program_key, chunks, tuple((m.name, m.program_key(members)) for m in methods))
         return weights.pop(), program
 
     # Pictures --------------------------------------------------------------------------------------------------------

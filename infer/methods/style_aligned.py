@@ -229,13 +229,14 @@ class StyleAligned(Method):
         found: dict[Hashable, Any] = {}
         out = {}
         for i, row in rows.items():
-            key = (weights, row["reference"], row.texts[0], row.steps, row.height, row.width)
+            key = (weights, row["reference"], row.texts[0], row.reading, row.steps, row.height, row.width)
             if key not in found:
                 found[key] = self._inverted.get(key) or pipe.invert(
                     self._picture(row)[None],
                     [row.texts[0]],
                     steps=row.steps,
                     guidance_scale=self.flags.inversion_guidance,
+                    reading=row.reading,
                 )
             out[i] = found[key]
         self._inverted = found

@@ -234,6 +234,8 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,
             ("torch._utils", "_rebuild_parameter"): _parameter,
             ("torch.nn.modules.container", "ParameterDict"): _Holder,
+            ("__builtin__", "set"): set,  # in the state of a ParameterDict
+            ("builtins", "set"): set,
         }
         if (module, name) in known:
             return known[module, name]

@@ -243,3 +243,46 @@ def jaxmix_key():
     import jax
 
     return jax.random.key(0)
+
+
+# Prompts as people write them ----------------------------------------------------------------------------------------
+
+TAGS = "masterpiece, best quality, (ultra detailed:1.2), "
+COMMUNITY = [
+    "a cat",
+    "(cat:1.2), [dog]",
+    "((red)) car (((at night)))",
+    "a boat, (by the sea:0.8), dusk",
+    TAGS + "1girl, solo",
+    "portrait of a man, <my-style>, (sharp focus:1.3)",
+    "cat \\(animal\\), (white background:1.4",
+    "dog] with a ball), simple",
+    "a house : on a hill, 8k:",
+    "(apple:1.1) (pear:abc) and [[plum]]",
+    "BREAK a cat",
+    "a red cat BREAK a blue dog",
+    TAGS + "a cat in (<my-style>:1.3) by the sea, dusk, clouds, stars, snow, rain",
+    "photo of a dog, " + "very sharp, " * 8,
+    "(((a fish))), water, " + "[blue], " * 6 + "deep sea, bubbles, light",
+    "a tree,, , (leaves:1.05),\n(wind:0.95)\nBREAK\nautumn colors",
+    TAGS + "a car BREAK night street, neon, rain BREAK film grain",
+    "a cat " * 25,
+    "one BREAK (two:1.5) BREAK [three]",
+    TAGS * 4 + "<my-style>",
+]
+BAD = "<bad-thing>, (worst quality:1.4), (low quality:1.4), blurry"
+
+
+def test_prompts_as_people_write_them_take_one_trace_for_each_number_of_chunks(tiny_sdxl):
+    pipe = tiny_sdxl
+    for token, scale in (("<my-style>", 1.0), ("<bad-thing>", -1.0)):
+        made = {"clip_l": scale * VECTORS, "clip_g": np.full((3, 24), scale, np.float32)}
+        pipe = pipe.with_embedding(made, token)
+    request = Request(prompts=COMMUNITY, negatives=[BAD] * 20, syntax="a1111", max_chunks=None).checked(pipe)
+    assert set(request.chunk_counts(pipe)) == {1, 2, 3}
+    before = denoise._cache_size()
+    drawn = draw(pipe, COMMUNITY, range(20), negative_prompts=[BAD] * 20, batch_size=4)
+    assert np.isfinite(drawn).all() and len({x.tobytes() for x in drawn}) == 20
+    assert denoise._cache_size() - before <= 3
+    draw(pipe, COMMUNITY[::-1], range(20), negative_prompts=["ugly"] * 20, batch_size=4)
+    assert denoise._cache_size() - before <= 3

@@ -36,8 +36,11 @@ class StandIn:
     def __init__(self):
         self.calls = []
 
-    def tokenize(self, prompts):
-        return None, [" ".join(prompt.split()[5:]) for prompt in prompts]
+    encoders = ()
+    text_encoder_2 = None
+
+    def chunks(self, encoder, prompts, reading):
+        return [SimpleNamespace(ids=[0] * max(1, -(-len(prompt.split()) // 5))) for prompt in prompts]
 
     def draw(self, request, methods, mesh, output):
         assert output == "latent" and not methods
@@ -121,12 +124,30 @@ def test_nothing_is_drawn_when_strict_or_all_rows_are_bad(tmp_path, capsys, text
     assert "empty line" in capsys.readouterr().err
 
 
-def test_words_beyond_the_text_length_are_named(tmp_path, capsys):
-    status, _, out = job(tmp_path, "one two three four five six seven\n", name="p.txt")
-    assert status == 0
-    expected = "warning: p.txt:1: prompt is too long for the model; cut off: 'six seven'"
-    assert expected in capsys.readouterr().err.splitlines()
-    assert lines_of(out)[0]["cut"] == "six seven"
+def test_long_prompts_are_drawn_unless_the_flag_says_how_long_they_may_be(tmp_path, capsys):
+    text = "one two three four five six seven\na cat\n(a cat:nan)\n"
+    status, pipe, out = job(tmp_path, text, name="p.txt")
+    assert status == 2 and len(pipe.calls) == 2  # a program for each number of chunks
+    long, short, bad = sorted(lines_of(out), key=lambda r: r["row"])
+    assert (long["chunks"], long["prompt_syntax"]) == (2, "a1111") and "chunks" not in short
+    assert bad["row"] == 2 and "prompt: found the weight 'nan' at character 8" in json.dumps(bad)
+    (tmp_path / "more").mkdir()
+    status, _, out = job(tmp_path / "more", text, name="p.txt", max_chunks=1)
+    expected = "bad row: p.txt:1: prompt: found 2 chunks of tokens, expected at most 1, the flag --max-chunks"
+    assert status == 2 and expected in capsys.readouterr().err.splitlines()
+
+
+def test_what_a_picture_depends_on_is_told_and_nothing_else(tmp_path):
+    rows = [
+        {"prompt": "a (cat:1.2)"},
+        {"prompt": "a cat", "clip_skip": 0},
+        {"prompt": "a (cat:1.2)", "prompt_syntax": "plain"},
+    ]
+    status, pipe, out = job(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    told = sorted(lines_of(out), key=lambda r: r["row"])
+    assert status == 0 and [row.get("prompt_syntax") for row in told] == ["a1111", None, None]
+    assert not {"clip_skip", "prompt_2", "negative_prompt_2", "chunks"} & {key for row in told for key in row}
+    assert pipe.request.syntax == "plain" and pipe.request.max_chunks is None
 
 
 def test_resume_draws_only_what_is_missing_or_changed(tmp_path):

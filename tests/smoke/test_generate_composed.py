@@ -9,7 +9,7 @@ from PIL import Image
 
 import jaxmix
 from infer.flags import Config
-from infer.job import collect_rows, complete, draw, warn_of_cuts
+from infer.job import collect_rows, complete, draw
 from infer.methods.method import BatchRows
 from infer.methods.registry import Methods
 from infer.png import read_settings
@@ -79,13 +79,15 @@ def test_a_group_has_as_many_prompts_as_the_most_of_its_rows(tiny_pipeline, tmp_
     assert made == jaxmix.ComposableDiffusion([[], ["a dog <b>"]], [[1.0], [1.1, -0.5]])
 
 
-def test_the_words_cut_off_are_those_of_each_part(tiny_pipeline, tmp_path, capsys):
+def test_the_longest_part_counts(tiny_pipeline, tmp_path):
     long = "a dog " * 40
     _, methods, good, _ = read(tmp_path, [{"prompt": f"a cat AND {long}:0.5"}, {"prompt": f"a cat AND {'b ' * 20}"}])
-    good, _ = complete(good, tiny_pipeline, methods)
-    cuts = warn_of_cuts(tiny_pipeline, good)
-    assert [row.number for row in cuts] == [0] and "0.5" not in cuts[good[0]]
-    assert capsys.readouterr().err.count("prompt is too long for the model") == 1
+    made, _ = complete(good, tiny_pipeline, methods)
+    assert [row.chunks for row in made] == [3, 1]
+    _, bad = complete(good, tiny_pipeline, methods, max_chunks=2)
+    assert [str(row).partition(": ")[2] for row in bad] == [
+        "prompt: found 3 chunks of tokens, expected at most 2, the flag --max-chunks"
+    ]
 
 
 def test_the_flag_makes_and_a_word_but_for_rows_that_say_otherwise(tmp_path):

@@ -7,9 +7,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from infer.flags import Config
 from infer.generate import main
+from infer.png import read_settings
 from jaxmix.command import run
 from jaxmix.pipeline.job import denoise
 from jaxmix.pipeline.loading import ASSETS
@@ -82,14 +84,18 @@ def test_the_command_draws_at_another_size_from_pictures_and_in_tiles(folder, tm
     assert drawn.shape == (12, 20, 3) and drawn.std() > 1
 
 
-def test_the_command_warns_of_words_cut_off_and_draws(folder, tmp_path, capsys):
-    words = " ".join(["apple"] * 40)
+def test_the_command_draws_long_weighted_prompts_with_learnt_words(folder, tmp_path, capsys):
+    save_file({"emb_params": np.full((2, 16), 0.1, np.float32)}, tmp_path / "bad-thing.safetensors")
+    words = " ".join(["apple"] * 40) + ", (bad-thing:1.3)"
+    flags = ["--model", str(folder), "--prompt", words, "--embedding", str(tmp_path / "bad-thing.safetensors"), *QUICK]
     with pytest.raises(SystemExit) as end:
-        run(main, ["--model", str(folder), "--prompt", words, "--out", str(tmp_path / "out"), *QUICK])
-    assert end.value.code == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert warnings == [f"warning: --prompt: prompt is too long for the model; cut off: {' '.join(['apple'] * 10)!r}"]
-    assert only(tmp_path / "out", "0000_seed0.png").exists()
+        run(main, [*flags, "--clip-skip", "1", "--out", str(tmp_path / "out")])
+    assert end.value.code == 0 and not [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
+    told = read_settings(only(tmp_path / "out", "0000_seed0.png"))
+    assert (told["chunks"], told["clip_skip"], told["prompt_syntax"]) == (2, 1, "a1111")
+    with pytest.raises(SystemExit):
+        run(main, [*flags, "--max-chunks", "1", "--out", str(tmp_path / "short")])
+    assert "--prompt: prompt: found 2 chunks of tokens, expected at most 1" in capsys.readouterr().err
 
 
 def truncate(folder):
