@@ -50,7 +50,7 @@ def check_token(parts: Parts, token: Any, where: str) -> None:
     """Raise `InputError` for a token that is no word, is taken, or is a word that the tokenizer knows."""
     if not isinstance(token, str) or not token or any(c.isspace() or c in _SYNTAX for c in token):
         raise InputError(
-            f"{where}: found the token {shown(token)}, expected a word without spaces and any of {_SYNTAX}: name one "
+            f"{where}: found the token {shown(token)}, expected a word without spaces or any of {_SYNTAX}: name one "
             "that is"
         )
     if any(one.token.lower() == token.lower() for one in parts.embeddings):

@@ -60,7 +60,7 @@ def encode_prompts(
     check_skip(parts, reading.clip_skip)
     read = [parts.chunks(i, texts, reading) for i, texts in enumerate(of_encoders(parts, prompts, prompts_2))]
     own = np.max([[len(one.ids) for one in found] for found in read], 0, initial=1)
-    if chunks is not None and own.max() > chunks:
+    if chunks is not None and own.max(initial=0) > chunks:
         longest = int(own.argmax())
         raise InputError(
             f"prompt {shown(prompts[longest])}: found {own[longest]} chunks of tokens, expected at most {chunks}"
@@ -146,7 +146,7 @@ def _states(
 
     states = [run(ids[:, i]) for i in range(chunks)]
     plain = context_of(states)
-    weights = np.asarray([one.weights for one in found], np.float32).reshape(len(ids), -1)
+    weights = np.asarray([one.weights for one in found], np.float32).reshape(-1, chunks * length)
     context = plain
     if bool(np.any(weights != 1)):
         if reading.syntax == "a1111":
