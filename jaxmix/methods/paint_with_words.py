@@ -11,6 +11,7 @@ import numpy as np
 from jaxmix.controls import paint_with_words as paint
 from jaxmix.models.unet import sites
 from jaxmix.pipeline import layouts as shared
+from jaxmix.pipeline.chunks import PLAIN, Reading
 from jaxmix.pipeline.layouts import Placed, Segment
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request
@@ -56,22 +57,31 @@ class PaintWithWords(Method):
         """Add the control of the first image that has segments: the masks of many images are large."""
         first = next(i for i, layout in enumerate(self.layouts) if len(layout))
         one = dataclasses.replace(self, layouts=[self.layouts[first]], weight=0.0)
-        return request.add(controls=(one.control(pipe, request.take([first])),))
+        return request.add(controls=(one._of(pipe, request.take([first])),))
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control, unless none of the images has a segment."""
         if not any(map(len, self.layouts)):
             return request
-        return request.add(controls=(self.control(pipe, request),))
+        return request.add(controls=(self._of(pipe, request),))
 
-    def control(self, pipe: Pipeline, request: Request) -> paint.PaintControl:
-        """Return the control of the layouts of a request's prompts."""
-        placed = shared.place(pipe, request.prompts, self.layouts, request.reading, request.prompts_2)
-        tokens = request.tokens(pipe)
+    def _of(self, pipe: Pipeline, request: Request) -> paint.PaintControl:
+        return self.control(pipe, request.prompts, request.reading, request.prompts_2, request.tokens(pipe))
+
+    def control(
+        self,
+        pipe: Pipeline,
+        prompts: Sequence[str],
+        reading: Reading = PLAIN,
+        prompts_2: Sequence[str | None] | None = None,
+        tokens: int | None = None,
+    ) -> paint.PaintControl:
+        """Return the control of the layouts of prompts, whose text has so many ``tokens`` (None: those of a chunk)."""
+        placed = shared.place(pipe, prompts, self.layouts, reading, prompts_2)
         height, width = shared.size_of(placed)
         factor = pipe.vae.config.factor
         grids = sorted({site.hw for site in sites(pipe.unet.config, (height // factor, width // factor))})
-        drawn = [_painted(layout, tokens, grids) for layout in placed]
+        drawn = [_painted(layout, tokens or pipe.text_length, grids) for layout in placed]
         return paint.bind(
             {grid: np.stack([image[grid] for image in drawn]) for grid in drawn[0]},
             training_sigmas(pipe.schedule),
