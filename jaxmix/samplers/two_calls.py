@@ -113,7 +113,7 @@ class Heun(LastOnce):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DPMSolverSDE(LastOnce):
-    """DPM-Solver++ as an SDE, single step and of second order, over S steps, as float32 tables (S, 2), one per call.
+    """DPM-Solver++ (arXiv 2211.01095) as an SDE, single step, second order, over S steps, as float32 tables (S, 2).
 
     From r to r' < r, with up = min(r', r' sqrt(1 - (r' / r)^2)) and down = sqrt(r'^2 - up^2)::
 

@@ -374,10 +374,10 @@ def test_rows_of_many_methods_are_drawn_in_one_job(files, tiny_pipeline, tmp_pat
 def test_what_is_built_for_a_batch_holds_inversions_of_the_merged_weights(files, tiny_pipeline, tmp_path, monkeypatch):
     asked = []
 
-    def invert(self, picture, prompts=None, steps=50, guidance_scale=None, label="next", record=None):
+    def invert(self, picture, prompts=None, steps=50, guidance_scale=None, **how):
         asked.append(self)
         states = np.zeros((1, steps + 1, *self.latent_shape), np.float32)
-        return jaxmix.Inverted(states, {}, label)
+        return jaxmix.Inverted(states, {}, how.get("label", "next"))
 
     monkeypatch.setattr(jaxmix.Pipeline, "invert", invert)
     row = {**fields(files)["lora"], "group": "g"}

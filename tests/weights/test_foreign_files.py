@@ -285,10 +285,10 @@ def test_lenient_schedules_are_saved_as_they_were(folder, tmp_path):
     index = path / "model_index.json"
     index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "_jaxmix"}))
     config = path / "scheduler" / "scheduler_config.json"
-    asked = {"_class_name": "UniPCMultistepScheduler", "solver_order": 3, "use_beta_sigmas": True, "solver_type": "bh2"}
+    asked = {"_class_name": "DEISMultistepScheduler", "solver_order": 3, "use_beta_sigmas": True, "solver_type": "bh2"}
     config.write_text(json.dumps(json.loads(config.read_text()) | asked | {"shift_terminal": None}))
     pipe, said = one_note(path)
-    assert said.startswith(f"{config}: there is no UniPCMultistepScheduler here") and pipe.sampler == "dpmpp_2m"
+    assert said.startswith(f"{config}: there is no DEISMultistepScheduler here") and pipe.sampler == "dpmpp_2m_beta"
     dataclasses.replace(pipe, sampler="dpmpp_2m").save(tmp_path / "again")
     kept = json.loads((tmp_path / "again" / "scheduler" / "scheduler_config.json").read_text())
     assert {key: kept[key] for key in asked} == asked
