@@ -91,6 +91,11 @@ class InstantStylePlus(Method):
         """Where the contents are inverted; with renoise=None at noise, as any request."""
         return self.renoise is not None
 
+    @property
+    def inverts(self) -> bool:
+        """Unless renoise=None."""
+        return self.renoise is not None
+
     def check(self, pipe: Pipeline, request: Request) -> None:
         """Refuse missing parts, captions and pictures, another sampler, and adapters or encoders that do not fit."""
         super().check(pipe, request)

@@ -103,6 +103,11 @@ class StyleAligned(Method):
         """Return the sizes of the groups of ``n`` images."""
         return [n] if self.groups is None else list(self.groups)
 
+    @property
+    def inverts(self) -> bool:
+        """Where there are pictures."""
+        return bool(self.pictures)
+
     def check(self, pipe: Pipeline, request: Request) -> None:
         """Refuse groups that do not add up to the images, and pictures that cannot be held to their inversion."""
         super().check(pipe, request)

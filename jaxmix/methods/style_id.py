@@ -136,6 +136,11 @@ class StyleID(Method):
         """The label of the inversions that the pairing needs."""
         return "own" if self.pairing == "reference" else "next"
 
+    @property
+    def inverts(self) -> bool:
+        """Always."""
+        return True
+
     def check(self, pipe: Pipeline, request: Request) -> None:
         """Refuse pictures that are missing or of a wrong size, samplers other than ddim, and states of other runs."""
         super().check(pipe, request)

@@ -244,6 +244,8 @@ class Pipeline(Parts):
         methods = ordered(methods)
         if not isinstance(request, Request):
             raise InputError(f"request: found {type(request).__name__}, expected a Request; prompts go to generate")
+        if request.sampler is None and any(method.inverts for method in methods):
+            request = dataclasses.replace(request, sampler="ddim")
         request = sketch = request.checked(self)
         self.check_size(*request.hw(self), 1, *_size_of(request))
         wide = next((m for m in methods if m.adds_rows), None)

@@ -353,6 +353,11 @@ class Method:
         """Whether `apply` says where the images start, which only one method can."""
         return False
 
+    @property
+    def inverts(self) -> bool:
+        """Whether it needs the DDIM that pictures are inverted by, which is then the sampler where none is named."""
+        return False
+
     def check(self, pipe: Any, request: Request) -> None:
         """Raise `InputError` for a mistake, before anything is compiled; ``request`` is the whole one, checked."""
         for name in self.per_image:

@@ -16,6 +16,7 @@ from jaxmix import (
     MagicFusion,
     ReNoise,
     Request,
+    StyleAligned,
     StyleID,
 )
 from jaxmix.models import CLIPVisionConfig, CLIPVisionModel, ControlNetConfig, ControlNetModel
@@ -81,6 +82,15 @@ def test_two_methods_that_say_where_images_start_exclude_each_other_before_anyth
         with pytest.raises(InputError, match="exclude each other: both say where the images start"):
             one_level.draw(REQUEST, pair)
     assert denoise._cache_size() == before
+
+
+def test_the_sampler_is_ddim_where_none_is_named(one_level, plus):
+    other = dataclasses.replace(one_level, sampler="pndm")
+    for method in (plus(), StyleID(list(CONTENT), list(STYLE)), StyleAligned([2], pictures={0: CONTENT[0]}, offset=1)):
+        assert other.check(REQUEST, (method,)).sampler == "ddim"
+        with pytest.raises(InputError, match="found the sampler euler, expected ddim"):
+            other.check(dataclasses.replace(REQUEST, sampler="euler"), (method,))
+    assert other.check(REQUEST, (plus(renoise=None),)).sampler == "pndm"
 
 
 def test_rows_side_by_side_are_each_alone(one_level, plus):
