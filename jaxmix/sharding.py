@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,6 +44,20 @@ def train_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
         raise InputError(f"fsdp: found {fsdp}, expected a divisor of the {len(ordered)} devices")
     grid = np.array(ordered).reshape(-1, fsdp)
     return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+
+
+def device_bytes() -> int | None:
+    """Return the memory of a device, on a CPU that of the machine (or of the container); None if nobody says."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    found = []
+    if hasattr(os, "sysconf"):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+            found.append(int(Path(limit).read_text()))
+    return min(found, default=None)
 
 
 def rows_over(mesh: Mesh) -> NamedSharding:

@@ -1,10 +1,9 @@
-"""What trainers of adapters share: a frozen base, pictures or scenes, and the run around a `predict`."""
+"""What trainers of adapters share: a frozen base, and rows of pictures or scenes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +13,9 @@ import jaxmix
 from jaxmix import command
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.vision import as_picture
-from jaxmix.tuning.data import BatchSource, Source, iterate, make_dataset
-from jaxmix.tuning.fit import Hook, fit
-from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
 from train.data import LatentCache, PictureConfig, Pictures, open_batches
-from train.diffusion import DiffusionConfig, Predict, make_loss
+from train.diffusion import DiffusionConfig
 
 CACHED = ("latents_mean", "latents_std", "context", "pooled")
 """What a cached row has instead of a picture and a caption."""
@@ -35,8 +31,6 @@ class AdapterConfig(PictureConfig, DiffusionConfig):
         text_column: the metadata's column with the caption.
         image_column: the metadata's column with the picture's file.
         scenes: arguments of train.scenes.Scenes, instead of train_data_dir.
-        validation_prompts: drawn at fixed seeds with the averaged weights, one row of pictures each.
-        validation_steps: draw them every this many steps; 0: never.
         validation_guidance_scale: guidance of those pictures; null for the base's own.
         validation_batch_size: pictures drawn together.
     """
@@ -46,8 +40,6 @@ class AdapterConfig(PictureConfig, DiffusionConfig):
     text_column: str = "text"
     image_column: str = "file_name"
     scenes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    validation_prompts: list[str] = dataclasses.field(default_factory=list)
-    validation_steps: int = 0
     validation_guidance_scale: float | None = None
     validation_batch_size: int = 32
 
@@ -148,44 +140,3 @@ def on_host(pipe: Pipeline) -> Pipeline:
     if jax.device_count() == 1:
         return pipe
     return dataclasses.replace(pipe, params=jax.device_get(pipe.params))
-
-
-def train_adapter(
-    cfg: AdapterConfig,
-    pipe: Pipeline,
-    learns: Any,
-    frozen: Mapping[str, Any],
-    source: Source | BatchSource,
-    transform: Callable[[Any, np.random.Generator], Any],
-    predict: Predict,
-    save: Callable[[Any, Path], None],
-    draw: Callable[[Any], np.ndarray] | None,
-) -> int:
-    """Train what `learns`, export with every checkpoint, draw on the way; return the exit status.
-
-    `save(params, folder)` writes the adapter of these weights, `draw(params)` its validation pictures as one sheet.
-    """
-    out = Path(cfg.output_dir)
-    count, held = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (learns, pipe.params))
-    print(f"learns {count:,} parameters; the base holds {held:,}", flush=True)
-    optimizer = make_optimizer(cfg)
-    state = TrainState.create(learns, optimizer, ema=cfg.ema_decay > 0)
-    shard = (jax.process_index(), jax.process_count())
-    dataset = make_dataset(source, cfg.train_batch_size, cfg.seed, transform, shard=shard)
-
-    def batches(step: int) -> Iterator[Any]:
-        return iterate(dataset, step, cfg.dataloader_num_workers)
-
-    def export(step: int, state: TrainState) -> None:
-        save(state.averaged, out)
-
-    hooks = [Hook(cfg.checkpointing_steps, export)]
-    if draw is not None and cfg.validation_prompts and cfg.validation_steps:
-
-        def picture(step: int, state: TrainState) -> dict[str, np.ndarray]:
-            return {"validation": draw(state.averaged)}
-
-        hooks.append(Hook(cfg.validation_steps, picture))
-    update = make_update(make_loss(pipe, cfg, predict), optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)
-    fit(cfg, state, update, dict(frozen), batches, hooks, command.progress)
-    return 0

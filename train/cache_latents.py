@@ -36,6 +36,7 @@ from train.data import (
     LatentCache,
     PictureConfig,
     Pictures,
+    Regular,
     check_sizes,
     hint_name,
     make_hint,
@@ -68,6 +69,9 @@ class Config(PictureConfig):
         labels: names of the dimensions that labels may name; null does not read labels.
         text_column: the metadata's column with the caption.
         image_column: the metadata's column with the picture's file.
+        trigger_word: given to pictures without a caption, and to captions without it.
+        reg_data_dir: regularisation pictures, as for train.lora.
+        class_prompt: the caption of those without one.
         batch_size: pictures encoded at a time, split over the devices.
         rows_per_shard: rows per file, and the most that a stopped run must redo.
         dtype: dtype of the model while encoding.
@@ -88,6 +92,9 @@ class Config(PictureConfig):
     labels: list[str] | None = None
     text_column: str = "text"
     image_column: str = "file_name"
+    trigger_word: str = ""
+    reg_data_dir: str = ""
+    class_prompt: str = ""
     batch_size: int = 8
     rows_per_shard: int = 1024
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -129,6 +136,8 @@ class Cropped:
     time_ids: np.ndarray
     pixels: np.ndarray | None = None
     hints: np.ndarray | None = None
+    repeats: int = 1
+    regular: bool = False
 
 
 def read_cropped(pictures: Pictures, index: int, group: int, seed: int) -> Cropped:
@@ -142,7 +151,9 @@ def read_cropped(pictures: Pictures, index: int, group: int, seed: int) -> Cropp
     if pictures.hint is not None:
         hints = np.stack([pictures.hint(row, x, bucket, at, flip) for x, flip in zip(images, flips, strict=True)])
     pixels = None if pictures.whole is None else pictures.whole(row["image"])["pixels"]
-    return Cropped(row["id"], row["text"], row["labels"], group, images, time_ids, pixels, hints)
+    entry = pictures.source.entries[index]
+    told = row["id"], row["text"], row["labels"], group
+    return Cropped(*told, images, time_ids, pixels, hints, entry.repeats, entry.regular)
 
 
 def make_moments(pipe: jaxmix.Pipeline, devices: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -194,7 +205,7 @@ class Encoder:
             for name, array in arrays.items():
                 if not np.isfinite(array).all():
                     raise InputError(f"{row.id}: found {name} that are not finite in float16; is the model damaged?")
-            yield encode_record(arrays, row.id, row.labels)
+            yield encode_record(arrays, row.id, row.labels, row.regular)
 
     def look(self, pixels: Sequence[Any]) -> dict[str, np.ndarray]:
         """Return what the image encoder sees, {"clip_projected" (n, p)[, "clip_penultimate" (n, s, d)]} float16."""
@@ -224,7 +235,7 @@ def write_shard(
         except BadRow as fault:
             return fault
 
-    found: dict[str, Any] = {"bucket": [], "bad": {}}
+    found: dict[str, Any] = {"bucket": [], "repeats": [], "bad": {}}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")  # so that a record is read without its neighbours
@@ -242,6 +253,7 @@ def write_shard(
                 for record in encode(good) if good else ():
                     writer.write(record)
                 found["bucket"] += [row.group for row in good]
+                found["repeats"] += [row.repeats for row in good]
                 bar.update(len(items))
         writer.close()
         os.replace(temporary, path)
@@ -262,7 +274,8 @@ def make_plan(cfg: Config, pictures: Pictures, identity: dict[str, str], order: 
     digest = hashlib.sha256()
     for row in order:
         entry = pictures.source.entries[row]
-        digest.update(json.dumps([entry.id, entry.text, entry.labels]).encode())
+        more = [entry.repeats, entry.regular] if (entry.repeats, entry.regular) != (1, False) else []
+        digest.update(json.dumps([entry.id, entry.text, entry.labels, *more]).encode())
     keys = ("labels", "dtype", "rows_per_shard", "seed", *(f.name for f in dataclasses.fields(PictureConfig)))
     settings = {key: getattr(cfg, key) for key in keys if key != "max_bad_rows"}
     if cfg.image_states:
@@ -292,8 +305,9 @@ def main(cfg: Config) -> int:
     command.enable_compilation_cache()
     pipe = jaxmix.load(cfg.pretrained_model_name_or_path, cfg.dtype)
     hint = make_hint(cfg.conditioning_image_column, cfg.preprocess)
+    column, regular = cfg.conditioning_image_column, Regular(cfg.reg_data_dir, cfg.class_prompt)
     source = open_source(
-        cfg.train_data_dir, cfg.labels, cfg.text_column, cfg.image_column, cfg.conditioning_image_column
+        cfg.train_data_dir, cfg.labels, cfg.text_column, cfg.image_column, column, cfg.trigger_word, regular
     )
     if isinstance(source, LatentCache):
         raise InputError(f"train_data_dir: found a cache, {cfg.train_data_dir}, expected pictures")
@@ -306,8 +320,8 @@ def main(cfg: Config) -> int:
 
     folder = Path(cfg.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    order = np.concatenate(pictures.groups)  # one size after another, so that most batches are full
-    groups = np.repeat(np.arange(len(pictures.groups)), [len(group) for group in pictures.groups])
+    order = np.concatenate(pictures.once)  # one size after another, so that most batches are full
+    groups = np.repeat(np.arange(len(pictures.once)), [len(group) for group in pictures.once])
     identity = identify(pipe, seen)
     check_plan(folder, make_plan(cfg, pictures, identity, order))
 
@@ -350,7 +364,9 @@ def finish(
     temporary = folder / f".{EMPTY}.{os.getpid()}.tmp"
     temporary.write_bytes(save(empty))
     os.replace(temporary, folder / EMPTY)
-    held = [json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["bucket"] for path in shards]
+    notes = [json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for path in shards]
+    held = [note["bucket"] for note in notes]
+    repeats = [n for note in notes for n in note.get("repeats") or [1] * len(note["bucket"])]
     index = CacheIndex(
         model=cfg.pretrained_model_name_or_path,
         identity=identity,
@@ -362,6 +378,7 @@ def finish(
         buckets=pictures.buckets,
         bucket=[group for rows in held for group in rows],
         hint=hint_name(cfg.conditioning_image_column, cfg.preprocess),
+        repeats=[] if set(repeats) <= {1} else repeats,
     )
     if not index.bucket:
         raise InputError(f"{pictures.source.where}: found no usable row")

@@ -37,10 +37,9 @@ from train.adapters import (
     make_captioned,
     on_host,
     open_base,
-    train_adapter,
 )
 from train.data import LatentCache, hint_name, make_hint, open_batches
-from train.diffusion import make_tokenize
+from train.diffusion import make_tokenize, train_denoiser
 from train.grid import fitted, make_grid
 from train.scenes import Scenes
 
@@ -228,7 +227,7 @@ def main(cfg: Config) -> int:
     def trained(params: Any) -> jaxmix.ControlNet:
         return dataclasses.replace(fresh, params=params)
 
-    status = train_adapter(
+    status = train_denoiser(
         cfg,
         pipe,
         fresh.params,

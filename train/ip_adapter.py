@@ -36,11 +36,10 @@ from train.adapters import (
     on_host,
     open_base,
     open_pictures,
-    train_adapter,
 )
 from train.data import LatentCache, make_look
 from train.data.cache import SEEN
-from train.diffusion import make_tokenize
+from train.diffusion import make_tokenize, train_denoiser
 from train.grid import fitted, make_grid
 from train.scenes import Scenes
 
@@ -237,7 +236,7 @@ def main(cfg: Config) -> int:
     def trained(params: Any) -> IPAdapter:
         return dataclasses.replace(fresh, **params)
 
-    status = train_adapter(
+    status = train_denoiser(
         cfg,
         pipe,
         learns,

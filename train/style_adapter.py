@@ -36,10 +36,9 @@ from train.adapters import (
     on_host,
     open_base,
     open_pictures,
-    train_adapter,
 )
 from train.data import LatentCache
-from train.diffusion import make_tokenize
+from train.diffusion import make_tokenize, train_denoiser
 from train.grid import fitted, make_grid
 from train.scenes import Scenes
 
@@ -248,7 +247,7 @@ def main(cfg: Config) -> int:
     def trained(params: Any) -> StyleAdapter:
         return dataclasses.replace(fresh, **params)
 
-    status = train_adapter(
+    status = train_denoiser(
         cfg,
         pipe,
         {"style_emb": fresh.style_emb, "layers": dict(fresh.layers)},

@@ -10,7 +10,7 @@ frozen; images are encoded inside the step, or once before training (`encoded_sc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy as np
 import jaxmix
 from jaxmix import command
 from jaxmix.models import (
-    AddedCond,
     AutoencoderKL,
     CLIPTextConfig,
     CLIPTextModel,
@@ -31,15 +30,13 @@ from jaxmix.models import (
 )
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.schedule import NoiseSchedule
-from jaxmix.tuning.data import Source, iterate, make_dataset
-from jaxmix.tuning.fit import Hook, fit
-from jaxmix.tuning.update import TrainState, make_optimizer, make_update
+from jaxmix.tuning.data import Source
 from jaxmix.types import InputError
 from jaxmix.weights.load import find_weights, load_tree, read_config
 from train.cache_latents import make_moments
 from train.data.cache import identify
 from train.data.encoded import encode_once
-from train.diffusion import DiffusionConfig, make_loss, make_tokenize
+from train.diffusion import DiffusionConfig, make_predict, make_tokenize, train_denoiser
 from train.grid import make_grid
 from train.scenes import Scenes
 
@@ -60,8 +57,6 @@ class Config(DiffusionConfig):
         encoded_scenes: encode this many scenes once, into OUT/latents, and repeat them; 0: every scene is a new one,
             encoded inside its step.
         train_text_encoder: false freezes the text encoder.
-        validation_prompts: drawn at fixed seeds with the averaged weights.
-        validation_steps: draw them every this many steps; 0: never.
         validation_guidance_scale: guidance of those pictures.
         export_steps: write the diffusers folder OUT/pipeline every this many steps; 0: only at the end.
     """
@@ -75,8 +70,6 @@ class Config(DiffusionConfig):
     scenes: dict[str, Any] = dataclasses.field(default_factory=dict)
     encoded_scenes: int = 0
     train_text_encoder: bool = True
-    validation_prompts: list[str] = dataclasses.field(default_factory=list)
-    validation_steps: int = 0
     validation_guidance_scale: float = 3.0
     export_steps: int = 0
 
@@ -185,50 +178,34 @@ def split_params(params: Any, train_text_encoder: bool) -> tuple[Any, Any]:
 def main(cfg: Config) -> int:
     """Train, draw on the way, export."""
     command.start(cfg.distributed)
-    out = Path(cfg.output_dir)
     pipe = make_pipeline(cfg)
     source = make_source(cfg, pipe)
     params, frozen = split_params(pipe.params, cfg.train_text_encoder)
     pipe = dataclasses.replace(pipe, params=frozen)  # what learns is in the state alone
-    optimizer = make_optimizer(cfg)
-    state = TrainState.create(params, optimizer, ema=cfg.ema_decay > 0)
     rows = make_rows(make_tokenize(pipe), cfg.caption_dropout_rate)
-    shard = (jax.process_index(), jax.process_count())
-    dataset = make_dataset(source, cfg.train_batch_size, cfg.seed, rows, shard=shard)
 
-    def batches(step: int) -> Iterator[Any]:
-        return iterate(dataset, step, cfg.dataloader_num_workers)
+    def trained(params: Any) -> Pipeline:
+        return dataclasses.replace(pipe, params={**frozen, **params})
 
-    def predict(
-        params: Any,
-        frozen: Any,
-        batch: Any,
-        noisy: jax.Array,
-        t: jax.Array,
-        context: jax.Array,
-        added: AddedCond | None,
-    ) -> jax.Array:
-        return pipe.unet.apply({"params": params["unet"]}, noisy, t, context, (), added)
-
-    def trained(state: TrainState) -> Pipeline:
-        return dataclasses.replace(pipe, params={**frozen, **state.averaged})
-
-    def picture(step: int, state: TrainState) -> dict[str, np.ndarray]:
+    def draw(params: Any) -> np.ndarray:
         prompts, scale = cfg.validation_prompts, cfg.validation_guidance_scale
-        images = trained(state).generate(prompts, range(len(prompts)), steps=25, guidance_scale=scale)
-        return {"validation": make_grid(images, 4, 2)}
+        return make_grid(trained(params).generate(prompts, range(len(prompts)), steps=25, guidance_scale=scale), 4, 2)
 
-    def export(step: int, state: TrainState) -> None:
-        trained(state).save(out / "pipeline")
-
-    hooks = [Hook(cfg.export_steps, export)]
-    if cfg.validation_prompts and cfg.validation_steps:
-        hooks.append(Hook(cfg.validation_steps, picture))
-    update = make_update(make_loss(pipe, cfg, predict), optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)
-    fit(cfg, state, update, frozen, batches, hooks, command.progress)
+    status = train_denoiser(
+        cfg,
+        pipe,
+        params,
+        frozen,
+        source,
+        rows,
+        make_predict(pipe, cfg),
+        lambda params, folder: trained(params).save(folder / "pipeline"),
+        draw,
+        save_steps=cfg.export_steps,
+    )
     if jax.process_index() == 0:
-        print(f"wrote {out / 'pipeline'}")
-    return 0
+        print(f"wrote {Path(cfg.output_dir) / 'pipeline'}")
+    return status
 
 
 if __name__ == "__main__":

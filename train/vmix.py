@@ -32,9 +32,8 @@ from train.adapters import (
     on_host,
     open_base,
     open_pictures,
-    train_adapter,
 )
-from train.diffusion import make_tokenize
+from train.diffusion import make_tokenize, train_denoiser
 from train.grid import make_grid
 from train.scenes import DIMENSIONS as SCENE_DIMENSIONS
 from train.scenes import Scenes
@@ -198,7 +197,7 @@ def main(cfg: Config) -> int:
     def save(params: Any, folder: Path) -> None:
         join_adapter(fresh, params, cfg).save(folder / "adapter.safetensors")
 
-    status = train_adapter(
+    status = train_denoiser(
         cfg,
         pipe,
         learns,

@@ -99,9 +99,8 @@ class LoRA(Card):
 
         "diffusers" keeps alpha in the metadata, where diffusers 0.34 and newer look; "kohya" stores it as tensors,
         which everyone reads (diffusers only one alpha for all modules of a part), and takes every form, "diffusers"
-        only plain LoRA. With ``pipe`` the LoRA is checked
-        against it first, and kohya's names for SDXL are those of the original layout, as kohya's own scripts expect.
-        ``dtype`` casts the factors.
+        only plain LoRA and DoRA of it. With ``pipe`` the LoRA is checked against it first, and kohya's names for SDXL
+        are those of the original layout, as kohya's own scripts expect. ``dtype`` casts the factors.
         """
         path = Path(path)
         if path.suffix.lower() != ".safetensors":

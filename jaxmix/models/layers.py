@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -19,7 +19,11 @@ Padding: TypeAlias = Sequence[tuple[int, int]]  # (top, bottom), (left, right)
 
 _kernel_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")  # as in torch layers
 LOW_RANK = "lora"
-"""Where a module finds ``{"down", "up", "scale"}``, a low-rank addition to its kernel, if its parameters hold one."""
+"""Where a module finds ``{"down", "up", "scale"}``, a low-rank addition to its kernel, if its parameters hold one.
+
+Further, for training: ``ratio`` (out,), by which the outputs are multiplied before the bias (DoRA), and ``dropout``,
+() float32, with ``key``, a random key: the chance that an input of the addition is left out.
+"""
 
 _TINY_IMAGE = 4 * 4  # pixels of the output up to which a convolution on the CPU is faster as a product ...
 _MANY = 512 * 512  # ... if it has at least this many pairs of inputs and outputs; with fewer it only compiles longer
@@ -48,8 +52,12 @@ class Linear(nn.Module):
         x, kernel = jnp.asarray(x, self.dtype), kernel.reshape(i, self.features).astype(self.dtype)
         y = product(x, kernel)
         if self.has_variable("params", LOW_RANK):
-            down, up = _low_rank(self, self.dtype)
-            y = y + product(product(x, down.reshape(i, -1)), up)
+            factors = self.get_variable("params", LOW_RANK)
+
+            def added(x: Array, down: Array, up: Array) -> Array:
+                return product(product(x, down.reshape(i, -1)), up)
+
+            y = _with_low_rank(factors, self.dtype, x, y, added, lambda x: product(x, kernel))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
@@ -69,19 +77,46 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = jnp.asarray(x, self.dtype)
-        y = convolve(x, kernel, self.stride, tuple(self.padding))
+        how = self.stride, tuple(self.padding)
+        y = convolve(x, kernel, *how)
         if self.has_variable("params", LOW_RANK):
-            down, up = _low_rank(self, self.dtype)
-            y = y + product(convolve(x, down, self.stride, tuple(self.padding)), up)
+            factors = self.get_variable("params", LOW_RANK)
+
+            def added(x: Array, down: Array, up: Array) -> Array:
+                return product(convolve(x, down, *how), up)
+
+            y = _with_low_rank(factors, self.dtype, x, y, added, lambda x: convolve(x, kernel, *how))
         return y + bias
 
 
-def _low_rank(module: nn.Module, dtype: Any) -> tuple[Array, Array]:
-    """Return the factors (.., in, r) and (r, out) beside a module's kernel, the second times the scale."""
-    factors = module.get_variable("params", LOW_RANK)
+def _with_low_rank(
+    factors: Mapping[str, Array],
+    dtype: Any,
+    x: Array,
+    y: Array,
+    added: Callable[[Array, Array, Array], Array],
+    apply: Callable[[Array], Array],
+) -> Array:
+    """Return the outputs y of a kernel for inputs x with the low-rank addition beside it; see `LOW_RANK`.
+
+    ``added(x, down, up)`` is the addition, ``apply(x)`` the kernel.
+    """
     up = factors["up"]
-    up = up.reshape(up.shape[-2:]) * factors["scale"]
-    return factors["down"].astype(dtype), up.astype(dtype)
+    up = (up.reshape(up.shape[-2:]) * factors["scale"]).astype(dtype)
+    seen = x
+    if "dropout" in factors:
+        keep = 1.0 - factors["dropout"]
+        kept = jax.random.bernoulli(factors["key"], keep, x.shape)
+        seen = jnp.where(kept, x / keep.astype(dtype), jnp.zeros((), dtype))
+    low = added(seen, factors["down"].astype(dtype), up)
+    if "ratio" not in factors:
+        return y + low
+    # In float32: a ratio differs from 1 by less than bfloat16 can say. Under dropout PEFT changes the direction of what
+    # is left of the inputs alone: y + (ratio - 1) (W x') + ratio (W_low x'), and so does this.
+    ratio, low = factors["ratio"], low.astype(jnp.float32)
+    if "dropout" not in factors:
+        return ((y.astype(jnp.float32) + low) * ratio).astype(dtype)
+    return (y.astype(jnp.float32) + (ratio - 1.0) * apply(seen).astype(jnp.float32) + ratio * low).astype(dtype)
 
 
 # What depends on the platform is decided when the program is lowered, in functions that are compiled once per shape:

@@ -7,11 +7,8 @@ have failed, and one that is not may still fail.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxmix.models.unet import AddedCond
 from jaxmix.pipeline.parts import Parts
+from jaxmix.sharding import device_bytes
 from jaxmix.types import InputError
 
 _SMALL = 512 * 512  # pixels up to which nobody needs to ask
@@ -90,20 +88,6 @@ def is_small(parts: Parts, hw: tuple[int, int]) -> bool:
     """Return whether images of that size need no second thought: no larger than what the model was made for."""
     own = math.prod(parts.latent_shape[:2])
     return math.prod(hw) <= max(own, _SMALL // parts.vae.config.factor**2)
-
-
-def device_bytes() -> int | None:
-    """Return the memory of a device, on a CPU that of the machine (or of the container); None if nobody says."""
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit")
-    found = []
-    if hasattr(os, "sysconf"):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-            found.append(int(Path(limit).read_text()))
-    return min(found, default=None)
 
 
 def _shape(*shape: int) -> jax.ShapeDtypeStruct:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmix.types import InputError
+from jaxmix.types import InputError, shown
 
 
 class DamagedError(InputError):
@@ -59,21 +60,26 @@ class Checkpoints:
     (damaged ones, and later ones when a run goes back to an earlier step) are moved to FOLDER-aside, never deleted.
     """
 
-    def __init__(self, folder: Any, keep: int | None = 2):
-        """Open or make `folder` (local or gs://)."""
+    def __init__(self, folder: Any, keep: int | None = 2, plan: Mapping[str, Any] | None = None):
+        """Open or make `folder` (local or gs://).
+
+        `plan` (plain JSON) is what the numbers in a state mean beside their shapes: it is saved with each, and a
+        checkpoint with another one is refused.
+        """
         import orbax.checkpoint as ocp
         from etils import epath
 
         self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._plan = None if plan is None else json.loads(json.dumps(plan))
 
     def save(self, step: int, state: Any, extra: Any = None) -> None:
         """Begin to save `state` as number `step`, unless it is there, with `extra` (plain JSON) beside it."""
         import orbax.checkpoint as ocp
 
         if self._manager.latest_step() != step:
-            beside = {"digests": digests(state), "extra": extra}
+            beside = {"digests": digests(state), "extra": extra, "plan": self._plan}
             self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=beside)
 
     def newest(self) -> Any:
@@ -135,6 +141,8 @@ class Checkpoints:
         except Exception as error:
             raise DamagedError(f"{where}: damaged, its metadata cannot be read ({_first(error)})") from error
         saved = beside.get("digests")  # checkpoints of earlier versions have none and cannot be verified
+        if beside.get("plan") and self._plan is not None:
+            _compare_plans(where, beside["plan"], self._plan)
         if saved is not None:
             self._compare_layout(where, saved, like)
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -185,6 +193,15 @@ class Checkpoints:
         """Wait until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _compare_plans(where: Any, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for key in sorted({*found, *expected}):
+        if found.get(key) != expected.get(key):
+            raise InputError(
+                f"{where}: trained with another {key}: found {shown(found.get(key))}, expected "
+                f"{shown(expected.get(key))}; go on with the first, or give another output_dir"
+            )
 
 
 def _first(error: Exception) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmix.sharding import fsdp_specs, place, place_rows, replicated, train_mesh
-from jaxmix.tuning.flops import memory_line, model_flops
+from jaxmix.tuning.flops import memory_of, model_flops
 from jaxmix.tuning.update import TrainState
 from jaxmix.types import InputError
 
@@ -60,12 +60,13 @@ def agree(code: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledUpdate:
-    """An update compiled for one shape of batch: seconds taken, model FLOPs of a step on all devices, memory."""
+    """An update for one shape of batch: seconds to compile, model FLOPs of a step on all devices, a device's memory."""
 
     run: Callable[..., Any]
     seconds: float = 0.0
     flops: float = 0.0
     memory: str = ""
+    bytes: int = 0
 
 
 class Stepper:
@@ -121,7 +122,8 @@ class Stepper:
             with jax.set_mesh(self.mesh):
                 traced = jax.jit(self._update, donate_argnums=0, out_shardings=out).trace(state, frozen, batch, key)
                 compiled = traced.lower().compile()
-        return CompiledUpdate(compiled, time.monotonic() - began, model_flops(traced.jaxpr), memory_line(compiled))
+        needed, said = memory_of(compiled)
+        return CompiledUpdate(compiled, time.monotonic() - began, model_flops(traced.jaxpr), said, needed)
 
     def whole(self, state: TrainState) -> TrainState:
         """Return `state` with params and ema whole on the first device of this process, as if it were the only one.

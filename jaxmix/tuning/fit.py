@@ -16,6 +16,7 @@ from jaxmix.tuning import flops
 from jaxmix.tuning.checkpoints import Checkpoints, stop_on_signals
 from jaxmix.tuning.devices import CompiledUpdate, Stepper, agree, training_devices
 from jaxmix.tuning.logs import ScalarLog, mean_metrics
+from jaxmix.tuning.room import check_fits, held_bytes, told_if_full
 from jaxmix.tuning.update import OptimizerConfig, TrainState, make_learning_rate
 from jaxmix.types import InputError
 
@@ -95,6 +96,7 @@ def fit(
     batches: Callable[[int], Iterator[Any]],
     hooks: Sequence[Hook] = (),
     progress: Callable[..., Any] | None = None,
+    plan: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, bool]:
     """Run `update` up to cfg.max_train_steps and return (state, whether the run is complete).
 
@@ -102,19 +104,22 @@ def fit(
     cfg.output_dir/checkpoints. batches(k): iterator over the batches from step k on; with several processes over this
     process's rows of them, where the batch is process 0's rows, then process 1's, and so on. An entry "id" (names of
     the rows) stays on the host. On several devices, state, frozen and rows are placed as `Stepper` does; pass `frozen`
-    as NumPy arrays if it is too large for one of them. The returned state has params and ema whole on one device.
+    as NumPy arrays if it is too large for one of them. `plan` is that of `Checkpoints`.
+    The returned state has params and ema whole on one device.
 
     The loop stops early, after saving, on SIGTERM, Ctrl-C or cfg.max_seconds, and returns as usual, so that the command
     exits with status 0; several processes agree on the step, up to five steps later. A loss that is not finite raises
-    InputError naming the step, the rows and the last good checkpoint, and that state is not saved.
+    InputError naming the step, the rows and the last good checkpoint, and that state is not saved; so does an update
+    that does not fit a device's memory, before it runs, with the keys that would help.
     """
     micro = cfg.train_batch_size // cfg.gradient_accumulation_steps
     stepper = Stepper(update, training_devices(micro, cfg.fsdp, cfg.devices), cfg.fsdp)
     if len(stepper.devices) < len(jax.devices()) and not cfg.devices:
         _say(f"{len(stepper.devices)} of {len(jax.devices())} devices: no more divide a micro-batch of {micro} rows")
     folder = Path(cfg.output_dir)
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoints_total_limit)
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoints_total_limit, plan)
     log: ScalarLog | None = None
+    check_fits(held_bytes((state, frozen), stepper.mesh), stepper.devices, cfg, "the weights and the optimizer")
     try:
         start, state, extra, remarks = checkpoints.resume(cfg.resume_from_checkpoint, stepper.place(state))
         _say(*remarks, *([f"resumed from step {start}"] if start else []))
@@ -182,7 +187,8 @@ class _Run:
             batch, ids = _split_ids(next(rows))
             batch = stepper.rows(batch)
             paused = time.monotonic()
-            compiled = stepper.compiled(state, frozen, batch, key)
+            with told_if_full(stepper.devices, cfg, "the update and its weights"):
+                compiled = stepper.compiled(state, frozen, batch, key)
             if step == start:
                 self._introduce(compiled)
                 bar = progress(cfg.max_train_steps - start, "train", "steps") if self.log and progress else None
@@ -243,6 +249,7 @@ class _Run:
             compiled.memory,
         )
         _say("; ".join(filter(None, said)))
+        check_fits(compiled.bytes, self.stepper.devices, self.cfg, "the weights and the update")
 
     def _write(self, step: int) -> str:
         """Write a row of the logs for the steps since the last one, and return the note for the progress line."""

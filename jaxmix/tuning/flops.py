@@ -75,16 +75,20 @@ def _measured_rate(size: int = 1024, repeats: int = 3) -> float:
     return 2.0 * size**3 / best
 
 
-def memory_line(compiled: Any) -> str:
-    """Return what one device needs for a compiled program, in GiB, as the compiler reports it; "" if it does not."""
+def memory_of(compiled: Any) -> tuple[int, str]:
+    """Return what one device needs for a compiled program as the compiler reports it, in bytes and in words (GiB).
+
+    (0, "") if it does not.
+    """
     found = compiled.memory_analysis()
     if found is None:
-        return ""
-    gib = [x / 2**30 for x in (found.argument_size_in_bytes, found.temp_size_in_bytes)]
+        return 0, ""
+    held, temporary = found.argument_size_in_bytes, found.temp_size_in_bytes
     # Outputs that reuse donated arguments take no memory of their own.
-    new = (found.output_size_in_bytes - found.alias_size_in_bytes) / 2**30
-    total = max(getattr(found, "peak_memory_in_bytes", 0) / 2**30, sum(gib) + max(new, 0.0))
-    return f"{total:.3g} GiB per device at most: arguments {gib[0]:.3g}, temporaries {gib[1]:.3g}"
+    new = max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+    total = max(getattr(found, "peak_memory_in_bytes", 0), held + temporary + new)
+    gib = [x / 2**30 for x in (total, held, temporary)]
+    return total, f"{gib[0]:.3g} GiB per device at most: arguments {gib[1]:.3g}, temporaries {gib[2]:.3g}"
 
 
 def model_flops(jaxpr: Any) -> float:

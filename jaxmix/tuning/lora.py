@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -60,25 +60,39 @@ def init(key: Array, params: Params, pattern: str, rank: int, alpha: float | Non
     """
     if rank < 1:
         raise InputError(f"lora rank: found {rank}, expected 1 or more")
+    modules = targets(params)
+    chosen = choose(modules, pattern, "lora pattern")
+    return {
+        name: fresh(jax.random.fold_in(key, i), modules[name][1].shape, rank, alpha) for i, name in enumerate(chosen)
+    }
+
+
+def choose(modules: Collection[str], pattern: str, where: str) -> list[str]:
+    """Return the modules in whose names a regular expression is found, in order.
+
+    Raises `InputError` starting with ``where`` if it is none, or found in no name, with near misses.
+    """
     try:
         search = re.compile(pattern).search
     except re.error as error:
-        raise InputError(f"lora pattern: {pattern!r} is not a regular expression: {error}") from None
-    modules = targets(params)
+        raise InputError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
     chosen = sorted(name for name in modules if search(name))
     if not chosen:
         near = difflib.get_close_matches(pattern.replace("\\", ""), modules, n=3, cutoff=0.0)
         raise InputError(
-            f"lora pattern: {pattern!r} matches none of the {len(modules)} modules; near misses: {', '.join(near)}"
+            f"{where}: {pattern!r} matches none of the {len(modules)} modules; near misses: {', '.join(near)}"
         )
-    out: dict[str, dict[str, Any]] = {}
-    for i, name in enumerate(chosen):
-        *space, fan, o = modules[name][1].shape
-        bound = (math.prod(space) * fan) ** -0.5
-        drawn = _uniform(jax.random.fold_in(key, i), (*space, fan, rank), bound)
-        up = jnp.zeros((*[1] * len(space), rank, o), jnp.float32)
-        out[name] = {"down": drawn, "up": up, "alpha": jnp.asarray(rank if alpha is None else alpha, jnp.float32)}
-    return out
+    return chosen
+
+
+def fresh(key: Array, shape: tuple[int, ...], rank: int, alpha: float | None = None) -> dict[str, Any]:
+    """Return the factors of one module before training, for a kernel of a shape."""
+    *space, fan, o = shape
+    return {
+        "down": _uniform(key, (*space, fan, rank), (math.prod(space) * fan) ** -0.5),
+        "up": jnp.zeros((*[1] * len(space), rank, o), jnp.float32),
+        "alpha": jnp.asarray(rank if alpha is None else alpha, jnp.float32),
+    }
 
 
 def _uniform(key: Array, shape: tuple[int, ...], bound: float) -> Array:
@@ -112,12 +126,31 @@ def without_alpha(lora: Factors) -> dict[str, dict[str, Any]]:
 
 def check_plain(lora: Factors) -> None:
     """Raise `InputError` unless every module of a LoRA has `down`, `up` and `alpha` and nothing else."""
-    other = sorted(name for name, f in lora.items() if not forms.is_plain({*f, "alpha"}))
+    _check_roles(lora, "a plain LoRA (down, up and alpha)", lambda roles: forms.is_plain({*roles, "alpha"}))
+
+
+def check_trainable(lora: Factors) -> None:
+    """Raise `InputError` unless every module of a LoRA is plain, or plain with DoRA's magnitude of each output."""
+
+    def trains(roles: Collection[str]) -> bool:
+        return forms.is_plain({*roles, "alpha"} - {"magnitude"})
+
+    _check_roles(lora, "a plain LoRA (down, up and alpha), or one with a magnitude", trains)
+    for name, f in sorted(lora.items()):
+        if "magnitude" in f and f["magnitude"].size != f["up"].shape[-1]:
+            raise InputError(
+                f"lora: {name}: found {f['magnitude'].size} magnitudes, expected one for each of the "
+                f"{f['up'].shape[-1]} outputs"
+            )
+
+
+def _check_roles(lora: Factors, expected: str, right: Callable[[Collection[str]], bool]) -> None:
+    other = sorted(name for name, f in lora.items() if not right(f))
     if other:
         roles = lora[other[0]]
         raise InputError(
-            f"lora: {other[0]}: found {forms.kind(roles)} ({', '.join(roles)}), expected a plain LoRA (down, up and "
-            "alpha): other forms can be merged and saved as kohya, not trained"
+            f"lora: {other[0]}: found {forms.kind(roles)} ({', '.join(roles)}), expected {expected}: other forms can "
+            "be merged and saved as kohya, not trained"
         )
 
 
@@ -176,18 +209,42 @@ def _by_leaf(f: Mapping[str, Array], leaves: Mapping[str, Any]) -> Iterator[tupl
         yield "bias", {"diff": f["diff_b"]}
 
 
-def attach(params: Params, lora: Factors, strength: float | Array = 1.0) -> Params:
+def attach(
+    params: Params,
+    lora: Factors,
+    strength: float | Array = 1.0,
+    dropout: float = 0.0,
+    key: Array | None = None,
+) -> Params:
     """Return the parameters with the factors beside the kernels, for the layers to add; differentiable in the factors.
 
-    Raises `InputError` where the LoRA does not fit the parameters, or is no plain one.
+    A plain LoRA, or one with DoRA's magnitude of each output, whose norm counts as a constant (arXiv 2402.09353,
+    section 4.3). With a ``key`` each input of the addition is left out with the chance ``dropout``, as in PEFT. Raises
+    `InputError` where the LoRA does not fit the parameters, or has another form.
     """
     known = modules(params)
-    check_plain(lora)
+    check_trainable(lora)
     check(known, lora)
     added = {}
-    for name, f in lora.items():
-        added[(*known[name][0], "lora")] = {"down": f["down"], "up": f["up"], "scale": forms.scale(f, strength)}
+    for i, (name, f) in enumerate(sorted(lora.items())):
+        path, leaves = known[name]
+        here = {"down": f["down"], "up": f["up"], "scale": forms.scale(f, strength)}
+        if "magnitude" in f:
+            here["ratio"] = f["magnitude"].reshape(-1) / jax.lax.stop_gradient(norms(leaves["kernel"], f, strength))
+        if key is not None and dropout:
+            here |= {"dropout": jnp.float32(dropout), "key": jax.random.fold_in(key, i)}
+        added[(*path, "lora")] = here
     return _replace(params, added)
+
+
+def norms(kernel: Array, f: Mapping[str, Array] | None = None, strength: float | Array = 1.0) -> Array:
+    """Return the norm of the weights of each output (o,), of a kernel with its low-rank addition, float32; 1 for 0."""
+    kernel = kernel.astype(jnp.float32)
+    if f is not None:
+        low_rank = {role: f[role] for role in ("down", "up")}
+        kernel = kernel + forms.scale(f, strength) * forms.delta(low_rank, kernel.shape)
+    square = jnp.sum(kernel * kernel, tuple(range(kernel.ndim - 1)))
+    return jnp.sqrt(jnp.where(square > 0, square, 1.0))
 
 
 def check(known: Modules, lora: Factors) -> None:

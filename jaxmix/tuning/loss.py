@@ -1,4 +1,4 @@
-"""The denoising loss: epsilon or v targets, uniform or logit-normal timesteps, optional min-SNR weights."""
+"""The denoising loss: epsilon, v or sample targets, uniform or logit-normal timesteps, optional min-SNR weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ TIMESTEP_BINS = 4
 def min_snr_weights(snr: jax.Array, gamma: float, prediction_type: str) -> jax.Array:
     """Return the loss weight of each row, (b,) float32, for signal-to-noise ratios `snr` (b,).
 
-    min(snr, gamma) / snr for epsilon and / (snr + 1) for v (arXiv 2303.09556, section 3.4). Zero terminal SNR gives
-    weight 1 for epsilon, the limit of the formula.
+    min(snr, gamma) for a predicted sample, that / snr for epsilon and / (snr + 1) for v (arXiv 2303.09556, section
+    3.4): each is the same weight of the error of the sample. Zero terminal SNR gives weight 1 for epsilon, the limit of
+    the formula.
     """
     clipped = jnp.minimum(snr, gamma)
+    if prediction_type == "sample":
+        return clipped
     if prediction_type == "v_prediction":
         return clipped / (snr + 1.0)
     return jnp.where(snr > 0.0, clipped / jnp.maximum(snr, 1e-20), 1.0)
@@ -51,13 +54,15 @@ def diffusion_loss(
     snr_gamma: float | None = None,
     noise_offset: float = 0.0,
     logit_normal: tuple[float, float] | None = None,
+    row_weights: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the mean squared error of `predict(noisy, t)` against the schedule's target, and metrics.
 
-    latents: (b, h, w, c), already times the scaling factor. The target is epsilon or v by schedule.prediction_type.
+    latents: (b, h, w, c), already times the scaling factor. The target is that of schedule.prediction_type.
     noise_offset adds a constant per row and channel to the noise, as in diffusers; logit_normal is that of
-    `draw_timesteps`. Metrics hold the unweighted loss by quarter of the timesteps as `bin_sum` and `bin_count`, each
-    (4,). All in float32.
+    `draw_timesteps`. row_weights (b,) multiply the rows' losses, beside min-SNR; the mean is over all
+    rows. Metrics hold the unweighted loss by quarter of the timesteps as `bin_sum` and `bin_count`, each (4,). All in
+    float32.
     """
     latents = latents.astype(jnp.float32)
     rows, total = latents.shape[0], len(schedule.alphas_cumprod)
@@ -69,4 +74,6 @@ def diffusion_loss(
     error = predict(schedule.add_noise(latents, noise, t), t).astype(jnp.float32) - schedule.target(latents, noise, t)
     per_row = jnp.mean(error**2, axis=(1, 2, 3))
     weights = 1.0 if snr_gamma is None else min_snr_weights(schedule.snr(t), snr_gamma, schedule.prediction_type)
+    if row_weights is not None:
+        weights = weights * row_weights
     return jnp.mean(weights * per_row), bin_losses(per_row, t, total)

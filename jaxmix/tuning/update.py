@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -101,8 +101,11 @@ def make_learning_rate(cfg: OptimizerConfig) -> optax.Schedule:
     return learning_rate
 
 
-def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Return clipping by global norm followed by AdamW under `make_learning_rate(cfg)`."""
+def make_optimizer(cfg: OptimizerConfig, rates: Mapping[str, float] | None = None) -> optax.GradientTransformation:
+    """Return clipping by global norm followed by AdamW under `make_learning_rate(cfg)`.
+
+    `rates` multiply the learning rate of parts of the parameters, by the first key of their path.
+    """
     adamw = optax.adamw(
         make_learning_rate(cfg),
         b1=cfg.adam_beta1,
@@ -112,7 +115,13 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
     )
     clip = optax.clip_by_global_norm(cfg.max_grad_norm) if cfg.max_grad_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    if not rates:
+        return optax.chain(clip, adamw)
+
+    def scale(updates: Any, params: Any) -> Any:
+        return {name: optax.tree.scale(rates.get(name, 1.0), tree) for name, tree in updates.items()}
+
+    return optax.chain(clip, adamw, optax.stateless(scale))
 
 
 def update_average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:

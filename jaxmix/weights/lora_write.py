@@ -33,9 +33,10 @@ def write_lora(
 ) -> None:
     """Write a LoRA as one safetensors file, which appears whole or not at all.
 
-    "diffusers": PEFT's names with ranks and alphas in the metadata, like `save_lora_weights` of diffusers; plain LoRA
-    only. "kohya": underscores and alpha tensors, for every form; with the config ``original_unet`` the names of the
-    UNet are those of the original layout, like kohya's scripts for SDXL. ``dtype`` casts the factors.
+    "diffusers": PEFT's names with ranks and alphas in the metadata, like `save_lora_weights` of diffusers; plain LoRA,
+    and DoRA of it if all modules of a part have it. "kohya": underscores and alpha tensors, for every form; with the
+    config ``original_unet`` the names of the UNet are those of the original layout, like kohya's scripts for SDXL.
+    ``dtype`` casts the factors.
     """
     if layout not in FORMATS:
         raise InputError(f"lora format: found {layout!r}, expected one of {', '.join(FORMATS)}")
@@ -50,16 +51,16 @@ def write_lora(
     for part, modules in parts.items():
         for module, f in modules.items():
             if layout == "diffusers":
-                if set(f) != {"down", "up", "alpha"}:
-                    raise InputError(
-                        f"{path}: {part} {module} has {', '.join(sorted(f))}: PEFT's names hold plain LoRA only, "
-                        'expected format="kohya"'
-                    )
+                _check_peft(path, part, module, f, modules)
                 down, up = (f[role] if dtype is None else jnp.asarray(f[role], dtype) for role in ("down", "up"))
                 # diffusers accepts PEFT names for a text encoder only if some are of its attention, but these always.
                 endings = ("lora_A", "lora_B") if part == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
                 tree[f"{part}.{module}.{endings[0]}"] = {"kernel": down}
                 tree[f"{part}.{module}.{endings[1]}"] = {"kernel": up}
+                if "magnitude" in f:  # (o,), of a convolution (1, o, 1, 1)
+                    g = np.asarray(f["magnitude"] if dtype is None else jnp.asarray(f["magnitude"], dtype))
+                    shape = (-1,) if g.ndim == 2 else (1, -1, *[1] * (g.ndim - 2))
+                    tree[f"{part}.{module}"] = {"lora_magnitude_vector": g.reshape(shape)}
             else:
                 theirs = original.get(module, module) if part == "unet" else module
                 name = prefixes[part] + lora_names.flat(theirs)
@@ -69,6 +70,21 @@ def write_lora(
             config |= {f"{part}.{key}": value for key, value in _peft_config(modules).items()}
     metadata = {METADATA: json.dumps(config, indent=2, sort_keys=True)} if config else {}
     save_tree(tree, path, metadata=metadata)
+
+
+def _check_peft(path: Any, part: str, module: str, f: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
+    """Raise `InputError` for what PEFT's names cannot hold; its files have DoRA everywhere or nowhere."""
+    roles = set(f) - {"magnitude"}
+    if roles != {"down", "up", "alpha"} or ("magnitude" in f and f["magnitude"].shape[-2] != 1):
+        raise InputError(
+            f"{path}: {part} {module} has {', '.join(sorted(f))}: PEFT's names hold plain LoRA, and DoRA of it with a "
+            'magnitude of each output, expected format="kohya"'
+        )
+    if "magnitude" in f and (without := sorted(name for name, g in modules.items() if "magnitude" not in g)):
+        raise InputError(
+            f"{path}: {part} {module} has a magnitude and {without[0]} has none: PEFT's names hold DoRA of all modules "
+            'or none, expected format="kohya"'
+        )
 
 
 def _put(tree: dict[str, Any], name: str, module: str, f: Mapping[str, Any]) -> None:
@@ -93,6 +109,7 @@ def _peft_config(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
     return {
+        **({"use_dora": True} if any("magnitude" in f for f in modules.values()) else {}),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {module: value for module, value in ranks.items() if value != rank},

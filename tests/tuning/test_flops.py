@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmix import kernels
-from jaxmix.tuning.flops import memory_line, model_flops, peak
+from jaxmix.tuning.flops import memory_of, model_flops, peak
 
 
 def flops(fn, *arguments):
@@ -108,4 +108,4 @@ def test_peaks_are_of_the_data_sheet_or_measured():
 
 def test_memory_is_told_in_one_line():
     compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((256, 256))).compile()
-    assert "arguments 0.000244" in memory_line(compiled)
+    assert "arguments 0.000244" in memory_of(compiled)[1]

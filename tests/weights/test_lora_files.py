@@ -401,7 +401,7 @@ def test_every_form_is_read_merged_and_written_back_bit_for_bit(tiny_pipeline, t
     lora.save(tmp_path / "again.safetensors", tiny_pipeline, "kohya")
     assert_same(LoRA.load(tmp_path / "again.safetensors", tiny_pipeline), lora)
     if any(set(f) != {"down", "up", "alpha"} for held in lora.parts.values() for f in held.values()):
-        with pytest.raises(InputError, match='hold plain LoRA only, expected format="kohya"'):
+        with pytest.raises(InputError, match=r'hold plain LoRA, and DoRA of it .* expected format="kohya"'):
             lora.save(tmp_path / "no.safetensors")
 
 

@@ -46,11 +46,12 @@ def identify(pipe: Pipeline, image_encoder: ImageEncoder | None = None) -> dict[
     return found
 
 
-def encode_record(arrays: Mapping[str, np.ndarray], name: str, labels: Sequence[str]) -> bytes:
-    """Return a record: arrays in safetensors' format, with the row's id and labels."""
+def encode_record(arrays: Mapping[str, np.ndarray], name: str, labels: Sequence[str], regular: bool = False) -> bytes:
+    """Return a record: arrays in safetensors' format, with the row's id, labels and whether it is a regularisation."""
     from safetensors.numpy import save
 
-    meta = np.frombuffer(json.dumps({"id": name, "labels": list(labels)}).encode(), np.uint8)
+    told = {"id": name, "labels": list(labels), **({"regular": True} if regular else {})}
+    meta = np.frombuffer(json.dumps(told).encode(), np.uint8)
     return save({**{key: np.ascontiguousarray(array) for key, array in arrays.items()}, _META: meta})
 
 
@@ -60,7 +61,8 @@ def decode_record(record: bytes) -> dict[str, Any]:
 
     row: dict[str, Any] = load(record)
     meta = json.loads(row.pop(_META).tobytes())
-    return {**row, "id": meta["id"], "labels": tuple(meta["labels"])}
+    more = {"regular": True} if meta.get("regular") else {}
+    return {**row, "id": meta["id"], "labels": tuple(meta["labels"]), **more}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,8 @@ class CacheIndex:
     `model` is what it was made with, `identity` the result of `identify`, `known` the dimensions that labels were read
     for (None: not read), `flipped` whether it also holds the mirrored pictures, `shards` the files with their numbers
     of records, `buckets` the sizes that occur, and `bucket` the index of every record's size among them. `hint` says
-    of what rows have hints: the preprocessor, after the column of a second picture; empty without hints.
+    of what rows have hints: the preprocessor, after the column of a second picture; empty without hints. `repeats` says
+    how often a pass shows each record; empty for once.
     """
 
     model: str
@@ -83,6 +86,7 @@ class CacheIndex:
     buckets: list[Size]
     bucket: list[int]
     hint: str = ""
+    repeats: list[int] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> str:
         """Return the text of the file."""
@@ -100,7 +104,7 @@ class CacheIndex:
             raise InputError(f"{path}: not the index of a cache of latents, expected one by train.cache_latents")
         if found.get("version") != VERSION:
             raise InputError(f"{path}: version: found {found.get('version')}, expected {VERSION}; make the cache again")
-        found.setdefault("hint", "")  # as caches were before they could have any
+        found = {"hint": "", "repeats": [], **found}  # as caches were before they could have any
         fields = {field.name: found[field.name] for field in dataclasses.fields(cls)}
         fields["shards"] = [(name, count) for name, count in fields["shards"]]
         fields["buckets"] = [(height, width) for height, width in fields["buckets"]]
@@ -142,7 +146,11 @@ class LatentCache:
                 raise InputError(f"{self.folder / name}: found no such file, expected it as {INDEX} lists it")
         bucket = np.asarray(self.index.bucket)
         self.buckets = self.index.buckets
-        self.groups = [np.flatnonzero(bucket == i) for i in range(len(self.buckets))]
+        repeats = np.asarray(self.index.repeats or np.ones(len(bucket)), int)
+        if len(repeats) != len(bucket):
+            raise InputError(f"{self.folder / INDEX}: found {len(repeats)} repeats, expected {len(bucket)}")
+        groups = (np.flatnonzero(bucket == i) for i in range(len(self.buckets)))
+        self.groups = [np.repeat(group, repeats[group]) for group in groups]
 
     @functools.cached_property
     def empty(self) -> dict[str, np.ndarray]:

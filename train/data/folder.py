@@ -12,10 +12,12 @@ from jaxmix.types import InputError
 from train.data.rows import PICTURES, BadRow, Entry, PictureSource, make_entry
 
 METADATA = "metadata.jsonl"
+CAPTIONS = (".txt", ".caption")
+"""Endings of the files with captions, those of kohya's trainers; the first that is there counts."""
 
 
 class ImageFolder(PictureSource):
-    """Pictures with a `metadata.jsonl`, or with their captions beside them in files `NAME.txt`.
+    """Pictures with a `metadata.jsonl`, or with their captions beside them in files `NAME.txt` (or .caption).
 
     A line of the metadata is {"file_name": ..., "text": ...}, with labels as "labels": ["color", "light"] or as one
     column per dimension ("color": true, false, 1 or 0); other columns are ignored. `labels` names the dimensions; None
@@ -90,10 +92,12 @@ class ImageFolder(PictureSource):
         names = {path.name for path in self.folder.iterdir()}
         entries = []
         for name in sorted(name for name in names if epath.Path(name).suffix.lower() in PICTURES):
-            caption = epath.Path(name).with_suffix(".txt").name
+            beside = [epath.Path(name).with_suffix(ending).name for ending in CAPTIONS]
+            caption = next((file for file in beside if file in names), "")
             self._files.append(name)
-            if caption not in names:
-                entries.append(Entry(name, fault=f"no text: found no {caption} beside it and no {METADATA}"))
+            if not caption:
+                fault = f"no text: found no {beside[0]} beside it and no {METADATA}"
+                entries.append(Entry(name, fault=fault, untold=True))
                 continue
             row = {self._text_column: (self.folder / caption).read_text(encoding="utf-8")}
             entries.append(make_entry(name, row, self._text_column, None, str(self.folder / caption)))

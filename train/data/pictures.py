@@ -69,7 +69,9 @@ class Pictures:
             raise InputError(f"{source.where}: found no usable row among {len(source)}")
         places = {bucket: i for i, bucket in enumerate(self.buckets)}
         self._group_of = np.asarray([-1 if bucket is None else places[bucket] for bucket in chosen])
-        self.groups = [np.flatnonzero(self._group_of == i) for i in range(len(self.buckets))]
+        self.once = [np.flatnonzero(self._group_of == i) for i in range(len(self.buckets))]
+        repeats = np.asarray([entry.repeats for entry in source.entries])
+        self.groups = [np.repeat(group, repeats[group]) for group in self.once]
         if source.known and not any(entry.labels for entry in source.entries):
             print(f"{source.where}: no row has a label; known: {', '.join(source.known)}", file=sys.stderr)
 
@@ -98,9 +100,11 @@ class Pictures:
     def describe(self) -> str:
         """Return one line that says how many rows there are, and of which sizes."""
         counts = [
-            f"{height}x{width}: {len(group)}" for (height, width), group in zip(self.buckets, self.groups, strict=True)
+            f"{height}x{width}: {len(group)}" for (height, width), group in zip(self.buckets, self.once, strict=True)
         ]
-        return f"{self.source.where}: {len(self.source)} rows, height x width {', '.join(counts)}"
+        once, shown = (sum(map(len, groups)) for groups in (self.once, self.groups))
+        said = f", {shown} with their repeats" if shown != once else ""
+        return f"{self.source.where}: {len(self.source)} rows{said}, height x width {', '.join(counts)}"
 
     def _draw(self, index: int, group: int, rng: np.random.Generator) -> dict[str, Any]:
         flip = self.cfg.random_flip and bool(rng.random() < 0.5)

@@ -22,12 +22,19 @@ class BadRow(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """What is known about a row without opening its picture; `fault` says why it cannot be used, if so."""
+    """What is known about a row without opening its picture; `fault` says why it cannot be used, if so.
+
+    `untold` rows lack nothing but a caption. `repeats` is how often a pass shows the row, `regular` whether it is a
+    regularisation picture.
+    """
 
     id: str
     text: str = ""
     labels: tuple[str, ...] = ()
     fault: str = ""
+    untold: bool = False
+    repeats: int = 1
+    regular: bool = False
 
 
 class PictureSource(abc.ABC):
@@ -42,7 +49,7 @@ class PictureSource(abc.ABC):
     def __init__(self, where: str, known: Sequence[str] | None, entries: Sequence[Entry]) -> None:
         self.where = where
         self.known = None if known is None else tuple(known)
-        self.entries = entries
+        self.entries: Sequence[Entry] = entries
         if not entries:
             raise InputError(f"{where}: found no rows, expected pictures with captions")
 
@@ -64,7 +71,9 @@ class PictureSource(abc.ABC):
             raise BadRow(entry.fault)
         with self.open(index) as file:
             image = decode(file.read())
-        row = {"image": image, "text": entry.text, "labels": entry.labels, "id": entry.id}
+        row: dict[str, Any] = {"image": image, "text": entry.text, "labels": entry.labels, "id": entry.id}
+        if entry.regular:
+            row["regular"] = True
         if not self.hint_column:
             return row
         try:
@@ -140,4 +149,4 @@ def make_entry(name: str, row: Mapping[str, Any], column: str, known: Sequence[s
     try:
         return Entry(name, read_text(row, column), labels)
     except BadRow as fault:
-        return Entry(name, fault=str(fault))
+        return Entry(name, labels=labels, fault=str(fault), untold=True)
