@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,17 +79,41 @@ def fsdp_specs(tree: Any, mesh: Mesh, min_size: int = 4096) -> Any:
     kernels, and what fsdp divides in neither) stays whole on every device: gathering it would cost more than storing
     it. The rule depends on shapes alone, so an optimiser's moments are split exactly like their weights.
     """
-    fsdp = mesh.shape[FSDP]
+    return jax.tree.map(lambda leaf: _fsdp_spec(np.shape(leaf), mesh.shape[FSDP], min_size), tree)
 
-    def spec(leaf: Any) -> PartitionSpec:
-        shape = np.shape(leaf)
-        if fsdp > 1 and len(shape) >= 2 and np.prod(shape) >= min_size:
-            for axis in (len(shape) - 1, len(shape) - 2):
-                if shape[axis] % fsdp == 0:
-                    return PartitionSpec(*([None] * axis), FSDP)
-        return PartitionSpec()
 
-    return jax.tree.map(spec, tree)
+def _fsdp_spec(shape: tuple[int, ...], fsdp: int, min_size: int = 4096) -> PartitionSpec:
+    if fsdp > 1 and len(shape) >= 2 and np.prod(shape) >= min_size:
+        for axis in (len(shape) - 1, len(shape) - 2):
+            if shape[axis] % fsdp == 0:
+                return PartitionSpec(*([None] * axis), FSDP)
+    return PartitionSpec()
+
+
+def gathered(weight: Any) -> Any:
+    """Return a weight whole on every device where the mesh in scope splits it, its gradient split again.
+
+    For layers: a weight is whole while its layer works, forwards and (recomputed) backwards, and never all at once.
+    """
+    fsdp = jax.sharding.get_abstract_mesh().shape.get(FSDP, 1)
+    spec = _fsdp_spec(np.shape(weight), fsdp)
+    return _gather(weight, spec) if spec != PartitionSpec() else weight
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(weight: Any, spec: PartitionSpec) -> Any:
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec())
+
+
+def _gather_forward(weight: Any, spec: PartitionSpec) -> tuple[Any, None]:
+    return _gather(weight, spec), None
+
+
+def _gather_backward(spec: PartitionSpec, nothing: None, cotangent: Any) -> tuple[Any]:
+    return (jax.lax.with_sharding_constraint(cotangent, spec),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def place(tree: Any, mesh: Mesh, specs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -211,11 +211,13 @@ def train_denoiser(
     weigh: Weigh | None = None,
     rates: Mapping[str, float] | None = None,
     plan: Mapping[str, Any] | None = None,
+    by_layer: Collection[str] = (),
 ) -> int:
     """Train what `learns`, export on the way (with every checkpoint if `save_steps` is None); return the exit status.
 
     `save(params, folder)` writes what is to be used of these weights, `draw(params)` its validation pictures as one
-    sheet. `rates` are those of `make_optimizer`, `plan` is that of `fit`.
+    sheet. `rates` are those of `make_optimizer`, `plan` is that of `fit`, and `by_layer` that of `make_update`, whose
+    weights `save` and `draw` then get as NumPy arrays on several devices.
     """
     out = Path(cfg.output_dir)
     count, held = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (learns, pipe.params))
@@ -233,15 +235,15 @@ def train_denoiser(
     def export(step: int, state: TrainState) -> None:
         save(state.averaged, out)
 
-    hooks = [Hook(cfg.checkpointing_steps if save_steps is None else save_steps, export)]
+    hooks = [Hook(cfg.checkpointing_steps if save_steps is None else save_steps, export, on_host=bool(by_layer))]
     if draw is not None and cfg.validation_prompts and cfg.validation_steps:
 
         def picture(step: int, state: TrainState) -> dict[str, np.ndarray]:
             return {"validation": draw(state.averaged)}
 
-        hooks.append(Hook(cfg.validation_steps, picture))
+        hooks.append(Hook(cfg.validation_steps, picture, on_host=bool(by_layer)))
     loss_fn = make_loss(pipe, cfg, predict, weigh)
-    update = make_update(loss_fn, optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)
+    update = make_update(loss_fn, optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps, by_layer)
     fit(cfg, state, update, dict(frozen), batches, hooks, command.progress, plan)
     return 0
 

@@ -48,6 +48,8 @@ from train.low_rank import (
 from train.scenes import Scenes
 
 FOLDER = "pipeline"
+MODELS = ("vae", *PARTS)
+"""The parts of a step whose layers gather their weights if these are split over devices."""
 _MOST_SCENES = 10_000  # looked at for those that show the object
 
 
@@ -326,6 +328,7 @@ def main(cfg: Config) -> int:
         weigh=None if trained is None else make_weigh(trained, cfg),
         rates=text_rates(cfg),
         plan=plan,
+        by_layer=() if trained is not None else MODELS,
     )
     if jax.process_index() == 0:
         print(f"wrote {out if trained is not None else out / FOLDER}")

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxmix.models.clip_config import CLIPConfig, CLIPTextConfig
 from jaxmix.models.layers import LayerNorm, Linear
+from jaxmix.sharding import gathered
 from jaxmix.types import AnyArray, Array, Params
 
 _init = nn.initializers.normal(0.02)
@@ -46,7 +47,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[AnyArray, "*b"], more: Float[Array, "m d"] | None = None) -> Float[Array, "*b d"]:
         """Return the vectors of ids; those from ``rows`` on are in ``more``."""
-        table = self.param("embedding", _init, (self.rows, self.features))
+        table = gathered(self.param("embedding", _init, (self.rows, self.features)))
         if more is not None:
             table = jnp.concatenate([table, more.astype(table.dtype)])
         return table[ids]

@@ -13,6 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float, Num
 
 from jaxmix.control import Control, Moments, Site, apply_moments
+from jaxmix.sharding import gathered
 from jaxmix.types import AnyArray, Array
 
 Padding: TypeAlias = Sequence[tuple[int, int]]  # (top, bottom), (left, right)
@@ -49,7 +50,7 @@ class Linear(nn.Module):
         i = x.shape[-1]
         shape = (1, 1, i, self.features) if self.conv else (i, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        x, kernel = jnp.asarray(x, self.dtype), kernel.reshape(i, self.features).astype(self.dtype)
+        x, kernel = jnp.asarray(x, self.dtype), gathered(kernel.astype(self.dtype)).reshape(i, self.features)
         y = product(x, kernel)
         if self.has_variable("params", LOW_RANK):
             factors = self.get_variable("params", LOW_RANK)
@@ -74,7 +75,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
+        kernel = gathered(kernel.astype(self.dtype))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = jnp.asarray(x, self.dtype)
         how = self.stride, tuple(self.padding)
@@ -101,14 +103,14 @@ def _with_low_rank(
 
     ``added(x, down, up)`` is the addition, ``apply(x)`` the kernel.
     """
-    up = factors["up"]
+    up = gathered(factors["up"])
     up = (up.reshape(up.shape[-2:]) * factors["scale"]).astype(dtype)
     seen = x
     if "dropout" in factors:
         keep = 1.0 - factors["dropout"]
         kept = jax.random.bernoulli(factors["key"], keep, x.shape)
         seen = jnp.where(kept, x / keep.astype(dtype), jnp.zeros((), dtype))
-    low = added(seen, factors["down"].astype(dtype), up)
+    low = added(seen, gathered(factors["down"]).astype(dtype), up)
     if "ratio" not in factors:
         return y + low
     # In float32: a ratio differs from 1 by less than bfloat16 can say. Under dropout PEFT changes the direction of what

@@ -125,19 +125,20 @@ class Stepper:
         needed, said = memory_of(compiled)
         return CompiledUpdate(compiled, time.monotonic() - began, model_flops(traced.jaxpr), said, needed)
 
-    def whole(self, state: TrainState) -> TrainState:
+    def whole(self, state: TrainState, on_host: bool = False) -> TrainState:
         """Return `state` with params and ema whole on the first device of this process, as if it were the only one.
 
+        With `on_host` they are NumPy arrays if there is a mesh; a device then holds one of them whole at a time.
         opt_state and step stay where they are. With several processes, every process must call this.
         """
         if self.mesh is None:
             return state
         mesh = self.mesh
 
-        def first(leaf: jax.Array) -> jax.Array:
+        def first(leaf: jax.Array) -> Any:
             if not leaf.is_fully_replicated:
                 leaf = _gather_on(NamedSharding(mesh, PartitionSpec()))(leaf)
-            return leaf.addressable_data(0)
+            return np.asarray(leaf.addressable_data(0)) if on_host else leaf.addressable_data(0)
 
         return dataclasses.replace(state, params=jax.tree.map(first, state.params), ema=jax.tree.map(first, state.ema))
 

@@ -80,12 +80,14 @@ class Hook:
 
     run(step, state) may return pictures, {name: (H, W, 3) uint8}, which become OUT/pictures/{name}-{step:07d}.png and
     TensorBoard images. It runs on process 0 only, with params and ema whole on one device whatever the mesh, so it must
-    not need the other processes.
+    not need the other processes. `on_host` says that it takes them as NumPy arrays if there is a mesh: weights that are
+    split because a device cannot hold them.
     """
 
     every: int
     run: Callable[[int, TrainState], Mapping[str, np.ndarray] | None]
     at_end: bool = True
+    on_host: bool = False
 
 
 def fit(
@@ -105,10 +107,11 @@ def fit(
     process's rows of them, where the batch is process 0's rows, then process 1's, and so on. An entry "id" (names of
     the rows) stays on the host. On several devices, state, frozen and rows are placed as `Stepper` does; pass `frozen`
     as NumPy arrays if it is too large for one of them. `plan` is that of `Checkpoints`.
-    The returned state has params and ema whole on one device.
+    The returned state has params and ema whole on one device, or as hooks get them if these are all `on_host`.
 
     The loop stops early, after saving, on SIGTERM, Ctrl-C or cfg.max_seconds, and returns as usual, so that the command
-    exits with status 0; several processes agree on the step, up to five steps later. A loss that is not finite raises
+    exits with status 0; several processes agree on the step, up to five short steps later. After SIGTERM the state is
+    saved and hooks are left out: a machine that is taken away leaves no time for them. A loss that is not finite raises
     InputError naming the step, the rows and the last good checkpoint, and that state is not saved; so does an update
     that does not fit a device's memory, before it runs, with the keys that would help.
     """
@@ -129,7 +132,7 @@ def fit(
             run = _Run(cfg, stepper, hooks, checkpoints, log, signals)
             run.window = [{k: np.asarray(v) for k, v in row.items()} for row in (extra or {}).get("window", ())]
             state, complete = run.loop(state, stepper.place(frozen), batches, progress)
-        return stepper.whole(state), complete
+        return stepper.whole(state, bool(hooks) and all(hook.on_host for hook in hooks)), complete
     finally:
         checkpoints.close()
         if log is not None:
@@ -137,7 +140,11 @@ def fit(
 
 
 _AGREE_STEPS = 5
-"""Processes check every this many steps whether one of them was told to stop."""
+"""Processes check every this many steps whether one of them was told to stop, in every step if these are long."""
+_LONG = 0.5
+"""Seconds from which a step is long: a preempted machine may have 15 s for the step, agreeing and saving."""
+_LATE, _INTERRUPTED, _ENDING = 1, 2, 3
+"""Why a run stops early; the greatest of all processes counts. After SIGTERM there is time to save, and no more."""
 
 
 def _say(*lines: str) -> None:
@@ -166,6 +173,7 @@ class _Run:
         self.window: list[dict[str, Any]] = []
         self.began = time.monotonic()
         self.peak = flops.Peak(math.inf, "unknown")
+        self.agree_steps, self.ending = _AGREE_STEPS, False
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -206,7 +214,9 @@ class _Run:
             stopped = self._stop(step)
             complete = step == cfg.max_train_steps
             last = bool(stopped) or complete
-            due = [hook for hook in self.hooks if (hook.at_end and last) or (hook.every and step % hook.every == 0)]
+            due = [h for h in self.hooks if (h.at_end and last) or (h.every and step % h.every == 0)]
+            if self.ending and not complete:
+                due = []
             save = last or (cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0)
             logs = complete or step % cfg.log_steps == 0
             if due or save or logs:
@@ -223,7 +233,7 @@ class _Run:
                 ]
                 self.checkpoints.save(step, state, {"window": window})
             if due:
-                self._run_hooks(step, due, stepper.whole(state))
+                self._run_hooks(step, due, stepper.whole(state, all(hook.on_host for hook in due)))
             self.aside += time.monotonic() - paused
         if stopped:
             _say(f"stopped at step {step} ({stopped}), saved; the same command resumes from there")
@@ -232,15 +242,22 @@ class _Run:
     def _stop(self, step: int) -> str:
         """Return why to stop after this step, "" to continue; the same in every process."""
         late = self.cfg.max_seconds and time.monotonic() - self.began > self.cfg.max_seconds
-        code = 2 if self.signals else 1 if late else 0
+        code = _LATE if late else 0
+        if self.signals:
+            code = _ENDING if "SIGTERM" in self.signals else _INTERRUPTED
         if jax.process_count() > 1:
-            code = agree(code) if step % _AGREE_STEPS == 0 else 0
-        return ("", f"{self.cfg.max_seconds:g} s are over", self.signals[0] if self.signals else "signal")[code]
+            code = agree(code) if step % self.agree_steps == 0 else 0
+        self.ending = code == _ENDING
+        signalled = self.signals[0] if self.signals else "signal"
+        return {0: "", _LATE: f"{self.cfg.max_seconds:g} s are over"}.get(code, signalled)
 
     def _introduce(self, compiled: CompiledUpdate) -> None:
         if not compiled.seconds:
             return
         self.peak = flops.peak(self.stepper.devices, self.cfg.dtype)
+        rate = flops.data_sheet_rate(self.stepper.devices[0].device_kind, self.cfg.dtype)  # alike in every process
+        if rate is not None and compiled.flops > _LONG * rate * len(self.stepper.devices):
+            self.agree_steps = 1
         where = "" if self.stepper.mesh is None else f" for {dict(self.stepper.mesh.shape)}"
         said = (
             f"update compiled{where} in {compiled.seconds:.1f} s",

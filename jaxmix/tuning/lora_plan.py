@@ -103,15 +103,26 @@ def start(
 
 
 def split(factors: lora.Factors) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return (what trains of a LoRA, {module: alpha})."""
+    """Return (what trains of a LoRA, {module: alpha}).
+
+    Magnitudes are (o,) there, like the norms that they are: weight decay is for arrays of more axes.
+    """
     lora.check_trainable(factors)
-    trains = {name: {role: x for role, x in f.items() if role != "alpha"} for name, f in factors.items()}
+    trains = {
+        name: {role: x.reshape(-1) if role == "magnitude" else x for role, x in f.items() if role != "alpha"}
+        for name, f in factors.items()
+    }
     return trains, {name: f["alpha"] for name, f in factors.items()}
 
 
 def join(trains: Mapping[str, Mapping[str, Array]], alphas: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the LoRA of factors and alphas: the inverse of `split`."""
-    return {name: {**f, "alpha": alphas[name]} for name, f in trains.items()}
+    made: dict[str, dict[str, Any]] = {}
+    for name, f in trains.items():
+        made[name] = {**f, "alpha": alphas[name]}
+        if "magnitude" in f:
+            made[name]["magnitude"] = f["magnitude"].reshape(*[1] * (f["up"].ndim - 1), -1)
+    return made
 
 
 _norms = jax.jit(lora.norms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -135,7 +135,11 @@ def update_average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
 
 
 def make_update(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_decay: float, accumulate: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    accumulate: int = 1,
+    by_layer: Collection[str] = (),
 ) -> Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted `update(state, frozen, batch, key) -> (state, metrics)`; `state` is donated.
 
@@ -147,10 +151,12 @@ def make_update(
 
     Under `jax.set_mesh` of a mesh (data, fsdp) rows stay on their devices, and weights that are split over fsdp are
     gathered at the start of the loss, in every micro-batch: the devices exchange whole weights, never activations.
+    Those under the keys `by_layer` are left to their layers, which gather each for its own time
+    (`jaxmix.sharding.gathered`): for models that no device can hold whole.
     """
 
     def whole_loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss_fn(_gather(params), _gather(frozen), _keep_rows(batch), key)
+        return loss_fn(_gather(params, by_layer), _gather(frozen, by_layer), _keep_rows(batch), key)
 
     grad_fn = jax.value_and_grad(whole_loss, has_aux=True)
 
@@ -182,10 +188,12 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
-def _gather(weights: Any) -> Any:
-    """Constrain weights to be whole on every device if the mesh in scope splits any."""
+def _gather(weights: Any, by_layer: Collection[str] = ()) -> Any:
+    """Constrain weights to be whole on every device if the mesh in scope splits any, but for those of some keys."""
     if jax.sharding.get_abstract_mesh().shape.get(FSDP, 1) == 1:
         return weights
+    if by_layer and isinstance(weights, Mapping):
+        return {name: tree if name in by_layer else _gather(tree) for name, tree in weights.items()}
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), weights)
 
 

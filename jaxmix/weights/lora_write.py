@@ -60,7 +60,11 @@ def write_lora(
                 if "magnitude" in f:  # (o,), of a convolution (1, o, 1, 1)
                     g = np.asarray(f["magnitude"] if dtype is None else jnp.asarray(f["magnitude"], dtype))
                     shape = (-1,) if g.ndim == 2 else (1, -1, *[1] * (g.ndim - 2))
-                    tree[f"{part}.{module}"] = {"lora_magnitude_vector": g.reshape(shape)}
+                    # transformers 5 finds a text encoder's magnitude under PEFT's name of its module alone.
+                    name, leaf = f"{part}.{module}", "lora_magnitude_vector"
+                    if part != "unet":
+                        name, leaf = f"{name}.{leaf}", "scale"  # which torch calls weight
+                    tree[name] = {leaf: g.reshape(shape)}
             else:
                 theirs = original.get(module, module) if part == "unet" else module
                 name = prefixes[part] + lora_names.flat(theirs)

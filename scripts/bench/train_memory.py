@@ -6,7 +6,7 @@
     python -m scripts.bench.train_memory --trainer controlnet --model sd15 --per_device_batch 4
     python -m scripts.bench.train_memory --model sd15 --platform cpu --steps 3      # runs it here, with random weights
 
-The step is the trainer's own (`train.vmix`, `train.ip_adapter`, `train.controlnet`) with the keys of
+The step is the trainer's own (`train.vmix`, `train.ip_adapter`, `train.controlnet`, ...) with the keys of
 configs/TRAINER_MODEL.yaml, compiled from shapes alone.
 Compiling for a TPU needs no TPU, only libtpu: pip install "jax[tpu]". The status is 1 if the compiled step holds
 something twice, or the optimiser holds more than the adapter.
@@ -39,6 +39,7 @@ from jaxmix.tuning.flops import model_flops
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
 from scripts.bench.train_shapes import TRAINERS, abstract_batch, abstract_pipeline
+from train import dreambooth
 from train.adapters import AdapterConfig
 from train.diffusion import make_loss
 
@@ -52,7 +53,7 @@ class Config:
     """What to compile, and for what. Null takes the recipe's value.
 
     Attributes:
-        trainer: vmix, ip_adapter, whose pictures CLIP ViT-H/14 reads, or controlnet.
+        trainer: vmix, ip_adapter, whose pictures CLIP ViT-H/14 reads, controlnet, lora or dreambooth.
         model: sd15, sd21 (the 512 px base) or sdxl.
         recipe: YAML file of the trainer; configs/TRAINER_MODEL.yaml if empty (SD 2.1 has that of SD 1.5).
         platform: tpu (compile only), or cpu (this machine).
@@ -63,8 +64,8 @@ class Config:
         fsdp: devices over which the weights are split.
         cached: latents and text states come from a cache, so that no encoder is in the step.
         latents: side of the square latents, in cells of 8 px; the model's own if null.
-        rank: vmix: rank of the LoRA; 0 for none.
-        lora_targets: vmix: regular expression over the UNet's modules.
+        rank: vmix, lora, dreambooth: rank of the LoRA; 0 for none (vmix).
+        lora_targets: of the LoRA: regular expression over the UNet's modules.
         kind: ip_adapter: base, plus or full.
         mixed_precision: "no" or bf16.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -74,7 +75,7 @@ class Config:
         out: JSON file for the numbers; none if empty.
     """
 
-    trainer: Literal["vmix", "ip_adapter", "controlnet"] = "vmix"
+    trainer: Literal["vmix", "ip_adapter", "controlnet", "lora", "dreambooth"] = "vmix"
     model: Literal["sd15", "sd21", "sdxl"] = "sd15"
     recipe: str = ""
     platform: Literal["tpu", "cpu"] = "tpu"
@@ -139,6 +140,8 @@ def trainer_config(config: Config) -> AdapterConfig:
         if key not in fields:
             raise InputError(f"{key}: found it with trainer {config.trainer}, which has no such key")
         keys[key] = getattr(config, key)
+    if "with_prior_preservation" in keys:  # the step is the same; its rows need not be pairs on one device
+        keys |= {"with_prior_preservation": False, "class_prompt": ""}
     rows = config.per_device_batch * config.accumulate
     keys |= {"output_dir": "unused", "train_batch_size": rows, "gradient_accumulation_steps": config.accumulate}
     return kind(**keys)
@@ -155,15 +158,18 @@ def make_step(config: Config, cfg: AdapterConfig, devices: int = 1) -> Step:
     batch = abstract_batch(pipe, rows, side, config.cached) | made.batch
     encoders = {name: tree for name, tree in pipe.params.items() if name != "unet"}
     spare: Any = encoders
-    frozen: dict[str, Any] = {"unet": pipe.params["unet"], **made.frozen}
+    encoders = {name: tree for name, tree in encoders.items() if name not in made.learnt}
+    frozen: dict[str, Any] = {} if "unet" in made.learnt else {"unet": pipe.params["unet"]}
+    frozen |= made.frozen
     if config.cached:
         empty = {name: batch[name].shape[1:] for name in ("context", "pooled") if name in batch}
         frozen["empty"] = {name: jax.ShapeDtypeStruct((1, *shape), jnp.float16) for name, shape in empty.items()}
     else:
         spare = {name: tree for name, tree in encoders["vae"].items() if name in _UNUSED}
         frozen |= encoders | {"vae": {name: tree for name, tree in encoders["vae"].items() if name not in _UNUSED}}
-    loss_fn = make_loss(pipe, cfg, made.predict)
-    update = make_update(loss_fn, optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps)
+    loss_fn = make_loss(pipe, cfg, made.predict, made.weigh)
+    by_layer = dreambooth.MODELS if made.learnt else ()
+    update = make_update(loss_fn, optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps, by_layer)
     return Step(update, state, frozen, batch, spare, made.parts)
 
 
@@ -315,7 +321,7 @@ def report(config: Config, cfg: AdapterConfig, found: dict[str, Any]) -> str:
     where = "this CPU" if config.platform == "cpu" else f"{found['devices']} x {config.topology}, fsdp {config.fsdp}"
     source = "cached latents and text states" if config.cached else "pictures and token ids"
     dtype = "bfloat16" if cfg.mixed_precision == "bf16" else "float32"
-    what = f"rank {cfg.rank}" if hasattr(cfg, "rank") else getattr(cfg, "kind", "")
+    what = getattr(cfg, "kind", "") if not hasattr(cfg, "rank") else f"rank {cfg.rank}" if cfg.rank else "all weights"
     remat = "on" if cfg.gradient_checkpointing else "off"
     average = "its average, " if found["averaged"] else ""
     lines = [

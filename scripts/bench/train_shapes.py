@@ -28,7 +28,9 @@ from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning import lora
 from scripts.bench.adapters import vmix_config
 from scripts.bench.rows import configs
-from train import controlnet, ip_adapter, vmix
+from train import controlnet, dreambooth, ip_adapter, low_rank, vmix
+from train import lora as train_lora
+from train.diffusion import make_predict
 
 
 def abstract_pipeline(model: str, dtype: Any, tiny: bool = False) -> Pipeline:
@@ -57,8 +59,9 @@ def abstract_pipeline(model: str, dtype: Any, tiny: bool = False) -> Pipeline:
 class Pieces:
     """What a trainer adds to the base, as shapes, and its prediction.
 
-    `learns` and `frozen` are trees, `batch` further entries of the rows; `parts` names the parts of what learns. What
-    makes them is told the number of rows and the side of their square latents.
+    `learns` and `frozen` are trees, `batch` further entries of the rows; `parts` names the parts of what learns, and
+    `learnt` those parts of the base that are not frozen. What makes them is told the number of rows and the side of
+    their square latents.
     """
 
     learns: Any
@@ -66,6 +69,8 @@ class Pieces:
     batch: dict[str, Any]
     predict: Callable[..., Any]
     parts: dict[str, Any]
+    weigh: Any = None
+    learnt: tuple[str, ...] = ()
 
 
 def vmix_pieces(pipe: Pipeline, cfg: vmix.Config, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
@@ -142,10 +147,37 @@ def controlnet_pieces(pipe: Pipeline, cfg: controlnet.Config, rows: int, side: i
     return Pieces(learns, {}, batch, controlnet.make_predict(pipe, net, cfg), parts)
 
 
+def lora_pieces(pipe: Pipeline, cfg: Any, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
+    """Return the pieces of `train.lora`."""
+    made = jax.eval_shape(lambda params: _learns(dataclasses.replace(pipe, params=params), cfg), dict(pipe.params))
+    alphas = {part: dict.fromkeys(factors, 1.0) for part, factors in made.items()}
+    weigh = low_rank.make_weigh(low_rank.Trained(made, alphas), cfg)
+    batch = {"loss_weight": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    return Pieces(made, {}, batch, make_predict(pipe, cfg), dict(made), weigh)
+
+
+def _learns(pipe: Pipeline, cfg: Any) -> Any:
+    return low_rank.start_lora(pipe, cfg, 0).learns
+
+
+def dreambooth_pieces(pipe: Pipeline, cfg: Any, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
+    """Return the pieces of `train.dreambooth`: of a LoRA, or of the base's own weights in float32."""
+    if cfg.rank is not None:
+        return lora_pieces(pipe, cfg, rows, side, cached, tiny)
+    parts = dreambooth.full_parts(pipe, cfg)
+    made = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), {name: pipe.params[name] for name in parts}
+    )
+    batch = {"loss_weight": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    return Pieces(made, {}, batch, make_predict(pipe, cfg), dict(made), None, tuple(parts))
+
+
 TRAINERS: dict[str, tuple[Any, Callable[..., Pieces]]] = {
     "vmix": (vmix.Config, vmix_pieces),
     "ip_adapter": (ip_adapter.Config, ip_adapter_pieces),
     "controlnet": (controlnet.Config, controlnet_pieces),
+    "lora": (train_lora.Config, lora_pieces),
+    "dreambooth": (dreambooth.Config, dreambooth_pieces),
 }
 """The configuration and the pieces of every trainer, by its name."""
 

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxmix.models.layers import Linear
 from jaxmix.sharding import fsdp_specs, place, rows_over, train_mesh
 from jaxmix.tuning.devices import Stepper, training_devices
 from jaxmix.tuning.fit import Hook
+from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
 from tests.sharding import training_run
 
@@ -121,6 +123,42 @@ def test_hooks_see_whole_weights_on_one_device(runs, tmp_path):
     assert {name: leaf.shape for name, leaf in seen.items()} == {k: v.shape for k, v in state.params.items()}
     for leaf in [*seen.values(), *state.params.values()]:
         assert len(leaf.sharding.device_set) == 1
+
+
+def test_layers_gather_their_own_weights_and_split_their_gradients():
+    """As for a model that no device can hold whole: the numbers of one device, and no weight whole between steps."""
+    model = Linear(64)
+    cfg = training_run.config("unused", gradient_accumulation_steps=1)
+    optimizer = make_optimizer(cfg)
+
+    def loss_fn(params, frozen, batch, key):
+        seen = batch["x"]
+        for name in ("first", "second"):
+            seen = jax.nn.silu(model.apply({"params": params["unet"][name]}, seen))
+        return jnp.mean(jnp.square(seen - batch["y"])), {}
+
+    update = make_update(loss_fn, optimizer, 0.0, by_layer=("unet",))
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (64, 64), "bias": (64,)}
+    params = {
+        name: {k: 0.2 * rng.standard_normal(s, np.float32) for k, s in shapes.items()} for name in ("first", "second")
+    }
+    batch = {name: rng.standard_normal((16, 64), np.float32) for name in "xy"}
+    found = {}
+    for fsdp, devices in ((1, jax.devices()[:1]), (4, jax.devices())):
+        stepper = Stepper(update, devices, fsdp)
+        state = stepper.place(TrainState.create(jax.tree.map(jnp.asarray, {"unet": params}), optimizer, ema=False))
+        rows, key = stepper.rows(batch), stepper.key(0)
+        compiled = stepper.compiled(state, {}, rows, key)
+        for _ in range(3):
+            state, metrics = compiled.run(state, {}, rows, key)
+        found[fsdp] = stepper.whole(state, on_host=True).params, float(metrics["loss"])
+        if fsdp > 1:
+            assert {leaf.sharding.spec for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2} == {P(None, "fsdp")}
+            assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found[fsdp][0]))
+            assert set(COLLECTIVE.findall(compiled.run.as_text())) >= {"all-gather"}
+    np.testing.assert_allclose(found[4][1], found[1][1], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[4][0], jax.device_get(found[1][0]))
 
 
 @pytest.mark.parametrize(("fsdp", "allowed"), [(1, {"all-reduce"}), (2, {"all-reduce", "all-gather"})])

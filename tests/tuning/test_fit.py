@@ -75,6 +75,20 @@ def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tmp_path):
     assert_equal_states(resumed, whole)
 
 
+def test_after_sigterm_the_state_is_saved_and_nothing_else_is_written(tmp_path):
+    """A machine that is taken away leaves seconds; Ctrl-C and a time limit leave all the time there is."""
+    for number, runs in ((signal.SIGTERM, []), (signal.SIGINT, [3])):
+        seen = []
+        hooks = [Hook(0, lambda step, state, seen=seen: seen.append(step)), Hook(1, send_at_two(number), at_end=False)]
+        state, complete = train(config(tmp_path / number.name), hooks=hooks)
+        assert (int(state.step), complete) == (3, False)
+        assert seen == runs and (tmp_path / number.name / "checkpoints" / "3").is_dir()
+
+
+def send_at_two(number):
+    return lambda step, state: os.kill(os.getpid(), number) if step == 2 else None
+
+
 def test_a_resumed_run_compiles_the_program_that_the_first_compiled(tmp_path, monkeypatch):
     """On an accelerator that program takes minutes, and the compile cache has it."""
     programs = []

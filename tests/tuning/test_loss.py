@@ -16,15 +16,27 @@ def schedule(prediction_type):
     )
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights_match_the_paper(prediction_type):
     noise = schedule(prediction_type)
     t = np.array([0, 1, 250, 500, 900, 999])
     abar = noise.alphas_cumprod[t].astype(np.float64)
     snr = abar / (1 - abar)
-    expected = np.minimum(snr, GAMMA) / (snr if prediction_type == "epsilon" else snr + 1)
+    expected = np.minimum(snr, GAMMA) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
     found = min_snr_weights(noise.snr(jnp.asarray(t)), GAMMA, prediction_type)
     np.testing.assert_allclose(found, expected, rtol=2e-3)  # 1 - abar cancels in float32 near t = 0
+
+
+def test_rows_are_weighted_beside_min_snr_in_one_mean_over_all():
+    latents, weights = normal(jax.random.key(0), (4, 4, 4, 2)), jnp.asarray([2.0, 0.0, 0.5, 1.0])
+
+    def loss(row_weights):
+        how = (lambda x, t: 0.3 * x, schedule("epsilon"), latents, jax.random.key(1), GAMMA)
+        return float(diffusion_loss(*how, row_weights=row_weights)[0])
+
+    each = [loss(jnp.eye(4)[i]) for i in range(4)]
+    np.testing.assert_allclose(loss(weights), np.dot(each, weights), rtol=1e-5)
+    np.testing.assert_allclose(loss(None), sum(each), rtol=1e-5)
 
 
 def test_zero_terminal_snr_gives_finite_weights():
