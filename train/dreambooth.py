@@ -235,6 +235,8 @@ def make_rows(
 
     def row(source: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         made = captioned(source, rng.random() < cfg.caption_dropout_rate)
+        if "input_ids_2" not in made:  # sizes are for SDXL alone, and scenes have none
+            made.pop("time_ids", None)
         return {**made, "loss_weight": np.float32(weights[source["half"]])}
 
     return row
