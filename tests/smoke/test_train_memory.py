@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from jaxmix.types import InputError
@@ -65,6 +67,23 @@ def test_a_controlnet_of_a_real_model_has_the_size_of_the_published_ones(model, 
     made = controlnet_pieces(abstract_pipeline(model, cfg.dtype), cfg, 1, 64, cached=True, tiny=False)
     assert count(made.learns) == sum(map(count, made.parts.values())) == expected
     assert made.batch["hint"].shape == (1, 512, 512, 3)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "told", "expected"),
+    [
+        ("lora", {"rank": 4}, {"unet": 797_184, "text_encoder": 294_912}),  # as diffusers' scripts print them
+        ("dreambooth", {}, {"unet": 859_520_964}),
+        ("dreambooth", {"rank": 4}, {"unet": 797_184}),
+    ],
+)
+def test_a_lora_and_dreambooth_of_a_real_model_learn_what_they_should(trainer, told, expected):
+    config = Config(trainer=trainer, model="sd15", mixed_precision="bf16", **told)
+    step = make_step(config, trainer_config(config))
+    assert {name: count(tree) for name, tree in step.parts.items()} == expected
+    assert count(step.state.params) == sum(expected.values())
+    assert ("unet" in step.frozen) == ("rank" in told or trainer == "lora")
+    assert {leaf.dtype for leaf in jax.tree.leaves(step.state.params)} == {np.dtype("float32")}
 
 
 def test_the_state_of_a_real_step_is_the_adapters_alone_and_the_base_is_there_once():
