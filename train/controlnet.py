@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -227,7 +226,7 @@ def main(cfg: Config) -> int:
     def trained(params: Any) -> jaxmix.ControlNet:
         return dataclasses.replace(fresh, params=params)
 
-    status = train_denoiser(
+    return train_denoiser(
         cfg,
         pipe,
         fresh.params,
@@ -237,10 +236,8 @@ def main(cfg: Config) -> int:
         make_predict(pipe, fresh, cfg),
         lambda params, folder: trained(params).save(folder / FOLDER),
         lambda params: draw_grid(pipe, trained(params), cfg, shown),
+        FOLDER,
     )
-    if jax.process_index() == 0:
-        print(f"wrote {Path(cfg.output_dir) / FOLDER}")
-    return status
 
 
 if __name__ == "__main__":

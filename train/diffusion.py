@@ -206,6 +206,7 @@ def train_denoiser(
     predict: Predict,
     save: Callable[[Any, Path], None],
     draw: Callable[[Any], np.ndarray] | None,
+    target: str,
     *,
     save_steps: int | None = None,
     weigh: Weigh | None = None,
@@ -215,9 +216,9 @@ def train_denoiser(
 ) -> int:
     """Train what `learns`, export on the way (with every checkpoint if `save_steps` is None); return the exit status.
 
-    `save(params, folder)` writes what is to be used of these weights, `draw(params)` its validation pictures as one
-    sheet. `rates` are those of `make_optimizer`, `plan` is that of `fit`, and `by_layer` that of `make_update`, whose
-    weights `save` and `draw` then get as NumPy arrays on several devices.
+    `save(params, folder)` writes `target`, what is to be used of these weights, `draw(params)` its validation pictures
+    as one sheet. `rates` are those of `make_optimizer`, `plan` is that of `fit`, and `by_layer` that of `make_update`,
+    whose weights `save` and `draw` then get as NumPy arrays on several devices.
     """
     out = Path(cfg.output_dir)
     count, held = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (learns, pipe.params))
@@ -232,8 +233,11 @@ def train_denoiser(
     def batches(step: int) -> Iterator[Any]:
         return iterate(dataset, step, cfg.dataloader_num_workers)
 
+    written: list[int] = []
+
     def export(step: int, state: TrainState) -> None:
         save(state.averaged, out)
+        written.append(step)
 
     hooks = [Hook(cfg.checkpointing_steps if save_steps is None else save_steps, export, on_host=bool(by_layer))]
     if draw is not None and cfg.validation_prompts and cfg.validation_steps:
@@ -244,7 +248,9 @@ def train_denoiser(
         hooks.append(Hook(cfg.validation_steps, picture, on_host=bool(by_layer)))
     loss_fn = make_loss(pipe, cfg, predict, weigh)
     update = make_update(loss_fn, optimizer, cfg.ema_decay, cfg.gradient_accumulation_steps, by_layer)
-    fit(cfg, state, update, dict(frozen), batches, hooks, command.progress, plan)
+    state, _ = fit(cfg, state, update, dict(frozen), batches, hooks, command.progress, plan)
+    if written and written[-1] == int(state.step):  # not after SIGTERM
+        print(f"wrote {out / target}", flush=True)
     return 0
 
 

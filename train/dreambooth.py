@@ -36,6 +36,7 @@ from train.data.order import Stream
 from train.diffusion import make_predict, make_tokenize, on_host_if_split, train_denoiser
 from train.grid import make_grid
 from train.low_rank import (
+    FILE,
     LowRankConfig,
     Trained,
     beside_base,
@@ -316,7 +317,7 @@ def main(cfg: Config) -> int:
     def draw(params: Any) -> np.ndarray:
         return draw_grid(base[0], generate(pipe, trained, params, apply, prompts, options, cfg))
 
-    status = train_denoiser(
+    return train_denoiser(
         cfg,
         pipe,
         learns,
@@ -326,15 +327,13 @@ def main(cfg: Config) -> int:
         make_predict(pipe, cfg),
         save,
         draw,
+        FILE if trained is not None else FOLDER,
         save_steps=cfg.export_steps if trained is None else None,
         weigh=None if trained is None else make_weigh(trained, cfg),
         rates=text_rates(cfg),
         plan=plan,
         by_layer=() if trained is not None else MODELS,
     )
-    if jax.process_index() == 0:
-        print(f"wrote {out if trained is not None else out / FOLDER}")
-    return status
 
 
 def generate(

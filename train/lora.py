@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -143,7 +142,7 @@ def main(cfg: Config) -> int:
     trained, plan = start_lora(pipe, cfg, cfg.seed), make_plan(pipe, cfg)
     pipe = on_host(pipe)
     rows = open_rows(cfg, pipe)
-    status = train_denoiser(
+    return train_denoiser(
         cfg,
         pipe,
         trained.learns,
@@ -153,13 +152,11 @@ def main(cfg: Config) -> int:
         make_predict(pipe, cfg),
         lambda learns, folder: trained.save(learns, folder, pipe, cfg.lora_format),
         lambda learns: draw_grid(pipe, trained, learns, cfg),
+        KOHYA_FILE if cfg.lora_format == "kohya" else FILE,
         weigh=make_weigh(trained, cfg),
         rates=text_rates(cfg),
         plan=plan,
     )
-    if jax.process_index() == 0:
-        print(f"wrote {Path(cfg.output_dir) / (KOHYA_FILE if cfg.lora_format == 'kohya' else FILE)}")
-    return status
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -247,7 +246,7 @@ def main(cfg: Config) -> int:
     def trained(params: Any) -> StyleAdapter:
         return dataclasses.replace(fresh, **params)
 
-    status = train_denoiser(
+    return train_denoiser(
         cfg,
         pipe,
         {"style_emb": fresh.style_emb, "layers": dict(fresh.layers)},
@@ -257,10 +256,8 @@ def main(cfg: Config) -> int:
         make_predict(pipe, encoder, cfg),
         lambda params, folder: trained(params).save(folder / FILE),
         lambda params: draw_grid(pipe, trained(params), cfg, shown),
+        FILE,
     )
-    if jax.process_index() == 0:
-        print(f"wrote {Path(cfg.output_dir) / FILE}")
-    return status
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def main(cfg: Config) -> int:
         prompts, scale = cfg.validation_prompts, cfg.validation_guidance_scale
         return make_grid(trained(params).generate(prompts, range(len(prompts)), steps=25, guidance_scale=scale), 4, 2)
 
-    status = train_denoiser(
+    return train_denoiser(
         cfg,
         pipe,
         params,
@@ -201,11 +201,9 @@ def main(cfg: Config) -> int:
         make_predict(pipe, cfg),
         lambda params, folder: trained(params).save(folder / "pipeline"),
         draw,
+        "pipeline",
         save_steps=cfg.export_steps,
     )
-    if jax.process_index() == 0:
-        print(f"wrote {Path(cfg.output_dir) / 'pipeline'}")
-    return status
 
 
 if __name__ == "__main__":

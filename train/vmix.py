@@ -197,7 +197,7 @@ def main(cfg: Config) -> int:
     def save(params: Any, folder: Path) -> None:
         join_adapter(fresh, params, cfg).save(folder / "adapter.safetensors")
 
-    status = train_denoiser(
+    return train_denoiser(
         cfg,
         pipe,
         learns,
@@ -207,10 +207,8 @@ def main(cfg: Config) -> int:
         make_predict(pipe, cfg),
         save,
         lambda params: draw_grid(pipe, join_adapter(fresh, params, cfg), cfg),
+        "adapter.safetensors",
     )
-    if jax.process_index() == 0:
-        print(f"wrote {Path(cfg.output_dir) / 'adapter.safetensors'}")
-    return status
 
 
 if __name__ == "__main__":
