@@ -1,10 +1,14 @@
 """Weighted and long prompts, clip_skip and learnt embeddings: their states, and the pictures drawn from them."""
 
+import base64
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import jaxmix
 from jaxmix import InputError, Request
@@ -197,6 +201,26 @@ def test_sdxl_has_vectors_for_both_encoders(tiny_sdxl):
     assert np.abs(context(pipe, ["a <pair>"]) - context(tiny_sdxl, ["a <pair>"])).max() > 1e-2
     with pytest.raises(InputError, match="found vectors of width 16, expected 16 and 24, one for each text encoder"):
         tiny_sdxl.with_embedding({"<pair>": VECTORS})
+
+
+def test_a_picture_may_hold_an_embedding_in_its_text(tiny_pipeline, tmp_path):
+    held = {"string_to_token": {"*": 265}, "string_to_param": {"*": {"TORCHTENSOR": VECTORS.tolist()}}, "name": "n"}
+    text = PngInfo()
+    text.add_text("sd-ti-embedding", base64.b64encode(json.dumps(held).encode()).decode())
+    Image.new("RGB", (4, 4)).save(tmp_path / "hidden-style.png", pnginfo=text)
+    (one,) = tiny_pipeline.with_embedding(tmp_path / "hidden-style.png").embeddings
+    assert one.token == "hidden-style"
+    np.testing.assert_array_equal(one.vectors[0], VECTORS)
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    with pytest.raises(InputError, match=r"plain\.png: found a picture without the text sd-ti-embedding"):
+        tiny_pipeline.with_embedding(tmp_path / "plain.png")
+    whole = (tmp_path / "hidden-style.png").read_bytes()
+    for size in range(20, len(whole), 13):
+        (tmp_path / "cut.png").write_bytes(whole[:size])
+        try:
+            tiny_pipeline.with_embedding(tmp_path / "cut.png")
+        except InputError as error:
+            assert "cut.png" in str(error)
 
 
 @pytest.mark.parametrize(
