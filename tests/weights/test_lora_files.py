@@ -400,7 +400,11 @@ def test_every_form_is_read_merged_and_written_back_bit_for_bit(tiny_pipeline, t
     jax.tree.map(np.testing.assert_array_equal, apply_loras(tiny_pipeline, [(lora, 0)]).params, tiny_pipeline.params)
     lora.save(tmp_path / "again.safetensors", tiny_pipeline, "kohya")
     assert_same(LoRA.load(tmp_path / "again.safetensors", tiny_pipeline), lora)
-    if any(set(f) != {"down", "up", "alpha"} for held in lora.parts.values() for f in held.values()):
+    modules = [f for held in lora.parts.values() for f in held.values()]
+    if all(set(f) == {"down", "up", "alpha", "magnitude"} and f["magnitude"].shape[-2] == 1 for f in modules):
+        lora.save(tmp_path / "peft.safetensors")
+        assert_same(LoRA.load(tmp_path / "peft.safetensors", tiny_pipeline), lora)
+    elif any(set(f) != {"down", "up", "alpha"} for f in modules):
         with pytest.raises(InputError, match=r'hold plain LoRA, and DoRA of it .* expected format="kohya"'):
             lora.save(tmp_path / "no.safetensors")
 
