@@ -1,7 +1,7 @@
 """Every block of the README runs as it is written, with the files that it names in the folder where it runs.
 
 Blocks marked sh, which install and test, are what CI itself runs. Of training, which takes hours, the command line and
-its config are read; tests/smoke/test_train_vmix.py runs the trainer.
+its config are read; tests/smoke/test_train_*.py run the trainers.
 """
 
 import dataclasses
