@@ -1,0 +1,215 @@
+"""Measure DreamBooth: a subject that the model never saw, in new scenes, beside the class that it was named by.
+
+The subject is the object of configs/dreambooth_mini.yaml. Each model draws the same prompts from the same noise: the
+subject before known backgrounds and in known styles, its class without the word for it, and other objects.
+
+    python -m train.dreambooth --config configs/dreambooth_mini.yaml --output_dir runs/duck
+    python -m scripts.effects.subjects --models "prior=runs/duck/pipeline" --steps 10 --out runs/effects_subjects
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jaxmix
+from jaxmix import command
+from jaxmix.types import InputError
+from scripts.effects.draw import digest
+from scripts.effects.image_prompts import Judges
+from scripts.effects.pictures import labelled_grid
+from scripts.effects.studio import Studio, check_counts, filled, means, table
+from scripts.effects.vmix import load_model
+from train.dreambooth import SubjectScenes
+from train.scenes import Scenes
+from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
+
+BASE = "the model itself"
+SPREAD = 4  # pictures of different prompts, between which variety is measured, 1 less their mean cosine
+
+
+@dataclasses.dataclass
+class Config:
+    """What to measure.
+
+    Attributes:
+        models: names of experts, each with its folder or LoRA file, as in "prior=runs/duck/pipeline".
+        model: "mini" or a diffusers folder of 64 px images, which the experts were made from.
+        image_encoder: the CLIP that compares pictures.
+        subject: the object that they learnt.
+        subject_style: the style of its pictures.
+        subject_pictures: how many were shown.
+        word: what stands for the subject in prompts.
+        known: the class.
+        cases: prompts of each table; each variety is of this many, too.
+        steps: of each run.
+        grid_rows: cases on the pictures.
+        batch_size: pictures drawn at a time.
+        seed: of the cases and of the first picture.
+        out: folder for effects.json, effects.md, the pictures and what is kept between runs.
+    """
+
+    models: list[str] = dataclasses.field(default_factory=list)
+    model: str = "mini"
+    image_encoder: str = "mini-clip"
+    subject: str = "duck"
+    subject_style: str = "3d"
+    subject_pictures: int = 5
+    word: str = "sks penguin"
+    known: str = "penguin"
+    cases: int = 100
+    steps: int = 25
+    grid_rows: int = 5
+    batch_size: int = 20
+    seed: int = 29
+    out: str = "runs/effects_subjects"
+
+    def __post_init__(self) -> None:
+        """Refuse values that would fail later."""
+        check_counts(self, cases=SPREAD, steps=2, grid_rows=1, batch_size=1, subject_pictures=2)
+        for named in self.models:
+            if not named.partition("=")[2]:
+                raise InputError(f"models: found {named!r}, expected NAME=FOLDER or NAME=LORA.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt with its answers."""
+
+    prompt: str
+    object: str
+    style: str
+    background: str
+
+
+def prompts_of(what: str, n: int, seed: int, word: str = "") -> list[Asked]:
+    """Return n prompts of an object (of any, if ``what`` is empty) in known styles before known backgrounds."""
+    scenes = Scenes(split="train", seed=seed, two_objects=0.0, three_objects=0.0)
+    backgrounds, names = sorted(BACKGROUND_WORDS), [scenes.atlas.objects[i] for i in range(scenes.objects)]
+    found = []
+    for i in range(n):
+        rng = np.random.Generator(np.random.Philox(key=[seed, (0x5B << 32) + i]))
+        style = list(scenes.styles)[rng.integers(len(scenes.styles))]
+        where, name = backgrounds[rng.integers(len(backgrounds))], what or names[rng.integers(len(names))]
+        text = f"{with_article(STYLE_WORDS[style])} of {with_article(word or name)} {BACKGROUND_WORDS[where]}"
+        found.append(Asked(text, name, style, where))
+    return found
+
+
+def opened(pipe: jaxmix.Pipeline, path: str) -> tuple[jaxmix.Pipeline, tuple[Any, ...]]:
+    """Return a pipeline and methods for an expert: its own, or the model's with a LoRA."""
+    if path.endswith(".safetensors"):
+        return pipe, (jaxmix.LoRA.load(path, pipe).on(1.0),)
+    return jaxmix.load(path), ()
+
+
+def main(cfg: Config) -> int:
+    """Draw, measure, print; write effects.json, effects.md and the pictures."""
+    command.enable_compilation_cache()
+    pipe, out = load_model(cfg.model), Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    judges, studio = Judges(jaxmix.ImageEncoder.load(cfg.image_encoder)), Studio(out, pipe, cfg.seed)
+    plain = {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0, "styles": (cfg.subject_style,)}
+    scenes = Scenes(split="held_out_objects", **plain)
+    shown = SubjectScenes(scenes, cfg.subject, 8 * cfg.subject_pictures)
+    pictures = np.stack([row["image"] for row in shown.rows])
+    subject, unseen = judges.see(pictures[: cfg.subject_pictures]), pictures[cfg.subject_pictures :]
+    experts = {BASE: (pipe, ())} | {
+        name: opened(pipe, path) for name, _, path in (named.partition("=") for named in cfg.models)
+    }
+    asked = {
+        "The subject in new scenes": prompts_of(cfg.known, cfg.cases, cfg.seed, cfg.word),
+        "Its class, without the word": prompts_of(cfg.known, cfg.cases, cfg.seed + 1),
+        "Other objects": prompts_of("", cfg.cases, cfg.seed + 2),
+    }
+    found: dict[str, Any] = {}
+    for title, some in asked.items():
+        drawn = {}
+        for name, (expert, methods) in experts.items():
+
+            def each(index: list[int], seeds: list[int], one: Any = expert, how: Any = methods) -> np.ndarray:
+                return one.generate([some[i].prompt for i in index], seeds, cfg.steps, methods=how)  # noqa: B023
+
+            weights = digest([expert.params, *(m.lora.parts for m in methods)])
+            key = ["subjects", weights, cfg.steps, [x.prompt for x in some]]
+            drawn[name] = studio.draw(key, len(some), filled(each, cfg.batch_size), cfg.batch_size, f"{title}: {name}")
+        found[title] = {name: _measure(judges, images, some, subject) for name, images in drawn.items()}
+        if title.startswith("The subject"):
+            real = judges.see(unseen) @ subject.T
+            found[title]["real scenes of the subject"] = {
+                key: real.mean(1) if key == "CLIP-I subject" else np.full(len(unseen), np.nan)
+                for key in found[title][BASE]
+            }
+        rows = slice(0, cfg.grid_rows)
+        file = title.lower().replace(",", "").split()[1] + ".png"
+        columns = [("shown", pictures[: cfg.grid_rows])] if title.startswith("The subject") else []
+        columns += [(name, images[rows]) for name, images in drawn.items()]
+        path = labelled_grid(out / file, columns, [x.prompt for x in some[rows]], 2)
+        print(f"wrote {path}, {path.stat().st_size / 1e3:.0f} kB", flush=True)
+    whole = [(name, expert) for name, (expert, methods) in experts.items() if name != BASE and not methods]
+    if whole:
+        title, some = "Beside another object", prompts_of("", cfg.cases, cfg.seed + 3)
+        drawn = _beside(cfg, studio, pipe, *whole[0], some)
+        found[title] = {name: _measure(judges, images, some, subject, 2) for name, images in drawn.items()}
+        columns = [(name, images[: cfg.grid_rows]) for name, images in drawn.items()]
+        path = labelled_grid(out / "beside.png", columns, [x.prompt for x in some[: cfg.grid_rows]], 2)
+        print(f"wrote {path}, {path.stat().st_size / 1e3:.0f} kB", flush=True)
+    told = "\n\n".join(table(title, measured, BASE, {}) for title, measured in found.items())
+    print(told)
+    numbers = {title: means(measured) for title, measured in found.items()}
+    (out / "effects.json").write_text(json.dumps(numbers | {"config": dataclasses.asdict(cfg)}, indent=1) + "\n")
+    (out / "effects.md").write_text(told + "\n", encoding="utf-8")
+    return 0
+
+
+def _beside(
+    cfg: Config, studio: Studio, pipe: jaxmix.Pipeline, name: str, expert: jaxmix.Pipeline, some: Sequence[Asked]
+) -> dict[str, np.ndarray]:
+    """Draw the subject beside other objects: both named in one prompt, and MagicFusion's second application."""
+    places = [BACKGROUND_WORDS[x.background] for x in some]
+    own = [f"{with_article(STYLE_WORDS[x.style])} of {with_article(cfg.word)}" for x in some]
+    both = [f"{t} and {with_article(x.object)} {w}" for t, x, w in zip(own, some, places, strict=True)]
+    alone = [f"{t} {w}" for t, w in zip(own, places, strict=True)]
+
+    def draw(title: str, one: jaxmix.Pipeline, texts: Sequence[str], fused: bool = False) -> np.ndarray:
+        def each(index: list[int], seeds: list[int]) -> np.ndarray:
+            method = jaxmix.MagicFusion([alone[i] for i in index], expert, switch=300)
+            return one.generate([texts[i] for i in index], seeds, cfg.steps, methods=(method,) if fused else ())
+
+        key = ["beside", title, cfg.steps, list(texts), alone, digest(expert.params)]
+        return studio.draw(key, len(some), filled(each, cfg.batch_size), cfg.batch_size, f"Beside: {title}")
+
+    return {
+        BASE: draw(BASE, pipe, both),
+        f"{name}, both in the prompt": draw(name, expert, both),
+        f"MagicFusion with {name}": draw("MagicFusion", pipe, [x.prompt for x in some], True),
+    }
+
+
+def _measure(
+    judges: Judges, images: np.ndarray, some: Sequence[Asked], subject: np.ndarray, first: int = 1
+) -> dict[str, np.ndarray]:
+    """Measure how like the subject pictures are, whether they are what was asked for, and how much they vary.
+
+    The object that is asked for must be among the ``first`` of the judge's.
+    """
+    seen, said = judges.see(images), judges.scorer(images)
+    right = {}
+    for kind in ("object", "style", "background"):
+        known, most = getattr(judges.scorer, f"{kind}s"), first if kind == "object" else 1
+        found = [[known[k] for k in row] for row in np.argsort(-said[kind], -1)[:, :most]]
+        right[kind] = np.asarray([getattr(x, kind) in names for names, x in zip(found, some, strict=True)], float)
+    groups = [range(i, i + SPREAD) for i in range(0, len(seen) - SPREAD + 1, SPREAD)]
+    apart = [1 - (seen[list(g)] @ seen[list(g)].T)[np.triu_indices(SPREAD, 1)].mean() for g in groups]
+    variety = np.full(len(seen), np.nan)
+    variety[: len(apart)] = apart
+    return {"CLIP-I subject": (seen @ subject.T).mean(1), **right, "variety": variety}
+
+
+if __name__ == "__main__":
+    command.run(main)
