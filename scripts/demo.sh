@@ -15,6 +15,10 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 # Installing again is needed only when what is to be installed has changed.
+for extra in $(echo "${EXTRAS:-}" | tr ',' ' '); do
+  # pip would only warn, and the demo would run without what was asked for.
+  grep -q "^$extra = \[" pyproject.toml || { echo "error: EXTRAS: found $extra, expected cuda, tpu, or another extra of pyproject.toml" >&2; exit 2; }
+done
 stamp=$(echo "${EXTRAS:-}" && cat pyproject.toml)
 if [ "$stamp" != "$(cat "$venv/.installed-demo" 2>/dev/null)" ]; then
   package=.${EXTRAS:+[$EXTRAS]}

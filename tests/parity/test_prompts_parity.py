@@ -84,15 +84,29 @@ def test_clip_skip_is_that_of_diffusers(both, skip):
 
 def test_an_embedding_is_that_of_diffusers(both, tmp_path):
     theirs, ours = both
-    if ours.text_encoder_2 is not None:
-        pytest.skip("diffusers loads one encoder's at a time")
-    vectors = torch.randn(3, 16)
-    torch.save({"<my-style>": vectors}, tmp_path / "learned_embeds.bin")
-    theirs.load_textual_inversion(str(tmp_path / "learned_embeds.bin"))
+    prompt = "a cat in <my-style>, at night"
+    if ours.text_encoder_2 is None:
+        torch.save({"<my-style>": torch.randn(3, 16)}, tmp_path / "learned_embeds.bin")
+        theirs.load_textual_inversion(str(tmp_path / "learned_embeds.bin"))
+        ours = ours.with_embedding(tmp_path / "learned_embeds.bin")
+        with torch.no_grad():
+            expected, _ = theirs.encode_prompt(prompt, "cpu", 1, False)
+        assert_close(ours.encode_prompt([prompt]).context, expected)
+        return
+    pair = {"clip_l": torch.randn(3, 16), "clip_g": torch.randn(3, theirs.text_encoder_2.config.hidden_size)}
+    for key, n in (("clip_l", ""), ("clip_g", "_2")):  # diffusers loads one encoder's at a time
+        theirs.load_textual_inversion(
+            pair[key],
+            "<my-style>",
+            tokenizer=getattr(theirs, f"tokenizer{n}"),
+            text_encoder=getattr(theirs, f"text_encoder{n}"),
+        )
+    ours = ours.with_embedding({key: x.numpy() for key, x in pair.items()}, "<my-style>")
     with torch.no_grad():
-        expected, _ = theirs.encode_prompt("a cat in <my-style>, at night", "cpu", 1, False)
-    ours = ours.with_embedding(tmp_path / "learned_embeds.bin")
-    assert_close(ours.encode_prompt(["a cat in <my-style>, at night"]).context, expected)
+        expected, _, pooled, _ = theirs.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+    text = ours.encode_prompt([prompt])
+    assert_close(text.context, expected)
+    assert_close(text.pooled, pooled)
 
 
 # Files of torch ----------------------------------------------------------------------------------------------------
