@@ -128,12 +128,13 @@ def inside(mask: AnyArray) -> np.ndarray:
 
 def to_bytes(images: Float[Array, "n H W 3"]) -> tuple[np.ndarray, np.ndarray]:
     """Return images in [0, 1] as uint8, and which of them (n,) hold finite numbers only: the others are black there."""
-    made, finite = _to_bytes(images)
+    made, finite = start_bytes(images)
     return np.asarray(made), np.asarray(finite)
 
 
 @jax.jit
-def _to_bytes(images: Array) -> tuple[Array, Array]:
+def start_bytes(images: Float[Array, "n H W 3"]) -> tuple[Array, Array]:
+    """Return what `to_bytes` does, still on the device, and perhaps unfinished."""
     return jnp.round(jnp.nan_to_num(images) * 255.0).astype(jnp.uint8), jnp.isfinite(images).all((1, 2, 3))
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -35,6 +37,7 @@ def draw_rows(
     done: list[tuple[np.ndarray, np.ndarray]] = []
     order: list[np.ndarray] = []
     waiting: tuple[Array, np.ndarray] | None = None
+    left: list[Array] = []
     with showing.bar(progress, request.n) as told:
         for chunks, batch in _batches(pipe, request, methods, mesh, batch_size):
             part = dataclasses.replace(request, chunks=chunks)
@@ -42,10 +45,15 @@ def draw_rows(
             order.append(batch.rows[batch.kept])
             if output != "latent":
                 x = programs.decode(pipe.vae, mesh, tile, pipe.params["vae"], x)
+            if output == "device":
+                left.append(x if np.array_equal(kept, np.arange(len(x))) else x[jnp.asarray(kept)])
+                continue
             if waiting is not None:  # one batch behind, so that the device draws while the host copies pixels
                 done.append(on_host(*waiting, output))
                 told(sum(len(x) for x, _ in done), request.n)
             waiting = x, kept
+        if left:
+            return in_order(left, np.argsort(np.concatenate(order)))
         assert waiting is not None, "a request has an image"
         done.append(on_host(*waiting, output))
         told(request.n, request.n)
@@ -53,6 +61,12 @@ def draw_rows(
     images, finite = (np.concatenate(parts)[back] for parts in zip(*done, strict=True))
     warn_of_broken(finite)
     return showing.as_pil(images) if output == "pil" else images
+
+
+def in_order(parts: Sequence[Array], back: np.ndarray) -> jax.Array:
+    """Return the images of batches on the device, in the order ``back``; what is in order already is not touched."""
+    x = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return x if np.array_equal(back, np.arange(len(back))) else x[jnp.asarray(back)]
 
 
 def _batches(

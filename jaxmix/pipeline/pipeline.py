@@ -45,7 +45,7 @@ from jaxmix.samplers import (
 )
 from jaxmix.types import AnyArray, Array, InputError, shown, whole
 
-OUTPUTS = ("uint8", "float", "latent", "pil")
+OUTPUTS = ("uint8", "float", "latent", "pil", "device")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -220,11 +220,12 @@ class Pipeline(Parts):
         Without one no step leaves the device.
 
         Returns (n, H, W, 3) uint8, "float" in [0, 1], "pil" for a list of PIL images, or "latent" (n, h, w, c) as the
-        UNet sees them. Raises `InputError`, before anything is compiled, for an invalid request, controls that do not
+        UNet sees them. "device" is float, too, but left where it is made: a `jax.Array` that may be unfinished, so that
+        the caller can prepare what comes next, and ask for it later. Raises `InputError`, before anything is compiled, for an invalid request, controls that do not
         fit, and methods that exclude each other.
         """
         if output not in OUTPUTS:
-            raise InputError(f"output: found {shown(output)}, expected 'uint8', 'float', 'pil' or 'latent'")
+            raise InputError(f"output: found {shown(output)}, expected one of {', '.join(OUTPUTS)}")
         watcher = showing.make_watcher(callback, self.preview)
         batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
         tile = None if tile is None else whole("tile", tile, 1)

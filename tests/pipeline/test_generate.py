@@ -85,6 +85,15 @@ def test_large_images_are_decoded_one_by_one_to_the_same_pixels(tiny_pipeline, m
     assert "while" in one_by_one.lower(pipe.params["vae"], latents).as_text()
 
 
+def test_images_left_on_the_device_are_those_that_are_copied(tiny_pipeline):
+    whole = draw(tiny_pipeline, output="float")
+    left = draw(tiny_pipeline, output="device")
+    assert isinstance(left, jax.Array)
+    np.testing.assert_array_equal(left, whole)
+    cut = draw(tiny_pipeline, output="device", batch_size=2)  # the last batch is filled up
+    np.testing.assert_allclose(cut, whole, rtol=0, atol=1e-5)
+
+
 def test_tiles_reach_every_pixel(tiny_pipeline):
     whole = draw(tiny_pipeline, output="float", height=48, width=40)
     tiles = draw(tiny_pipeline, output="float", height=48, width=40, tile=12)

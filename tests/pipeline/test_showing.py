@@ -142,7 +142,7 @@ def test_a_bar_is_there_for_those_who_look(tiny_pipeline, capsys, monkeypatch):
         ({"callback": 3}, r"callback: found 3, expected a function \(step, latents\), or Preview"),
         ({"progress": "yes"}, "progress: found 'yes', expected true, false or a function"),
         ({"num_images": 0}, "num_images: found 0, expected a whole number of at least 1"),
-        ({"output": "png"}, "output: found 'png', expected 'uint8', 'float', 'pil' or 'latent'"),
+        ({"output": "png"}, "output: found 'png', expected one of uint8, float, latent, pil, device"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_compiles(tiny_pipeline, options, words):
