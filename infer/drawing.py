@@ -1,18 +1,23 @@
-"""Batches to files: each is drawn, decoded and written; what cannot be drawn is recorded, and the job goes on."""
+"""Batches to files: each is drawn, decoded and written; what cannot be drawn is recorded, and the job goes on.
+
+One batch is always ahead: the device draws it while the host writes the last one and prepares the next.
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from infer.ahead import DeviceClock, Writers, ticking
 from infer.batches import FilledBatch, halves
 from infer.manifest import Manifest
 from infer.measure import CompileClock
@@ -23,7 +28,16 @@ from infer.png import setting_chunks, write_png
 from infer.report import Times
 from infer.rows import BadRow, Row
 from jaxmix.command import progress
+from jaxmix.pipeline.batching import start_bytes
 from jaxmix.types import NOT_FINITE
+
+
+class Started(NamedTuple):
+    """A batch that the device has been given: its images uint8 and which are finite, perhaps unfinished."""
+
+    batch: FilledBatch
+    images: Any
+    finite: Any
 
 
 class Drawing:
@@ -44,76 +58,126 @@ class Drawing:
     ) -> None:
         self.pipe, self.mesh, self.tile, self.methods = pipe, mesh, tile, methods
         self.out, self.manifest, self.common = out, manifest, common
-        self.times = Times()
+        self.times = Times(devices=1 if mesh is None else mesh.size)
         self.failed: list[BadRow] = []
+        self._left: collections.deque[FilledBatch] = collections.deque()
+        self._lock = threading.Lock()  # of what writers change
+        self._on_device: tuple[FilledBatch, float] | None = None  # and since when
+        self._took: dict[int, float] = {}  # seconds of a batch of each bucket
 
     def run(self, batches: Sequence[FilledBatch], images: int, clock: CompileClock) -> bool:
-        """Draw batches with so many images in all; return whether it was interrupted."""
+        """Draw batches with so many images in all; return whether it was interrupted.
+
+        The device is given the next batch before the pictures of the last one are asked for.
+        """
         began, compiled = time.monotonic(), clock.seconds
-        left = collections.deque(batches)
+        self._left = collections.deque(batches)
         interrupted = False
-        with progress(images, "draw", "images") as bar, _interruptible():
+        with progress(images, "draw", "images") as bar, _interruptible(), DeviceClock(lambda: clock.seconds) as device:
+            writers, given = Writers(), collections.deque[Started]()
             try:
-                while left:
-                    batch = left.popleft()
-                    smaller = self._draw(batch, clock, bar)
-                    if smaller:  # so are the others, which would run out of memory, too
-                        rest = [self._halved(other) if other.bucket is batch.bucket else [other] for other in left]
-                        left = collections.deque([*smaller, *(part for parts in rest for part in parts)])
+                with ticking(lambda: self._tell(bar)):
+                    while self._left or given:
+                        if self._left and (started := self._start(self._left.popleft(), device, bar)) is not None:
+                            given.append(started)
+                        if given and (len(given) > 1 or not self._left):
+                            self._finish(given, writers, bar)
             except KeyboardInterrupt:
                 interrupted = True
+                while given and given[0].finite.is_ready():
+                    self._finish(given, writers, bar)
+            finally:
+                writers.close()
+            writers.wait()
         self.times.drawing = time.monotonic() - began - (clock.seconds - compiled)
+        self.times.waited = device.share
         return interrupted
 
-    def _draw(self, batch: FilledBatch, clock: CompileClock, bar: Any) -> list[FilledBatch]:
-        """Draw and write a batch; return smaller ones in its place if it did not fit into memory."""
+    def _start(self, batch: FilledBatch, device: DeviceClock, bar: Any) -> Started | None:
+        """Hand a batch to the device; None if it does not fit into memory: smaller ones then stand in its place."""
         try:
-            images, shape = self._render(batch, clock)
+            asked = request(batch.filled)
+            cells = cells_of(self.tile, self.pipe.vae.config.factor)
+            methods = build(self.pipe, asked, batch)
+            images = self.pipe.draw(asked, methods, mesh=self.mesh, tile=cells, output="device")
+            images, finite = start_bytes(images)
         except Exception as error:
-            if not _out_of_memory(error):
-                raise
-            smaller = self._halved(batch)
-            if smaller != [batch]:
-                bar.write(f"out of memory with {len(batch.filled)} images at a time, trying {len(smaller[0].filled)}")
-                return smaller
-            for row in batch.rows:
-                self._fail(row, f"out of memory with {len(batch.filled)} images at a time", bar)
-            bar.update(len(batch.rows))
-            return []
-        began = time.monotonic()
-        for row, image in zip(batch.rows, images, strict=True):
-            if not np.isfinite(image).all():
+            self._split(batch, error, bar)
+            return None
+        device.started(images)
+        self._on_device = self._on_device or (batch, time.monotonic())
+        return Started(batch, images, finite)
+
+    def _finish(self, given: collections.deque[Started], writers: Writers, bar: Any) -> None:
+        """Wait for the first of the batches that the device has, and have its pictures written."""
+        batch = given[0].batch
+        try:
+            images, finite = np.asarray(given[0].images), np.asarray(given[0].finite)
+        except Exception as error:
+            given.popleft()
+            self._split(batch, error, bar)
+            return
+        given.popleft()  # now: an interruption may come while it waits
+        now = time.monotonic()
+        if self._on_device is not None and self._on_device[0] is batch:
+            self._took[id(batch.bucket)] = now - self._on_device[1]
+        self._on_device = None
+        for row, place in zip(batch.rows, batch.kept, strict=True):
+            if finite[place]:
+                writers.hand(functools.partial(self._write, row, images[place]))
+            else:
                 self._fail(row, f"the result {NOT_FINITE}", bar)
-                continue
-            self._write(row, np.round(image * np.float32(255)).astype(np.uint8), shape)
-            self.times.images += 1
-        self.times.png += time.monotonic() - began
         bar.update(len(batch.rows))
-        return []
 
-    def _render(self, batch: FilledBatch, clock: CompileClock) -> tuple[np.ndarray, list[int]]:
-        """Draw rows that share their program; return images (b, H, W, 3) in [0, 1] and the latents' shape of one."""
-        asked = request(batch.filled)
-        latents = self.pipe.draw(asked, build(self.pipe, asked, batch), mesh=self.mesh, output="latent")
-        began, compiled = time.monotonic(), clock.seconds
-        cells = cells_of(self.tile, self.pipe.vae.config.factor)
-        images = self.pipe.decode(latents, mesh=self.mesh, tile=cells, output="float")
-        self.times.decode += time.monotonic() - began - (clock.seconds - compiled)
-        return images[batch.kept], list(latents.shape[1:])
+    def _split(self, batch: FilledBatch, error: Exception, bar: Any) -> None:
+        """Put batches of half its size in the place of one that did not fit into memory; raises other errors."""
+        if not _out_of_memory(error):
+            raise error
+        self._on_device = None
+        smaller = self._halved(batch)
+        if smaller != [batch]:
+            bar.write(f"out of memory with {len(batch.filled)} images at a time, trying {len(smaller[0].filled)}")
+            # So are the others, which would run out of memory, too.
+            rest = [self._halved(other) if other.bucket is batch.bucket else [other] for other in self._left]
+            self._left = collections.deque([*smaller, *(part for parts in rest for part in parts)])
+            return
+        for row in batch.rows:
+            self._fail(row, f"out of memory with {len(batch.filled)} images at a time", bar)
+        bar.update(len(batch.rows))
 
-    def _write(self, row: Row, image: np.ndarray, shape: list[int]) -> None:
+    def _tell(self, bar: Any) -> None:
+        """Say which step the device is at if the batch takes as long as the last such one, or for how long it runs."""
+        if (now := self._on_device) is None:
+            return
+        batch, since = now
+        took, steps = self._took.get(id(batch.bucket)), batch.filled[0].steps or 1
+        passed = time.monotonic() - since
+        if took is None:
+            bar.tick(f"first batch of its kind, {passed:.0f} s")
+        else:
+            bar.tick(f"about step {min(steps, 1 + int(steps * passed / max(took, 1e-9)))} of {steps}")
+
+    def _write(self, row: Row, image: np.ndarray) -> None:
+        """Write a picture, in a thread of its own, and then its line."""
+        began = time.monotonic()
         settings = {**self.methods.settings(row), **self.common}
         height, width = image.shape[:2]
         for method in self.methods.of(row):  # first: a picture that is there has them beside it
             method.write_inputs(row, self.out)
         size_bytes = write_png(self.out / row.file_name, image, setting_chunks(settings, (width, height)))
+        factor = self.pipe.vae.config.factor
+        shape = [height // factor, width // factor, self.pipe.latent_shape[-1]]
         extra: dict[str, Any] = {"width": width, "height": height, "latents": shape, "bytes": size_bytes}
-        self.manifest.add_image(row.file_name, settings, extra)
+        with self._lock:
+            self.manifest.add_image(row.file_name, settings, extra)
+            self.times.images += 1
+            self.times.png += time.monotonic() - began
 
     def _fail(self, row: Row, reason: str, bar: Any) -> None:
         bad = BadRow(row.number, row.where, reason)
         self.failed.append(bad)
-        self.manifest.add_error(bad.number, bad.where, bad.reason)
+        with self._lock:
+            self.manifest.add_error(bad.number, bad.where, bad.reason)
         bar.write(f"bad row: {bad}")
 
     def _halved(self, batch: FilledBatch) -> list[FilledBatch]:

@@ -16,19 +16,30 @@ from infer.rows import BadRow, Row
 
 @dataclasses.dataclass
 class Times:
-    """Images drawn in one run, and the seconds it took; `drawing` and `decode` exclude compilation."""
+    """Images drawn in one run, and the seconds it took; `drawing` excludes compilation.
+
+    `png` is the time of the threads that write, beside the device, and `waited` the share of its time in which the
+    device had nothing to do.
+    """
 
     images: int = 0
     whole: float = 0.0
     drawing: float = 0.0
     compile: float = 0.0
-    decode: float = 0.0
+    waited: float = 0.0
     png: float = 0.0
+    devices: int = 1
 
     @property
     def rate(self) -> float:
         """Images per second once everything is compiled."""
         return self.images / max(self.drawing, 1e-9)
+
+    @property
+    def speed(self) -> str:
+        """The rate as it is shown, and that of each device if there are several."""
+        each = f" ({self.rate / self.devices:.3g} a device)" if self.devices > 1 else ""
+        return f"{self.rate:.3g} images/s{each}"
 
 
 def write_overview(
@@ -72,7 +83,7 @@ def write_overview(
         facts["rows not drawn"] = str(len(bad))
     facts["date"] = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     if times.images:
-        facts["speed"] = f"{times.rate:.3g} images/s"
+        facts["speed"] = times.speed
         facts["compile"] = f"{times.compile:.1f} s"
     write_gallery(out, items, f"Drawn by {Path(model).name}", facts)
     write_contact_sheet(out, items, f"{Path(model).name}: {drawn} images")
@@ -82,8 +93,9 @@ def summary(times: Times, clock: CompileClock, cached: bool) -> str:
     """Return the last line; its images/s are for drawing alone, without loading and compiling."""
     if not times.images:
         return f"0 images drawn in {times.whole:.1f} s"
-    hits = f" ({clock.hits} of {clock.programs} programs from the cache)" if cached else ""
+    compiled = clock.programs - clock.hits
+    hits = f" ({compiled} programs, {clock.hits} more from the cache)" if cached else ""
     return (
-        f"{times.images} images in {times.whole:.1f} s: {times.rate:.3g} images/s; "
-        f"compile {times.compile:.1f} s{hits}, decode {times.decode:.1f} s, PNG {times.png:.2f} s"
+        f"{times.images} images in {times.whole:.1f} s: {times.speed}; compile {times.compile:.1f} s{hits}, "
+        f"PNG {times.png:.2f} s in threads, the device waited {100 * times.waited:.1f} % of its time"
     )

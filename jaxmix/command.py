@@ -166,6 +166,13 @@ class Progress:
         parts = (f"{self.done}/{self.total} {self.unit}", f"{rate:.3g} {self.unit}/s", left, note)
         print(f"{self.desc}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
+    def tick(self, note: str) -> None:
+        """Show a note while nothing is finished; where there is no terminal, with the next line that is due."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(note)
+        elif time.monotonic() - self._printed >= self.every and self.done < self.total:
+            self.update(0, note)
+
     def write(self, message: str) -> None:
         """Print a line on stderr without tearing the bar."""
         if self._bar is not None:

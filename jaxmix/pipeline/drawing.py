@@ -20,6 +20,9 @@ from jaxmix.pipeline.stacking import beside, common_groups
 from jaxmix.sharding import DATA
 from jaxmix.types import Array
 
+GIVEN = "/jaxmix/draw/given"
+"""The event (`jax.monitoring`) that a batch is given to the device: all that the host prepares is done."""
+
 
 def draw_rows(
     pipe: Any,
@@ -104,4 +107,5 @@ def _draw_batch(
     kept = batch.kept if part.kept is None else np.asarray(part.kept)[batch.kept]
     job, watch = now.job(part, solver), None if watcher is None else watcher.watch
     with showing.watched(watcher, batch.rows[batch.kept], kept, solver.steps, mesh) as number:
+        jax.monitoring.record_event(GIVEN)
         return denoise(job, solver, *part.span, mesh, watch, np.int32(number)), kept

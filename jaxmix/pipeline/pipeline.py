@@ -220,9 +220,9 @@ class Pipeline(Parts):
         Without one no step leaves the device.
 
         Returns (n, H, W, 3) uint8, "float" in [0, 1], "pil" for a list of PIL images, or "latent" (n, h, w, c) as the
-        UNet sees them. "device" is float, too, but left where it is made: a `jax.Array` that may be unfinished, so that
-        the caller can prepare what comes next, and ask for it later. Raises `InputError`, before anything is compiled, for an invalid request, controls that do not
-        fit, and methods that exclude each other.
+        UNet sees them. "device" is float, too, but stays where it is made: a `jax.Array` that may be unfinished, so
+        that the caller can prepare what comes next, and ask for it later. Raises `InputError`, before anything is
+        compiled, for an invalid request, controls that do not fit, and methods that exclude each other.
         """
         if output not in OUTPUTS:
             raise InputError(f"output: found {shown(output)}, expected one of {', '.join(OUTPUTS)}")

@@ -1,9 +1,9 @@
 """Start a model for another autoencoder from one that is trained: the first model's words and shapes, new latents.
 
-The embedded model's second version has the UNet and text encoder of the first, but latents of twice the resolution's
-pictures, with twice the channels, and longer captions. Latents of the two autoencoders lie on the same grid, so a linear
-map between them, fitted on scenes, turns the first model's outer convolutions into the new ones; positions that no
-caption had are started from the last that one had. Training then goes on with `train.text_to_image`.
+The embedded model's second version has the UNet and text encoder of the first, but latents of pictures twice as large,
+with twice the channels, and longer captions. Latents of the two autoencoders lie on the same grid, so a linear map
+between them, fitted on scenes, turns the first model's outer convolutions into the new ones; positions that no caption
+had are started from the last that one had. Training then goes on with `train.text_to_image`.
 
     python -m scripts.mini.grow --vae train/mini2_vae --positions 48 --out runs/grown
 """

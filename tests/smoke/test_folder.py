@@ -306,10 +306,10 @@ run(main, ["--prompt", "x" * 400, "--out", sys.argv[1]])
 
 
 class Interrupted(StandIn):
-    def draw(self, request, methods, mesh, output):
+    def draw(self, request, methods, mesh, tile, output):
         if len(self.calls) == 2:
             raise KeyboardInterrupt
-        return super().draw(request, methods, mesh, output)
+        return super().draw(request, methods, mesh, tile, output)
 
 
 def test_an_interrupted_job_writes_its_gallery_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
@@ -330,10 +330,10 @@ def test_an_interrupted_job_writes_its_gallery_and_says_how_to_go_on(tmp_path, c
 
 
 class Terminated(StandIn):
-    def draw(self, request, methods, mesh, output):
+    def draw(self, request, methods, mesh, tile, output):
         if self.calls:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().draw(request, methods, mesh, output)
+        return super().draw(request, methods, mesh, tile, output)
 
 
 def test_a_job_that_is_asked_to_end_does_what_it_does_when_interrupted(tmp_path, capsys):
@@ -362,8 +362,8 @@ def test_out_of_memory_halves_the_batches_once_and_then_gives_rows_up(tmp_path, 
 
 
 class Broken(StandIn):
-    def decode(self, latents, mesh, tile, output):
-        made = super().decode(latents, mesh, tile, output)
+    def decode(self, latents):
+        made = super().decode(latents)
         made[1, 2, 2] = np.nan
         return made
 

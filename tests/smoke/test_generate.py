@@ -42,20 +42,20 @@ class StandIn:
     def chunks(self, encoder, prompts, reading):
         return [SimpleNamespace(ids=[0] * max(1, -(-len(prompt.split()) // 5))) for prompt in prompts]
 
-    def draw(self, request, methods, mesh, output):
-        assert output == "latent" and not methods
+    def draw(self, request, methods, mesh, tile, output):
+        assert output == "device" and not methods
         if len(request.prompts) > self.most:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
         assert len(request.prompts) == len(request.seeds) == len(request.guidance_scale) == len(request.negatives)
         self.calls.append((request.steps, list(request.seeds)))
         self.request = request
-        return np.array([np.full((4, 4, 2), (seed * 7 + request.steps) % 256) for seed in request.seeds], np.float32)
+        latents = np.array([np.full((4, 4, 2), (seed * 7 + request.steps) % 256) for seed in request.seeds], np.float32)
+        return self.decode(latents)
 
     def check_size(self, h, w, tile, encodes, guided):
         pass
 
-    def decode(self, latents, mesh, tile, output):
-        assert output == "float"
+    def decode(self, latents):
         return np.repeat(latents.repeat(4, 1).repeat(4, 2)[..., :1], 3, axis=-1) / np.float32(255)
 
 
@@ -177,12 +177,12 @@ def test_a_dry_run_prints_the_plan_and_writes_no_image(tmp_path, capsys):
     assert not (out / "manifest.jsonl").exists()
 
 
-def test_the_last_line_tells_speed_compile_and_decode_seconds(tmp_path, capsys):
+def test_the_last_line_tells_speed_compiling_and_how_long_the_device_waited(tmp_path, capsys):
     job(tmp_path, "a\nb\n", name="p.txt")
     captured = capsys.readouterr()
     last = captured.out.splitlines()[-1]
     assert last.startswith("2 images in ")
-    for part in ("images/s", "compile ", "decode ", "PNG "):
+    for part in ("images/s", "compile ", "PNG ", "the device waited "):
         assert part in last
     assert "compile cache: on" in captured.err
 

@@ -1,0 +1,127 @@
+"""The host at work beside the device: pictures are written by threads, and a clock says how long the device waited.
+
+JAX returns from a call before the device has done it. So while a batch is drawn the host opens the pictures and reads
+the prompts of the next one and hands it over; PNGs of the last one are made meanwhile by threads.
+"""
+
+from __future__ import annotations
+
+import collections
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from jaxmix.pipeline.drawing import GIVEN
+
+WRITERS = 4
+"""Threads that write: PNGs are compressed outside of Python's lock."""
+
+
+class Writers:
+    """Threads that write pictures. What one raises is raised by the next `hand` or `wait`; no picture is lost by that.
+
+    At most ``most`` pictures are held that are not yet written, so that a slow disk slows the job, and not its memory
+    fills.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._pool = ThreadPoolExecutor(WRITERS, "write")
+        self._left: collections.deque[Future[None]] = collections.deque()
+
+    def hand(self, write: Callable[[], None]) -> None:
+        """Let a thread write something; waits while too much is left."""
+        while self._left and (len(self._left) >= self._most or self._left[0].done()):
+            self._left.popleft().result()
+        self._left.append(self._pool.submit(write))
+
+    def wait(self) -> None:
+        """Wait for everything; raise the first of the errors, after all have been tried."""
+        errors = [error for future in self._left if (error := future.exception()) is not None]
+        self._left.clear()
+        if errors:
+            raise errors[0]
+
+    def close(self) -> None:
+        """End the threads, after what they were given."""
+        self._pool.shutdown()
+
+
+class DeviceClock:
+    """Measures how long the device had nothing to do between the batches that it was given.
+
+    ``waited`` are the seconds from the end of a batch to the moment at which it was given the next one, less those in
+    which this was compiled, which ``compiled()`` adds up; ``busy`` are those of the batches. A thread waits for the end
+    of each; that each is given is an event.
+    """
+
+    def __init__(self, compiled: Callable[[], float]) -> None:
+        self.busy = self.waited = 0.0
+        self._compiled = compiled
+        self._batches: queue.SimpleQueue[tuple[float, float, Any] | None] = queue.SimpleQueue()
+        self._given = self._ended = 0.0
+        self._before = compiled()
+        self._thread = threading.Thread(target=self._watch, name="device clock", daemon=True)
+
+    def started(self, result: Any) -> None:
+        """Say that the batch that the device was given last will give ``result``, which may be unfinished."""
+        compiled = self._compiled()
+        self._batches.put((self._given or time.monotonic(), compiled - self._before, result))
+        self._before = compiled
+
+    @property
+    def share(self) -> float:
+        """The share of its time that the device waited."""
+        return self.waited / max(self.waited + self.busy, 1e-9)
+
+    def _watch(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            given, compiling, result = batch
+            try:
+                result.block_until_ready()
+            except Exception:  # told where the pictures are asked for
+                self._ended = 0.0
+                continue
+            now = time.monotonic()
+            if self._ended:
+                self.waited += max(0.0, given - self._ended - compiling)
+            self.busy += now - max(given, self._ended)
+            self._ended = now
+
+    def _event(self, event: str, **_: Any) -> None:
+        if event == GIVEN:
+            self._given = time.monotonic()
+
+    def __enter__(self) -> DeviceClock:
+        jax.monitoring.register_event_listener(self._event)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_listener(self._event)
+        self._batches.put(None)
+        self._thread.join()
+
+
+@contextmanager
+def ticking(tell: Callable[[], None], every: float = 1.0) -> Iterator[None]:
+    """Call ``tell`` every few seconds in a thread of its own, whatever this one waits for."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(every):
+            tell()
+
+    thread = threading.Thread(target=run, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
