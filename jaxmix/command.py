@@ -240,19 +240,27 @@ def start(distributed: bool = False) -> None:
     JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises `InputError` if it does not.
     """
     if distributed:
-        import jax
-
-        given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-        try:
-            counts = [None if text is None else int(text) for text in given]
-            jax.distributed.initialize(num_processes=counts[0], process_id=counts[1])
-        except ValueError as error:
-            raise InputError(
-                f"distributed: {_one_line(str(error))} (JAX_COORDINATOR_ADDRESS="
-                f"{os.environ.get('JAX_COORDINATOR_ADDRESS', 'not set')}, JAX_NUM_PROCESSES={given[0] or 'not set'}, "
-                f"JAX_PROCESS_ID={given[1] or 'not set'})"
-            ) from None
+        join_processes()
     enable_compilation_cache()
+
+
+def join_processes() -> None:
+    """Join the other processes of this job through `jax.distributed`; see `start`."""
+    import jax
+
+    given = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    # JAX's own notice of preemption takes SIGTERM away from a process without ending it, and hears none once Python
+    # has a handler. Our loops have one, and agree by themselves; elsewhere SIGTERM is to end a process as usual.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        counts = [None if text is None else int(text) for text in given]
+        jax.distributed.initialize(num_processes=counts[0], process_id=counts[1])
+    except ValueError as error:
+        raise InputError(
+            f"distributed: {_one_line(str(error))} (JAX_COORDINATOR_ADDRESS="
+            f"{os.environ.get('JAX_COORDINATOR_ADDRESS', 'not set')}, JAX_NUM_PROCESSES={given[0] or 'not set'}, "
+            f"JAX_PROCESS_ID={given[1] or 'not set'})"
+        ) from None
 
 
 def _config_type(main: Callable[[Any], int | None]) -> type:

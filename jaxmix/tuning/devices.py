@@ -49,13 +49,14 @@ def training_devices(rows: int, fsdp: int = 1, devices: int = 0) -> list[Any]:
     return found[: fitting[-1]]
 
 
-def agree(code: int) -> int:
-    """Return the largest `code` of all processes; every process must call this at the same step."""
+def agree(*numbers: float) -> tuple[float, ...]:
+    """Return the largest of all processes for each number; every process must call this at the same step."""
     if jax.process_count() == 1:
-        return code
+        return numbers
     from jax.experimental import multihost_utils
 
-    return int(np.max(multihost_utils.process_allgather(np.asarray(code, np.int32))))
+    gathered = multihost_utils.process_allgather(np.asarray(numbers, np.float32))
+    return tuple(np.max(np.reshape(gathered, (-1, len(numbers))), 0).tolist())
 
 
 @dataclasses.dataclass(frozen=True)

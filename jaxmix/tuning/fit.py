@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmix.signals import heard
 from jaxmix.tuning import flops
 from jaxmix.tuning.checkpoints import Checkpoints, stop_on_signals
 from jaxmix.tuning.devices import CompiledUpdate, Stepper, agree, training_devices
@@ -110,10 +114,11 @@ def fit(
     The returned state has params and ema whole on one device, or as hooks get them if these are all `on_host`.
 
     The loop stops early, after saving, on SIGTERM, Ctrl-C or cfg.max_seconds, and returns as usual, so that the command
-    exits with status 0; several processes agree on the step, up to five short steps later. After SIGTERM the state is
-    saved and hooks are left out: a machine that is taken away leaves no time for them. A loss that is not finite raises
-    InputError naming the step, the rows and the last good checkpoint, and that state is not saved; so does an update
-    that does not fit a device's memory, before it runs, with the keys that would help.
+    exits with status 0; several processes agree on the step, up to five short steps later, or the next one if they are
+    long. After SIGTERM the state is saved and hooks are left out: a machine that is taken away leaves no time for them.
+    While the first update compiles there is nothing new to save, and SIGTERM ends the process at once. A loss that is
+    not finite raises InputError naming the step, the rows and the last good checkpoint, and that state is not saved; so
+    does an update that does not fit a device's memory, before it runs, with the keys that would help.
     """
     micro = cfg.train_batch_size // cfg.gradient_accumulation_steps
     stepper = Stepper(update, training_devices(micro, cfg.fsdp, cfg.devices), cfg.fsdp)
@@ -139,10 +144,9 @@ def fit(
             log.close()
 
 
-_AGREE_STEPS = 5
-"""Processes check every this many steps whether one of them was told to stop, in every step if these are long."""
-_LONG = 0.5
-"""Seconds from which a step is long: a preempted machine may have 15 s for the step, agreeing and saving."""
+_AGREE_STEPS, _AGREE_SECONDS = 5, 1.0
+"""Processes ask each other whether one of them was told to stop every so many steps, or seconds if these are fewer, and
+in every step that takes longer: a preempted machine may have 15 s for the step, for agreeing and for saving."""
 _LATE, _INTERRUPTED, _ENDING = 1, 2, 3
 """Why a run stops early; the greatest of all processes counts. After SIGTERM there is time to save, and no more."""
 
@@ -173,7 +177,8 @@ class _Run:
         self.window: list[dict[str, Any]] = []
         self.began = time.monotonic()
         self.peak = flops.Peak(math.inf, "unknown")
-        self.agree_steps, self.ending = _AGREE_STEPS, False
+        self.ending = False
+        self.asked, self.agreed, self.agree_at = 0, 0.0, 0
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -195,9 +200,11 @@ class _Run:
             batch, ids = _split_ids(next(rows))
             batch = stepper.rows(batch)
             paused = time.monotonic()
-            with told_if_full(stepper.devices, cfg, "the update and its weights"):
+            leaving = self._nothing_to_save() if step == start else contextlib.nullcontext()
+            with told_if_full(stepper.devices, cfg, "the update and its weights"), leaving:
                 compiled = stepper.compiled(state, frozen, batch, key)
             if step == start:
+                self.asked, self.agreed = step, math.inf
                 self._introduce(compiled)
                 bar = progress(cfg.max_train_steps - start, "train", "steps") if self.log and progress else None
                 self._restart_clock()  # placing, the first batch and compiling do not count as speed
@@ -246,18 +253,38 @@ class _Run:
         if self.signals:
             code = _ENDING if "SIGTERM" in self.signals else _INTERRUPTED
         if jax.process_count() > 1:
-            code = agree(code) if step % self.agree_steps == 0 else 0
+            code = self._agreed(step, code) if step >= self.agree_at else 0
         self.ending = code == _ENDING
         signalled = self.signals[0] if self.signals else "signal"
         return {0: "", _LATE: f"{self.cfg.max_seconds:g} s are over"}.get(code, signalled)
+
+    def _agreed(self, step: int, code: int) -> int:
+        """Return why the first of all processes stops, and settle at which step they ask each other again."""
+        now = time.monotonic()
+        # The slowest counts, and the first step, from whose time nothing follows, is taken for long.
+        seconds = (now - self.agreed) / (step - self.asked) if math.isfinite(self.agreed) else _AGREE_SECONDS
+        largest, seconds = agree(code, seconds)
+        self.agree_at = step + max(1, min(_AGREE_STEPS, int(_AGREE_SECONDS / max(seconds, 1e-9))))
+        self.asked, self.agreed = step, now
+        return int(largest)
+
+    @contextlib.contextmanager
+    def _nothing_to_save(self) -> Iterator[None]:
+        """Let SIGTERM end the process at once: a compilation cannot be interrupted, and takes minutes."""
+
+        def leave(number: int = signal.SIGTERM) -> None:
+            _say("stopped (SIGTERM) while the update compiled, with nothing new to save; the same command goes on")
+            os._exit(0)
+
+        if "SIGTERM" in self.signals:
+            leave()
+        with heard(leave):
+            yield
 
     def _introduce(self, compiled: CompiledUpdate) -> None:
         if not compiled.seconds:
             return
         self.peak = flops.peak(self.stepper.devices, self.cfg.dtype)
-        rate = flops.data_sheet_rate(self.stepper.devices[0].device_kind, self.cfg.dtype)  # alike in every process
-        if rate is not None and compiled.flops > _LONG * rate * len(self.stepper.devices):
-            self.agree_steps = 1
         where = "" if self.stepper.mesh is None else f" for {dict(self.stepper.mesh.shape)}"
         said = (
             f"update compiled{where} in {compiled.seconds:.1f} s",

@@ -46,7 +46,8 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processes(runs, tmp_path_factory):
-    """Return the folders of runs by 2 processes x 4 devices: `whole`, `resumed` at step 10 from 8 x 1, `stopped`."""
+    """Return the folders of runs by 2 processes x 4 devices: `whole`, `resumed` at step 10 from 8 x 1, and two
+    that were told to stop."""
     root = tmp_path_factory.mktemp("processes")
     half_way(runs / "data", root / "resumed")
     with socket.socket() as free:
@@ -55,7 +56,7 @@ def processes(runs, tmp_path_factory):
     command = [sys.executable, "-m", "tests.sharding.training_run", str(port)]
     # The device count is theirs to choose.
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    folders = [str(root / name) for name in ("whole", "resumed", "stopped")]
+    folders = [str(root / name) for name in ("whole", "resumed", "stopped", "long")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen([*command, str(i), *folders], cwd=ROOT, env=env, **pipes) for i in range(2)]
     try:
@@ -94,10 +95,13 @@ def test_two_processes_go_on_from_the_state_of_eight_devices(runs, processes):
 
 
 @pytest.mark.slow
-def test_processes_agree_on_the_step_at_which_one_was_told_to_stop(processes):
+@pytest.mark.parametrize(("name", "step"), [("stopped", 12), ("long", 8)])
+def test_processes_agree_on_the_step_at_which_one_was_told_to_stop_and_on_the_next_if_steps_are_long(
+    processes, name, step
+):
     root, (first, second) = processes  # both ended with status 0
-    assert [path.name for path in (root / "stopped" / "checkpoints").iterdir() if path.name.isdigit()] == ["10"]
-    assert "stopped at step 10 (SIGTERM), saved" in first
+    assert [path.name for path in (root / name / "checkpoints").iterdir() if path.name.isdigit()] == [str(step)]
+    assert f"stopped at step {step} (SIGTERM), saved" in first
     assert "stopped" not in second
 
 

@@ -1,12 +1,14 @@
 """A tiny diffusion trainer that the tests run on any mesh, and as one of several processes.
 
 python -m tests.sharding.training_run PORT PROCESS FOLDER ...: train to the end in each folder, as one of two
-processes; in one called `stopped` process 0 is told to stop (SIGTERM) in step 7.
+processes; in those called `stopped` and `long` process 0 is told to stop (SIGTERM) in step 7, in `long` steps take
+longer than processes may take to agree.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.schedule import NoiseSchedule
+from jaxmix.tuning import fit as training
 from jaxmix.tuning.fit import FitConfig, Hook, fit
 from jaxmix.tuning.loss import diffusion_loss
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
@@ -82,8 +85,14 @@ def parts(cfg):
     return TrainState.create(params, optimizer), update, frozen
 
 
-def train(cfg, hooks=()):
+def train(cfg, hooks=(), batches=batches):
     return fit(cfg, *parts(cfg), batches, hooks)
+
+
+def late(start):
+    for batch in batches(start):
+        time.sleep(0.1)
+        yield batch
 
 
 def main(port, process, *folders):
@@ -95,9 +104,11 @@ def main(port, process, *folders):
             os.kill(os.getpid(), signal.SIGTERM)
 
     for folder in map(Path, folders):
-        stopped = folder.name == "stopped"
-        state, complete = train(config(folder, fsdp=2), [Hook(1, stop)] if stopped else ())
-        assert (complete, int(state.step)) == ((False, 10) if stopped else (True, STEPS))
+        stopped, long = folder.name in ("stopped", "long"), folder.name == "long"
+        training._AGREE_SECONDS = 0.1 if long else 60.0
+        state, complete = train(config(folder, fsdp=2), [Hook(1, stop)] if stopped else (), late if long else batches)
+        # They ask each other after steps 1, 2, 7 and 12, or after each.
+        assert (complete, int(state.step)) == ((False, 8 if long else 12) if stopped else (True, STEPS))
         assert state.params["down"].shape == (WIDTH, WIDTH)  # whole in every process
 
 

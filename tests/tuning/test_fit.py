@@ -1,7 +1,10 @@
+import hashlib
 import json
 import os
 import re
 import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxmix.signals import heard
 from jaxmix.tuning.checkpoints import Checkpoints
 from jaxmix.tuning.data import iterate, make_dataset
 from jaxmix.tuning.devices import Stepper
@@ -83,6 +87,41 @@ def test_after_sigterm_the_state_is_saved_and_nothing_else_is_written(tmp_path):
         state, complete = train(config(tmp_path / number.name), hooks=hooks)
         assert (int(state.step), complete) == (3, False)
         assert seen == runs and (tmp_path / number.name / "checkpoints" / "3").is_dir()
+
+
+class Compiling:
+    """An update whose compilation is told to stop, and takes until then."""
+
+    def __init__(self, left):
+        self.left = left
+
+    def trace(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert self.left.wait(10)
+        raise KeyboardInterrupt
+
+
+def test_sigterm_ends_a_run_that_is_still_compiling_at_once(tmp_path, monkeypatch, capsys):
+    left = threading.Event()
+    monkeypatch.setattr("jaxmix.tuning.fit.os._exit", lambda status: left.set() if status == 0 else None)
+    cfg = config(tmp_path)
+    state = TrainState.create({"w": jnp.ones(3)}, make_optimizer(cfg))
+    with pytest.raises(KeyboardInterrupt):
+        fit(cfg, state, Compiling(left), {}, lambda step: iter([{"x": np.ones((4, 3))}]))
+    assert capsys.readouterr().out.startswith("stopped (SIGTERM) while the update compiled, with nothing new to save")
+
+
+def test_a_signal_is_heard_while_the_main_thread_is_outside_python():
+    came, before = [], signal.signal(signal.SIGTERM, lambda *_: came.append("handler"))
+    try:
+        with heard(lambda number: came.append(number)):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)  # as long as a compilation, to Python
+            time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM, "handler"]
+    assert signal.set_wakeup_fd(-1) == -1  # as it was
 
 
 def send_at_two(number):
