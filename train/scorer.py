@@ -45,7 +45,8 @@ class Config(FitConfig):
     Attributes:
         output_dir: folder for checkpoints and logs.
         weights: the safetensors file to write, or with `evaluate` to read.
-        objects: number of objects to tell apart, counted from the start of the atlas.
+        objects: number of objects to tell apart, counted from the start of the atlas; with reserved in scenes also the
+            last ones, which models are not trained on.
         size: width and height of the pictures, pixels; trained weights know their own.
         channels: width of each convolution; all but the last halve the picture.
         scenes: further arguments of train.scenes.Scenes, such as the arrangement, for training and accuracy.
@@ -207,10 +208,12 @@ def make_scenes(objects: int, seed: int, size: int = SIZE, **settings: Any) -> S
 
 def make_batches(cfg: Config) -> Callable[[int], Iterator[Any]]:
     """Return step -> iterator over batches of pictures and their classes."""
+    scenes = make_scenes(cfg.objects, cfg.seed + 1, cfg.size, **cfg.scenes)
+    place = {number: i for i, number in enumerate(scenes.object_numbers)}
 
     def row(scene: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        present = np.zeros(cfg.objects, np.float32)
-        present[scene["objects"][scene["objects"] >= 0]] = 1
+        present = np.zeros(len(place), np.float32)
+        present[[place[int(number)] for number in scene["objects"] if number >= 0]] = 1
         return {
             "image": scene["image"],
             "object": present,
@@ -218,9 +221,7 @@ def make_batches(cfg: Config) -> Callable[[int], Iterator[Any]]:
             "background": np.int32(scene["background"]),
         }
 
-    dataset = make_dataset(
-        make_scenes(cfg.objects, cfg.seed + 1, cfg.size, **cfg.scenes), cfg.train_batch_size, cfg.seed, row
-    )
+    dataset = make_dataset(scenes, cfg.train_batch_size, cfg.seed, row)
     return lambda step: iterate(dataset, step, cfg.dataloader_num_workers)
 
 
@@ -271,7 +272,12 @@ def evaluate(cfg: Config) -> dict[str, Any]:
         kinds["three objects, neutral"] = {"two_objects": 0.0, "three_objects": 1.0, "labelled": 0.0}
     results = []
     for kind, shares in kinds.items():
-        scenes = make_scenes(len(scorer.objects), 990_001 + cfg.seed, scorer.size, **{**cfg.scenes, **shares})
+        scenes = make_scenes(cfg.objects, 990_001 + cfg.seed, scorer.size, **{**cfg.scenes, **shares})
+        if scenes.object_names != scorer.objects:
+            raise InputError(
+                f"objects: found scenes of {len(scenes.object_names)}, expected those that {cfg.weights} tells apart, "
+                f"{len(scorer.objects)} (objects, and reserved in scenes)"
+            )
         rows = [scenes[i] for i in range(cfg.eval_scenes)]
         result = accuracy(scorer, np.stack([row["image"] for row in rows]), rows)
         shown = ", ".join(f"{head} {100 * result[head]:.2f} %" for head in (*HEADS, "all"))
@@ -290,7 +296,7 @@ def main(cfg: Config) -> int:
         evaluate(cfg)
         return 0
     scenes = make_scenes(cfg.objects, cfg.seed, cfg.size, **cfg.scenes)
-    net = SceneNet(cfg.objects, len(scenes.styles), len(BACKGROUNDS), tuple(cfg.channels))
+    net = SceneNet(len(scenes.object_names), len(scenes.styles), len(BACKGROUNDS), tuple(cfg.channels))
     params = jax.jit(net.init)(jax.random.key(cfg.seed), jnp.zeros((1, cfg.size, cfg.size, 3)))["params"]
     optimizer = make_optimizer(cfg)
     state, complete = fit(

@@ -178,7 +178,7 @@ def real_rows(cfg: Config, scorer: Scorer, count: int) -> list[dict[str, Any]]:
     shares = {"two_objects": float(count == 2), "three_objects": float(count == 3), "labelled": 0.0, "counts": 0.0}
     scenes = Scenes(
         scorer.size,
-        len(scorer.objects),
+        cfg.objects,
         seed=880_001,
         split="all",
         arrangement=cfg.arrangement,

@@ -65,9 +65,13 @@ def test_two_steps_train_a_scorer_that_loads(tmp_path, capsys):
     short = ["--max_train_steps", "2", "--lr_warmup_steps", "0", "--lr_cooldown_steps", "1", "--train_batch_size", "4"]
     short += ["--devices", "1"]
     with pytest.raises(SystemExit) as stop:
-        command.run(scorer_module.main, [*flags, *short, "--objects", "6", "--eval_scenes", "8"])
+        command.run(
+            scorer_module.main,
+            [*flags, *short, "--objects", "6", "--eval_scenes", "8", "--scenes", '{"reserved": true}'],
+        )
     assert stop.value.code == 0
-    assert scorer_module.load_scorer(tmp_path / "s.safetensors").objects == Scenes(objects=6).object_names
+    names = scorer_module.load_scorer(tmp_path / "s.safetensors").objects
+    assert names == Scenes(objects=6).object_names + Scenes(split="held_out_objects").object_names
     assert "one object, neutral, 8 fresh real scenes: object" in capsys.readouterr().out
 
 

@@ -52,6 +52,7 @@ class Scenes:
         place_words: under "anywhere", share of the captions that name the places of the objects or their relation.
         counts: under "anywhere", share of the scenes with two or three objects that repeat one, as in "two cats".
         length: number that `len` reports; any index works.
+        reserved: with split "all": also show the objects at the end of the atlas that no model is trained on.
     """
 
     size: int = 64
@@ -69,6 +70,7 @@ class Scenes:
     place_words: float = 0.6
     counts: float = 0.15
     length: int = 10_000_000
+    reserved: bool = False
 
     def __post_init__(self):
         self.atlas = Atlas()
@@ -77,6 +79,8 @@ class Scenes:
             raise InputError(f"split: found {self.split!r}, expected one of {', '.join(SPLITS)}")
         if not 4 <= self.objects <= limit:
             raise InputError(f"objects: found {self.objects}, expected 4 to {limit}")
+        if self.reserved and self.split != "all":
+            raise InputError(f"reserved: found it with split {self.split!r}, expected 'all'")
         if self.size < 16:
             raise InputError(f"size: found {self.size}, expected 16 pixels or more")
         if self.arrangement not in ("centred", "anywhere"):
@@ -110,14 +114,19 @@ class Scenes:
     @cached_property
     def object_names(self) -> tuple[str, ...]:
         """Names of the objects that this split can show, in the order of the atlas."""
-        names = self.atlas.objects
-        return names[-WHOLE_OBJECTS:] if self.split == "held_out_objects" else names[: self.objects]
+        return tuple(self.atlas.objects[i] for i in self.object_numbers)
+
+    @cached_property
+    def object_numbers(self) -> tuple[int, ...]:
+        """Their places in the atlas."""
+        total = len(self.atlas.objects)
+        last = tuple(range(total - WHOLE_OBJECTS, total))
+        return last if self.split == "held_out_objects" else (*range(self.objects), *(last if self.reserved else ()))
 
     @cached_property
     def pairs(self) -> tuple[tuple[str, int], ...]:
         """Every (style, object) that a scene of this split can show."""
-        total = len(self.atlas.objects)
-        pool = range(total - WHOLE_OBJECTS, total) if self.split == "held_out_objects" else range(self.objects)
+        pool = self.object_numbers
         keep = {"train": (False,), "held_out_relations": (False,), "held_out_pairs": (True,)}.get(
             self.split, (False, True)
         )
