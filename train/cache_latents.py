@@ -166,7 +166,7 @@ def make_moments(pipe: jaxmix.Pipeline, devices: int) -> Callable[[np.ndarray], 
     if devices > 1:
         rows = PartitionSpec(DATA)
         mesh = jaxmix.data_mesh(devices)
-        encode = jax.shard_map(encode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
+        encode = jax.shard_map(encode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
     compiled = jax.jit(encode)
     return lambda images: np.asarray(compiled(pipe.params["vae"], images))
 

@@ -11,7 +11,8 @@ from flax import struct
 
 from jaxmix import kernels
 from jaxmix.control import QKV, Control, Site, attend
-from jaxmix.sharding import rows_over, train_mesh
+from jaxmix.pipeline.job import over_rows
+from jaxmix.sharding import data_mesh, rows_over, train_mesh
 from jaxmix.testing import normal
 
 
@@ -101,6 +102,12 @@ def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
 def test_splash_is_the_definition_when_interpreted():
     args = qkv(256, 128, 2, 64)
     np.testing.assert_allclose(kernels.splash(*args, interpret=True), reference(*args), atol=2e-5)
+
+
+def test_splash_runs_on_the_rows_of_each_device_in_a_sampler():
+    args, mesh = qkv(128, 128, 1, 64, b=2), data_mesh(2)
+    attend = over_rows(functools.partial(kernels.splash, interpret=True), mesh, jax.sharding.PartitionSpec("data"))
+    np.testing.assert_allclose(jax.jit(attend)(*args), reference(*args), atol=2e-5)
 
 
 def test_splash_runs_on_the_rows_of_each_device_under_a_training_mesh():
