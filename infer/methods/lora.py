@@ -15,7 +15,10 @@ from infer.rows import Field, Row
 from jaxmix.types import InputError
 from jaxmix.weights.files import exists
 
-Merges = tuple[tuple[str, float], ...]
+Strength = float | tuple[tuple[str, float], ...]
+"""One strength, or those of some modules by their name or pattern."""
+
+Merges = tuple[tuple[str, Strength], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Flags(Base):
 
     Attributes:
         lora: LoRA: a file (diffusers, PEFT, kohya or LyCORIS) to merge into the model, PATH[:STRENGTH], where the
-            strength (no unit) is 1, as trained, by default; the flag may be repeated, or given a JSON list
+            strength (no unit) is 1, as trained, by default; a B-LoRA's halves apart, PATH:style=1,content=0, or any
+            modules by a pattern of their names, of which those not named get 0; may be repeated, or given a JSON list
     """
 
     lora: list[str] | str | None = None
@@ -72,7 +76,7 @@ class LoRA(Method):
     def open(self, pipe: Any) -> None:
         """Refuse the flag's files if they do not fit the model."""
         for path, strength in check_loras("--lora", self.flags.lora or []):
-            self.lora(path).on(strength).check(pipe, None)
+            self.lora(path).on(_told(strength)).check(pipe, None)
 
     def on(self, row: Row) -> bool:
         """Return whether any LoRA of the row has a strength other than 0."""
@@ -84,27 +88,44 @@ class LoRA(Method):
 
     def plan(self, row: Row) -> str:
         """Name the files."""
-        return "lora " + " + ".join(f"{Path(path).name}:{strength:g}" for path, strength in _live(row["lora"]))
+        return "lora " + " + ".join(f"{Path(path).name}:{_said(strength)}" for path, strength in _live(row["lora"]))
 
     def build(self, pipe: Any, batch: BatchRows) -> Sequence[Any]:
         """Return each LoRA at its strength; all rows of a batch have the same."""
-        return [self.lora(path).on(strength) for path, strength in _live(batch.rows[0]["lora"])]
+        return [self.lora(path).on(_told(strength)) for path, strength in _live(batch.rows[0]["lora"])]
 
     def shown(self, row: Row) -> dict[str, str]:
         """Show the files and their strengths."""
-        return {"LoRA": ", ".join(f"{Path(path).stem} x {strength:g}" for path, strength in row["lora"])}
+        return {"LoRA": ", ".join(f"{Path(path).stem} x {_said(strength)}" for path, strength in row["lora"])}
 
 
 def _live(loras: Merges | None) -> Merges:
-    return tuple((path, strength) for path, strength in loras or () if strength != 0)
+    return tuple((path, strength) for path, strength in loras or () if _any(strength))
+
+
+def _any(strength: Strength) -> bool:
+    return any(number for _, number in strength) if isinstance(strength, tuple) else strength != 0
+
+
+def _told(strength: Strength) -> Any:
+    return dict(strength) if isinstance(strength, tuple) else strength
+
+
+def _said(strength: Strength) -> str:
+    if isinstance(strength, tuple):
+        return ",".join(f"{name}={number:g}" for name, number in strength)
+    return f"{strength:g}"
 
 
 def _texts(loras: Merges) -> list[str]:
-    return [f"{path}:{strength:g}" for path, strength in loras]
+    return [f"{path}:{_said(strength)}" for path, strength in loras]
 
 
 def check_loras(key: str, value: Any) -> Merges:
-    """Read "PATH[:STRENGTH]", or a list of such texts, which may be JSON; the default strength is 1."""
+    """Read "PATH[:STRENGTH]", or a list of such texts, which may be JSON; the default strength is 1.
+
+    A strength is a number, or "NAME=NUMBER,NAME=NUMBER" for some modules.
+    """
     if isinstance(value, (list, tuple)):
         return tuple(one for item in value for one in check_loras(key, item))
     if not isinstance(value, str):
@@ -119,11 +140,32 @@ def check_loras(key: str, value: Any) -> Merges:
             return check_loras(key, listed)
     if not text:
         return ()
-    path, colon, strength = text.rpartition(":")
-    try:
-        number = float(strength) if colon else 1.0
-    except ValueError:
-        path, number = text, 1.0  # a colon that belongs to the path
-    if not abs(number) <= LARGEST:
+    path, colon, told = text.rpartition(":")
+    strength: Strength = 1.0
+    if colon and path and "=" in told and not told.lower().endswith(".safetensors"):
+        strength = _by_name(key, text, told)
+    elif colon:
+        try:
+            strength = float(told)
+        except ValueError:
+            path = text  # a colon that belongs to the path
+    numbers = [number for _, number in strength] if isinstance(strength, tuple) else [strength]
+    if not all(abs(number) <= LARGEST for number in numbers):
         raise InputError(f"{key}: found {text!r}, expected a finite strength after the colon")
-    return ((path if colon and path else text, number),)
+    return ((path if colon and path else text, strength),)
+
+
+def _by_name(key: str, text: str, told: str) -> tuple[tuple[str, float], ...]:
+    found: dict[str, float] = {}
+    for piece in told.split(","):
+        name, equals, number = (part.strip() for part in piece.rpartition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            name = ""
+        if not (equals and name):
+            raise InputError(f"{key}: found {piece.strip()!r} in {text!r}, expected NAME=NUMBER, such as style=1.0")
+        if name in found:
+            raise InputError(f"{key}: found {name!r} twice in {text!r}, expected one strength for each name")
+        found[name] = value
+    return tuple(found.items())

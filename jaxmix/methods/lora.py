@@ -1,9 +1,16 @@
-"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), from files and merged into weights."""
+"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), from files and merged into weights.
+
+A B-LoRA (Implicit Style-Content Separation, arXiv 2403.14572) is a LoRA of two blocks, of which one learns the style of
+a picture and the other its content; each can be kept without the other (`LoRA.only`) or have a strength of its own.
+Its authors' script multiplies both factors of a block by the strength, so that 0.5 there is 0.25 here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,16 +20,20 @@ import jax.numpy as jnp
 
 from jaxmix import lora_forms as forms
 from jaxmix.cards import Card, some, weights
+from jaxmix.pipeline.blocks import halves
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import WEIGHTS, Method, Request
 from jaxmix.tuning import lora as low_rank
-from jaxmix.types import InputError, Params
+from jaxmix.types import InputError, Params, shown
 from jaxmix.weights.files import exists, user_path
-from jaxmix.weights.lora_files import read_lora
+from jaxmix.weights.lora_files import read_blocks, read_lora
 from jaxmix.weights.lora_write import write_lora
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The parts of a pipeline that a LoRA may change."""
+
+Strength = float | Mapping[str, float]
+"""One number for all modules, or one for each name or pattern of some; modules that none names get 0."""
 
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and PEFT's own names
 
@@ -31,11 +42,16 @@ _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # di
 class LoRA(Card):
     """A LoRA (arXiv 2106.09685): for each part of a pipeline that it changes, factors as in `jaxmix.tuning.lora`.
 
-    Instead of ``parts``, ``file`` (path, name in that folder) is read for the pipeline that the LoRA is applied to.
+    Instead of ``parts``, ``file`` (path, name in that folder) is read for the pipeline that the LoRA is applied to, and
+    of it what all of ``chosen`` name is kept. ``blocks`` are names for some of its modules, each with a regular
+    expression: {"style": ..., "content": ...}; ``usual`` are those of the base's family, for what has none of its own.
     """
 
     parts: Mapping[str, low_rank.Factors] = dataclasses.field(default_factory=dict)
     file: tuple[Path, str | None] | None = None
+    blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    usual: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    chosen: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse parts that no pipeline has."""
@@ -54,14 +70,84 @@ class LoRA(Card):
             yield name, f"{said}, {weights(held)}"
         if self.file is not None:
             yield "file", str(self.file[0] / (self.file[1] or ""))
+        for names in self.chosen:
+            yield "only", ", ".join(names)
 
-    def on(self, strength: float = 1.0) -> Merge:
-        """Return the method that merges the LoRA into the weights: 1 as trained, 0 not at all."""
-        return Merge(self, strength)
+    def on(self, strength: Strength = 1.0) -> Merge:
+        """Return the method that merges the LoRA into the weights: 1 as trained, 0 not at all.
+
+        A mapping has a strength for each of some modules, named as in `only`: {"style": 1.0, "content": 0.5}; of
+        several that name a module the last counts, and a module that none names gets 0.
+        """
+        return Merge(self, tuple(strength.items()) if isinstance(strength, Mapping) else strength)
+
+    def only(self, *names: str) -> LoRA:
+        """Return the LoRA of some of its modules: "style" or "content", or a regular expression found in their names.
+
+        Names are searched with their part ("unet.", "text_encoder.") and without it. Which blocks are a B-LoRA's style
+        and content the file says if it was trained here, else the family of the base does: SDXL's are the authors'.
+        Raises `InputError` for a name that names nothing, with near misses; for a file, when it is read.
+        """
+        if not names:
+            raise InputError("LoRA.only: found no names, expected at least one, such as 'style'")
+        if self.file is not None:
+            return dataclasses.replace(self, chosen=(*self.chosen, names))
+        kept = self.named(names)
+        parts = {part: {m: f for m, f in factors.items() if (part, m) in kept} for part, factors in self.parts.items()}
+        return dataclasses.replace(self, parts={part: factors for part, factors in parts.items() if factors})
+
+    def named(self, names: Sequence[str], where: str = "LoRA") -> dict[tuple[str, str], str]:
+        """Return {(part, module): name} of the modules that some names or patterns name; the last that does counts."""
+        found: dict[tuple[str, str], str] = {}
+        for name in names:
+            mine = self._modules_of(name, where)
+            if not mine:
+                every = [module for factors in self.parts.values() for module in factors]
+                near = difflib.get_close_matches(name.replace("\\", ""), [*self._known, *every], n=3, cutoff=0.0)
+                means = f" ({self._known[name]})" if name in self._known else ""
+                raise InputError(
+                    f"{where}: {shown(name)}{means} names none of its {len(every)} modules; near misses: "
+                    f"{', '.join(near)}"
+                )
+            found |= dict.fromkeys(mine, name)
+        return found
+
+    @property
+    def _known(self) -> dict[str, str]:
+        return {**self.usual, **self.blocks}
+
+    def _modules_of(self, name: Any, where: str) -> list[tuple[str, str]]:
+        if not isinstance(name, str):
+            raise InputError(f"{where}: found {shown(name)}, expected the name or pattern of some modules")
+        try:
+            search = re.compile(self._known.get(name, name)).search
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"{where}: {shown(name)} is not a regular expression: {error}") from None
+        every = [(part, module) for part, factors in self.parts.items() for module in factors]
+        return [(part, module) for part, module in every if search(module) or search(f"{part}.{module}")]
+
+    def at(self, strength: Strength) -> list[tuple[LoRA, float]]:
+        """Return the LoRA as several, each with the one strength of its modules; those of strength 0 are left out."""
+        if not isinstance(strength, Mapping):
+            return [(self, strength)]
+        # A half that a file lacks may be told to be 0.
+        told = [n for n, number in strength.items() if number or n not in self._known or self._modules_of(n, "LoRA")]
+        found: dict[float, dict[str, dict[str, Any]]] = {}
+        for (part, module), name in self.named(told).items():
+            found.setdefault(float(strength[name]), {}).setdefault(part, {})[module] = self.parts[part][module]
+        return [(LoRA(parts), number) for number, parts in found.items() if number]
 
     def read(self, pipe: Pipeline) -> LoRA:
         """Return the LoRA with its factors: itself, or its file read for a pipeline."""
-        return self if self.file is None else LoRA.load(self.file[0], pipe, self.file[1])
+        if self.file is None:
+            return self
+        made = LoRA.load(self.file[0], pipe, self.file[1])
+        for names in self.chosen:
+            try:
+                made = made.only(*names)
+            except InputError as error:
+                raise InputError(f"{self.file[0]}: {error}") from None
+        return made
 
     @classmethod
     def load(cls, path: str | Path, pipe: Pipeline | None = None, name: str | None = None) -> LoRA:
@@ -87,10 +173,12 @@ class LoRA(Card):
             if part in pipe.params
         }
         made: dict[str, Any] = {}
+        blocks: dict[str, str] = {}
         for file, part in _find(path, name):
             for found, modules in read_lora(file, shapes, pipe.unet.config.to_dict(), part).items():
                 made.setdefault(found, {}).update(modules)
-        return cls(made)
+            blocks |= read_blocks(file)
+        return cls(made, blocks=blocks, usual=halves(pipe))
 
     def save(
         self, path: str | Path, pipe: Pipeline | None = None, format: str = "diffusers", dtype: Any = None
@@ -111,17 +199,20 @@ class LoRA(Card):
                 low_rank.check(_modules(pipe.params, part), factors)
             if pipe.text_encoder_2 is not None:
                 original = pipe.unet.config.to_dict()
-        write_lora(path, self.parts, format, dtype, original)
+        write_lora(path, self.parts, format, dtype, original, self.blocks)
 
 
-def apply_loras(pipe: Pipeline, loras: Sequence[tuple[LoRA, float]]) -> Pipeline:
+def apply_loras(pipe: Pipeline, loras: Sequence[tuple[LoRA, Strength]]) -> Pipeline:
     """Return the pipeline with LoRAs merged into its weights, each with its strength (1: as trained, 0: not at all).
+
+    A strength may be a mapping, as in `LoRA.on`.
 
     Weights that no LoRA changes are shared with ``pipe``, which stays as it is. The sampler never recompiles, nor does
     the merge for other strengths or other LoRAs of the same modules and ranks. Raises `InputError` if a LoRA does not
     fit the pipeline.
     """
-    return dataclasses.replace(pipe, params=merge(pipe.params, [(lora.read(pipe), s) for lora, s in loras]))
+    split = [one for lora, strength in loras for one in lora.read(pipe).at(strength)]
+    return dataclasses.replace(pipe, params=merge(pipe.params, split))
 
 
 def merge(params: Params, loras: Sequence[tuple[LoRA, float]]) -> dict[str, Any]:
@@ -142,10 +233,10 @@ _add = jax.jit(low_rank.add)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Merge(Method):
-    """A LoRA at a strength, both as a method and as the edit of the weights."""
+    """A LoRA at a strength, or at one for each of some modules, both as a method and as the edit of the weights."""
 
     lora: LoRA
-    strength: float = 1.0
+    strength: float | tuple[tuple[str, float], ...] = 1.0
 
     title: ClassVar[str] = "LoRA"
     when: ClassVar[int] = WEIGHTS
@@ -160,15 +251,21 @@ class Merge(Method):
 
     def __call__(self, params: Params) -> Params:
         """Merge the LoRA in."""
-        return merge(params, [(self.lora, self.strength)])
+        strength = self.strength
+        return merge(params, self.lora.at(dict(strength) if isinstance(strength, tuple) else strength))
 
     def check(self, pipe: Pipeline, request: Request) -> None:
-        """Refuse a strength that is not a number, and a LoRA that does not fit the pipeline."""
-        strength = self.strength
-        if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not math.isfinite(strength):
-            raise InputError(f"LoRA: found strength {strength!r}, expected a number")
-        for part, factors in self._read(pipe).parts.items():
+        """Refuse a strength that is not a number, names of no module, and a LoRA that does not fit the pipeline."""
+        told = self.strength if isinstance(self.strength, tuple) else ((None, self.strength),)
+        for name, number in told:
+            if not isinstance(number, (int, float)) or isinstance(number, bool) or not math.isfinite(number):
+                of = "" if name is None else f" for {shown(name)}"
+                raise InputError(f"LoRA: found strength {number!r}{of}, expected a number")
+        read = self._read(pipe)
+        for part, factors in read.parts.items():
             low_rank.check(_modules(pipe.params, part), factors)
+        if isinstance(self.strength, tuple):
+            read.at(dict(self.strength))
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the merge to the edits of the weights."""

@@ -26,6 +26,31 @@ PRESETS = {
 """InstantStyle's blocks (arXiv 2404.02733) for SDXL, for Stable Diffusion 1.5 and 2, and, measured here (see
 scripts/README.md), for the three levels of the embedded model."""
 
+HALVES = {
+    "style": (
+        r"^up_blocks\.0\.attentions\.1\.",
+        r"^up_blocks\.1\.attentions\.1\.",
+        r"^up_blocks\.2\.attentions\.0\.",
+    ),
+    "content": (
+        r"^up_blocks\.0\.attentions\.0\.",
+        r"^up_blocks\.1\.attentions\.0\.",
+        r"^up_blocks\.1\.attentions\.1\.",
+    ),
+}
+"""B-LoRA's two blocks (arXiv 2403.14572) for SDXL; for Stable Diffusion 1.5 and 2 those in the same place, which nobody
+has measured; for the three levels of the embedded model see scripts/README.md."""
+
+
+def _family(pipe: Parts) -> int:
+    """Return the place of a pipeline's patterns: SDXL, Stable Diffusion 1.5 and 2, or three levels."""
+    return 0 if pipe.text_encoder_2 is not None else 2 if len(pipe.unet.config.block_out_channels) == 3 else 1
+
+
+def halves(pipe: Parts) -> dict[str, str]:
+    """Return the patterns of the modules that hold style and content in a B-LoRA that does not say so itself."""
+    return {name: patterns[_family(pipe)] for name, patterns in HALVES.items()}
+
 
 def attn2_names(pipe: Parts) -> list[str]:
     """Return the names of a UNet's cross-attentions in the order of diffusers' processors, the middle block last."""
@@ -47,9 +72,7 @@ def at_sites(pipe: Parts, blocks: Blocks) -> dict[str, float]:
         raise InputError(f"blocks: found {shown(blocks)}, expected a preset, a pattern or a dictionary")
     asked = [part.strip() for part in blocks.split("+")]
     if all(part in PRESETS for part in asked):
-        small = len(pipe.unet.config.block_out_channels) == 3
-        which = 0 if pipe.text_encoder_2 is not None else 2 if small else 1
-        patterns = [PRESETS[part][which] for part in asked]
+        patterns = [PRESETS[part][_family(pipe)] for part in asked]
     else:
         patterns = [blocks]
     try:

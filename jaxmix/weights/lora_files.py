@@ -6,6 +6,7 @@ down (i, r) and up (r, o); a convolution down (h, w, i, r) and up (1, 1, r, o). 
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix import lora_forms as forms
-from jaxmix.types import CheckpointWarning, InputError, in_one_line
+from jaxmix.types import CheckpointWarning, InputError, in_one_line, shown
 from jaxmix.weights import lora_names, names
 from jaxmix.weights.finite import all_finite
 from jaxmix.weights.load import find_weights
@@ -24,7 +25,10 @@ from jaxmix.weights.lora_names import BUNDLED, Index, Meaning
 from jaxmix.weights.lora_peft import METADATA, peft_alpha, peft_configs
 from jaxmix.weights.safetensors import SafetensorsFile
 
-__all__ = ["METADATA", "Shapes", "read_lora"]
+__all__ = ["BLOCKS", "METADATA", "Shapes", "read_blocks", "read_lora"]
+
+BLOCKS = "b_lora_blocks"
+"""Where a B-LoRA's file says in its metadata, as JSON, which modules hold style and which content."""
 
 _LISTED = 3
 _NEEDS_KERNEL = ("down", "up", "mid", "dora_scale", "magnitude")
@@ -85,6 +89,26 @@ def read_lora(
     if notes:
         warnings.warn(in_one_line(f"{source.where}: {'; '.join(notes)}"), CheckpointWarning, stacklevel=3)
     return parts
+
+
+def read_blocks(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the names that a LoRA file gives to some of its modules, each with a regular expression; {} for none.
+
+    Raises `InputError` for metadata of that name that hold anything else.
+    """
+    source = SafetensorsFile(find_weights(path))
+    if BLOCKS not in source.metadata:
+        return {}
+    try:
+        found = json.loads(source.metadata[BLOCKS])
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(pattern, str) for pattern in found.values()):
+        raise InputError(
+            f"{source.where}: the metadata {BLOCKS} are {shown(source.metadata[BLOCKS])}, expected a JSON object of "
+            "names and patterns"
+        )
+    return found
 
 
 def _keys_by_module(

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxmix.types import InputError
 from jaxmix.weights import lora_names
-from jaxmix.weights.lora_files import METADATA
+from jaxmix.weights.lora_files import BLOCKS, METADATA
 from jaxmix.weights.names import to_torch_layout
 from jaxmix.weights.single_file_names import TEXT_MODEL
 from jaxmix.weights.store import save_tree
@@ -30,13 +30,14 @@ def write_lora(
     layout: str = "diffusers",
     dtype: Any = None,
     original_unet: Mapping[str, Any] | None = None,
+    blocks: Mapping[str, str] | None = None,
 ) -> None:
     """Write a LoRA as one safetensors file, which appears whole or not at all.
 
     "diffusers": PEFT's names with ranks and alphas in the metadata, like `save_lora_weights` of diffusers; plain LoRA,
     and DoRA of it if all modules of a part have it. "kohya": underscores and alpha tensors, for every form; with the
     config ``original_unet`` the names of the UNet are those of the original layout, like kohya's scripts for SDXL.
-    ``dtype`` casts the factors.
+    ``dtype`` casts the factors; ``blocks`` are kept in the metadata, see `read_blocks`.
     """
     if layout not in FORMATS:
         raise InputError(f"lora format: found {layout!r}, expected one of {', '.join(FORMATS)}")
@@ -73,6 +74,8 @@ def write_lora(
         if layout == "diffusers" and modules:
             config |= {f"{part}.{key}": value for key, value in _peft_config(modules).items()}
     metadata = {METADATA: json.dumps(config, indent=2, sort_keys=True)} if config else {}
+    if blocks:
+        metadata[BLOCKS] = json.dumps(dict(blocks))
     save_tree(tree, path, metadata=metadata)
 
 

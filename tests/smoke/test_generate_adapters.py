@@ -103,6 +103,10 @@ def test_a_scale_is_filled_in_for_rows_that_resume(files, tmp_path, capsys):
         (["--vmix", "STYLE"], "expected a VMix adapter written by jaxmix"),
         (["--lora", "VMIX"], "LoRA"),
         (["--lora", "STYLE:nan"], "finite strength"),
+        (["--lora", "STYLE:attn1=1,conv"], "--lora: found 'conv' in '"),
+        (["--lora", "STYLE:attn1=1,attn1=2"], "found 'attn1' twice"),
+        (["--lora", "STYLE:attn1=inf"], "finite strength"),
+        (["--lora", "STYLE:attn9=1"], "'attn9' names none of its"),
         (["--vmix", "VMIX", "--vmix-lora", "maybe"], "on"),
     ],
 )
@@ -128,5 +132,18 @@ def test_loras_are_read_as_path_and_strength():
     assert check_loras("lora", ["a.safetensors:0.5", "b.safetensors"]) == both
     assert check_loras("lora", "gs://bucket/a.safetensors") == (("gs://bucket/a.safetensors", 1.0),)
     assert check_loras("lora", "") == check_loras("lora", []) == ()
+    halves = (("a.safetensors", (("style", 1.0), ("content", 0.0))),)
+    assert check_loras("lora", "a.safetensors:style=1.0,content=0") == halves
+    assert check_loras("lora", "b:x=1/a.safetensors") == (("b:x=1/a.safetensors", 1.0),)
     with pytest.raises(InputError, match="finite"):
         check_loras("lora", "a.safetensors:inf")
+
+
+def test_a_lora_has_a_strength_for_each_of_some_modules(files, tmp_path):
+    style = str(files / "style.safetensors")
+    told = [":attn1=1", ":conv1=1", ":attn1=1,conv1=0", ":attn1=1,conv1=1", ""]
+    attn, conv, alone, both, whole = drawn(files, tmp_path / "rows", [{"lora": [f"{style}{one}"]} for one in told])
+    np.testing.assert_array_equal(attn, alone)
+    np.testing.assert_array_equal(both, whole)
+    assert (attn != whole).any() and (attn != conv).any()
+    assert read_settings(only(tmp_path / "rows", "0002_seed0.png"))["lora"] == [f"{style}:attn1=1,conv1=0"]
