@@ -28,11 +28,10 @@ from jaxmix import command
 from jaxmix.methods.lora import PARTS
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.types import InputError
-from train.adapters import AdapterConfig, check_scenes, freeze, make_captioned, on_host
+from train.adapters import freeze, on_host
 from train.class_pictures import class_pictures
-from train.data import ImageFolder, LatentCache, Pictures, check_sizes, open_source
+from train.data import ImageFolder, Pictures
 from train.data.joined import told
-from train.data.order import Stream
 from train.diffusion import make_predict, make_tokenize, on_host_if_split, train_denoiser
 from train.grid import make_grid
 from train.low_rank import (
@@ -47,25 +46,24 @@ from train.low_rank import (
     text_rates,
 )
 from train.scenes import Scenes
+from train.subjects import InTurn, SubjectConfig, open_instances, words_of
+from train.subjects import make_rows as rows_under_prompts
 
 FOLDER = "pipeline"
 MODELS = ("vae", *PARTS)
 """The parts of a step whose layers gather their weights if these are split over devices."""
-_MOST_SCENES = 10_000  # looked at for those that show the object
 
 
 @dataclasses.dataclass
-class Config(LowRankConfig, AdapterConfig):
-    """The DreamBooth trainer's keys, after those of every trainer of an adapter, named as in diffusers' script.
+class Config(LowRankConfig, SubjectConfig):
+    """The DreamBooth trainer's keys, after those of every trainer of a subject, named as in diffusers' script.
 
     train_batch_size counts all rows: with prior preservation every second one is a class picture.
 
     Attributes:
         rank: rank of a LoRA that learns; null trains the weights themselves.
-        instance_data_dir: pictures of the subject, whose captions are not read; the same as train_data_dir.
-        instance_prompt: what they are told to be, with a rare word for the subject: "a photo of sks dog".
-        scene_object: with scenes: the object that is the subject.
-        num_instance_images: with scenes: how many of them show it.
+        instance_prompt: what the pictures are told to be, with a rare word for the subject: "a photo of sks dog"; their
+            own captions are not read.
         with_prior_preservation: also train on class pictures, so that the class stays what it is.
         prior_loss_weight: weight of the mean over their rows.
         class_data_dir: where they are; OUTPUT_DIR/class if empty.
@@ -79,10 +77,7 @@ class Config(LowRankConfig, AdapterConfig):
     """
 
     rank: int | None = None
-    instance_data_dir: str = ""
     instance_prompt: str = ""
-    scene_object: str = ""
-    num_instance_images: int = 5
     with_prior_preservation: bool = False
     prior_loss_weight: float = 1.0
     class_data_dir: str = ""
@@ -95,16 +90,13 @@ class Config(LowRankConfig, AdapterConfig):
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
-        if self.train_data_dir and self.instance_data_dir not in ("", self.train_data_dir):
-            raise InputError("instance_data_dir, train_data_dir: found two folders, expected one: they mean the same")
-        self.train_data_dir = self.train_data_dir or self.instance_data_dir
         super().__post_init__()
         self.check_low_rank()
         if not self.instance_prompt.strip():
             raise InputError('instance_prompt: not given, expected one with a rare word, "a photo of sks dog"')
         if bool(self.scenes) != bool(self.scene_object):
             raise InputError("scene_object: expected with scenes, and only there, the object that is the subject")
-        for name in ("num_instance_images", "num_class_images", "sample_batch_size"):
+        for name in ("num_class_images", "sample_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
         if self.prior_loss_weight < 0:
@@ -118,7 +110,7 @@ class Config(LowRankConfig, AdapterConfig):
     def _check_prior(self) -> None:
         if not self.class_prompt.strip():
             raise InputError('class_prompt: not given with with_prior_preservation, expected one, "a photo of a dog"')
-        if _words(self.class_prompt) == _words(self.instance_prompt):
+        if words_of(self.class_prompt) == words_of(self.instance_prompt):
             raise InputError(
                 f"class_prompt: found that of the instance, {self.instance_prompt!r}, expected it without the word for "
                 "the subject: the class would be taught to be the subject"
@@ -130,82 +122,6 @@ class Config(LowRankConfig, AdapterConfig):
             )
         if self.enable_bucket:
             raise InputError("enable_bucket: found it with class pictures, which are squares, expected false")
-
-
-def _words(prompt: str) -> list[str]:
-    return prompt.lower().replace(",", " ").replace(".", " ").split()
-
-
-class SubjectScenes:
-    """The first scenes that show one object, as rows of pictures."""
-
-    def __init__(self, scenes: Scenes, name: str, count: int):
-        if name not in scenes.object_names:
-            raise InputError(f"scene_object: found {name!r}, expected one of {', '.join(scenes.object_names)}")
-        found = (i for i in range(_MOST_SCENES) if scenes[i]["object_names"] == (name,))
-        self.rows = [
-            {"image": scenes[i]["image"], "id": f"scene {i}"} for i, _ in zip(found, range(count), strict=False)
-        ]
-        if not self.rows:
-            raise InputError(f"scene_object: found {name!r} alone in none of {_MOST_SCENES} scenes")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-    def in_batches(self, batch_size: int, seed: int) -> Stream:
-        """Return the endless rows; see `jaxmix.tuning.data.BatchSource`."""
-        return Stream([np.arange(len(self))], batch_size, seed, lambda index, group, rng: self.rows[index])
-
-
-class InTurn:
-    """Rows of one or several sources in turn, so that every batch has as many of each: a `BatchSource`.
-
-    Each source has its prompt, the "text" of its rows, and its number, their "half".
-    """
-
-    def __init__(self, *parts: tuple[Any, str]):
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return sum(len(rows) for rows, _ in self.parts)
-
-    def in_batches(self, batch_size: int, seed: int) -> _Turns:
-        """Return the endless rows: row i of a batch is of source i modulo their number."""
-        count = len(self.parts)
-        streams = [rows.in_batches(batch_size // count, seed + i) for i, (rows, _) in enumerate(self.parts)]
-        return _Turns(streams, [prompt for _, prompt in self.parts])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Turns:
-    streams: list[Any]
-    prompts: list[str]
-
-    def __len__(self) -> int:
-        return min(map(len, self.streams))
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        index, half = divmod(place, len(self.streams))
-        return {**self.streams[half][index], "text": self.prompts[half], "half": half}
-
-
-def open_instances(cfg: Config, pipe: Pipeline) -> Any:
-    """Return the pictures of the subject, a `BatchSource`, and say what there is."""
-    if cfg.scenes:
-        check_scenes(pipe)
-        return SubjectScenes(Scenes(**cfg.scenes), cfg.scene_object, cfg.num_instance_images)
-    source = open_source(cfg.train_data_dir, None, cfg.text_column, cfg.image_column)
-    if isinstance(source, LatentCache):
-        raise InputError(f"instance_data_dir: found a cache, {cfg.train_data_dir}, expected pictures")
-    source.entries = [told(entry, cfg.instance_prompt) for entry in source.entries]
-    check_sizes(cfg, pipe)
-    rows = Pictures(source, cfg)
-    if jax.process_index() == 0:
-        print(rows.describe(), flush=True)
-    return rows
 
 
 def open_rows(cfg: Config, instances: Any, folder: Path) -> InTurn:
@@ -231,16 +147,8 @@ def make_rows(
     The loss is one mean over all rows; the weights 2 and 2 * prior_loss_weight make it the sum of the means over the
     halves, for any split of the batch into micro-batches and devices.
     """
-    captioned = make_captioned(tokenize)
-    weights = (2.0, 2.0 * cfg.prior_loss_weight) if cfg.with_prior_preservation else (1.0, 0.0)
-
-    def row(source: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        made = captioned(source, rng.random() < cfg.caption_dropout_rate)
-        if "input_ids_2" not in made:  # sizes are for SDXL alone, and scenes have none
-            made.pop("time_ids", None)
-        return {**made, "loss_weight": np.float32(weights[source["half"]])}
-
-    return row
+    weights = (2.0, 2.0 * cfg.prior_loss_weight) if cfg.with_prior_preservation else (1.0,)
+    return rows_under_prompts(tokenize, cfg.caption_dropout_rate, weights)
 
 
 def open_base(cfg: Config) -> Pipeline:
@@ -277,10 +185,10 @@ def main(cfg: Config) -> int:
     """Draw the class, train, draw on the way, export."""
     pipe = open_base(cfg)
     out = Path(cfg.output_dir)
-    known = _words(cfg.class_prompt)
-    note_ordinary(pipe, "instance_prompt", [word for word in _words(cfg.instance_prompt) if word not in known])
+    known = words_of(cfg.class_prompt)
+    note_ordinary(pipe, "instance_prompt", [word for word in words_of(cfg.instance_prompt) if word not in known])
     trained = None if cfg.rank is None else start_lora(pipe, cfg, cfg.seed)
-    plan, instances = make_plan(pipe, cfg), open_instances(cfg, pipe)
+    plan, instances = make_plan(pipe, cfg), open_instances(cfg, pipe, cfg.instance_prompt)
     folder = Path(cfg.class_data_dir or out / "class").expanduser()
     if cfg.with_prior_preservation:
         how: dict[str, Any] = {"seed": cfg.seed, "batch_size": cfg.sample_batch_size}

@@ -93,14 +93,19 @@ class LowRankConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A LoRA in training: `learns` {part: factors}, and the `alphas` of its modules, which do not."""
+    """A LoRA in training: `learns` {part: factors}, and the `alphas` of its modules, which do not.
+
+    `blocks` are the names of some of its modules, see `jaxmix.LoRA`.
+    """
 
     learns: dict[str, Any]
     alphas: dict[str, dict[str, Any]]
+    blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def lora(self, learns: Mapping[str, Any]) -> jaxmix.LoRA:
         """Return the LoRA of what has been learnt."""
-        return jaxmix.LoRA({part: lora_plan.join(factors, self.alphas[part]) for part, factors in learns.items()})
+        parts = {part: lora_plan.join(factors, self.alphas[part]) for part, factors in learns.items()}
+        return jaxmix.LoRA(parts, blocks=self.blocks)
 
     def save(self, learns: Mapping[str, Any], folder: Path, pipe: Pipeline, layout: str) -> None:
         """Write the file, or the two, of what has been learnt."""
@@ -111,8 +116,8 @@ class Trained:
             made.save(folder / KOHYA_FILE, pipe, "kohya")
 
 
-def start_lora(pipe: Pipeline, cfg: LowRankConfig, seed: int) -> Trained:
-    """Return the LoRA before training, which changes nothing.
+def start_lora(pipe: Pipeline, cfg: LowRankConfig, seed: int, blocks: Mapping[str, str] | None = None) -> Trained:
+    """Return the LoRA before training, which changes nothing; ``blocks`` are those of `Trained`.
 
     Raises `InputError` for targets that find no module, and for ranks above what a module can use.
     """
@@ -128,7 +133,8 @@ def start_lora(pipe: Pipeline, cfg: LowRankConfig, seed: int) -> Trained:
     keys = dict(zip(PARTS, jax.random.split(jax.random.key(seed), len(PARTS)), strict=True))
     made = {part: lora_plan.start(keys[part], pipe.params[part], chosen[part], cfg.use_dora) for part in parts}
     pairs = {part: lora_plan.split(factors) for part, factors in made.items()}
-    return Trained({part: pair[0] for part, pair in pairs.items()}, {part: pair[1] for part, pair in pairs.items()})
+    learns, alphas = ({part: pair[i] for part, pair in pairs.items()} for i in range(2))
+    return Trained(learns, alphas, blocks or {})
 
 
 def make_weigh(trained: Trained, cfg: LowRankConfig) -> Weigh:

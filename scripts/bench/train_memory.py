@@ -53,7 +53,7 @@ class Config:
     """What to compile, and for what. Null takes the recipe's value.
 
     Attributes:
-        trainer: vmix, ip_adapter, whose pictures CLIP ViT-H/14 reads, controlnet, lora or dreambooth.
+        trainer: vmix, ip_adapter, whose pictures CLIP ViT-H/14 reads, controlnet, lora, dreambooth or b_lora.
         model: sd15, sd21 (the 512 px base) or sdxl.
         recipe: YAML file of the trainer; configs/TRAINER_MODEL.yaml if empty (SD 2.1 has that of SD 1.5).
         platform: tpu (compile only), or cpu (this machine).
@@ -64,7 +64,7 @@ class Config:
         fsdp: devices over which the weights are split.
         cached: latents and text states come from a cache, so that no encoder is in the step.
         latents: side of the square latents, in cells of 8 px; the model's own if null.
-        rank: vmix, lora, dreambooth: rank of the LoRA; 0 for none (vmix).
+        rank: vmix, lora, dreambooth, b_lora: rank of the LoRA; 0 for none (vmix).
         lora_targets: of the LoRA: regular expression over the UNet's modules.
         kind: ip_adapter: base, plus or full.
         mixed_precision: "no" or bf16.
@@ -75,7 +75,7 @@ class Config:
         out: JSON file for the numbers; none if empty.
     """
 
-    trainer: Literal["vmix", "ip_adapter", "controlnet", "lora", "dreambooth"] = "vmix"
+    trainer: Literal["vmix", "ip_adapter", "controlnet", "lora", "dreambooth", "b_lora"] = "vmix"
     model: Literal["sd15", "sd21", "sdxl"] = "sd15"
     recipe: str = ""
     platform: Literal["tpu", "cpu"] = "tpu"

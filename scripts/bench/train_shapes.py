@@ -28,7 +28,7 @@ from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning import lora
 from scripts.bench.adapters import vmix_config
 from scripts.bench.rows import configs
-from train import controlnet, dreambooth, ip_adapter, low_rank, vmix
+from train import b_lora, controlnet, dreambooth, ip_adapter, low_rank, vmix
 from train import lora as train_lora
 from train.diffusion import make_predict
 
@@ -172,12 +172,18 @@ def dreambooth_pieces(pipe: Pipeline, cfg: Any, rows: int, side: int, cached: bo
     return Pieces(made, {}, batch, make_predict(pipe, cfg), dict(made), None, tuple(parts))
 
 
+def b_lora_pieces(pipe: Pipeline, cfg: Any, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
+    """Return the pieces of `train.b_lora`."""
+    return lora_pieces(pipe, b_lora.within(pipe, cfg, b_lora.find_blocks(pipe, cfg)), rows, side, cached, tiny)
+
+
 TRAINERS: dict[str, tuple[Any, Callable[..., Pieces]]] = {
     "vmix": (vmix.Config, vmix_pieces),
     "ip_adapter": (ip_adapter.Config, ip_adapter_pieces),
     "controlnet": (controlnet.Config, controlnet_pieces),
     "lora": (train_lora.Config, lora_pieces),
     "dreambooth": (dreambooth.Config, dreambooth_pieces),
+    "b_lora": (b_lora.Config, b_lora_pieces),
 }
 """The configuration and the pieces of every trainer, by its name."""
 

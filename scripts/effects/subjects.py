@@ -25,9 +25,9 @@ from scripts.effects.image_prompts import Judges
 from scripts.effects.pictures import labelled_grid
 from scripts.effects.studio import Studio, check_counts, filled, means, table
 from scripts.effects.vmix import load_model
-from train.dreambooth import SubjectScenes
 from train.scenes import Scenes
 from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
+from train.subjects import SubjectScenes
 
 BASE = "the model itself"
 SPREAD = 4  # pictures of different prompts, between which variety is measured, 1 less their mean cosine

@@ -73,7 +73,9 @@ def test_stopping_and_resuming_gives_the_same_folder_that_loads(runs, one_level)
 
 def test_every_batch_has_as_many_of_both_and_their_losses_are_the_sum_of_two_means(runs, one_level, base, tmp_path):
     cfg = shrunk(base, tmp_path, prior_loss_weight=0.3, train_batch_size=6)
-    rows = dreambooth.open_rows(cfg, dreambooth.open_instances(cfg, one_level), runs / "whole" / "class")
+    rows = dreambooth.open_rows(
+        cfg, dreambooth.open_instances(cfg, one_level, cfg.instance_prompt), runs / "whole" / "class"
+    )
     tokenize = make_tokenize(one_level)
     batch = make_dataset(rows, 6, 0, dreambooth.make_rows(tokenize, cfg))[0]
     first, second = (tokenize(prompt)["input_ids"] for prompt in (cfg.instance_prompt, cfg.class_prompt))
