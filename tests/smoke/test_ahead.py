@@ -1,0 +1,86 @@
+"""What the host does beside the device: pictures written by threads, and how long the device waited."""
+
+import threading
+import time
+
+import jax
+import pytest
+
+from infer.ahead import DeviceClock, Writers
+from jaxmix.pipeline.drawing import GIVEN
+
+
+def test_what_a_writer_raises_is_raised_and_the_others_are_written_first():
+    written, writers, full = [], Writers(most=2), threading.Event()
+
+    def fail():
+        full.wait(10)
+        raise OSError(28, "No space left on device")
+
+    writers.hand(fail)
+    writers.hand(lambda: written.append(1))
+    full.set()
+    with pytest.raises(OSError, match="No space"):
+        writers.hand(lambda: written.append(2))
+    writers.hand(lambda: written.append(3))
+    writers.close()
+    writers.wait()
+    assert sorted(written) == [1, 3]
+
+
+def test_no_more_pictures_wait_for_a_slow_disk_than_there_is_room_for():
+    slow, held, most = threading.Event(), [], 3
+
+    def write():
+        slow.wait(10)
+
+    writers = Writers(most)
+
+    def hand():
+        for _ in range(most + 1):
+            writers.hand(write)
+            held.append(1)
+
+    thread = threading.Thread(target=hand)
+    thread.start()
+    while len(held) < most:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert len(held) == most, "one more was taken while nothing was written"
+    slow.set()
+    thread.join()
+    writers.close()
+    writers.wait()
+
+
+class Result:
+    """A batch whose end is said by an event."""
+
+    def __init__(self):
+        self.ended, self.seen = threading.Event(), threading.Event()
+
+    def block_until_ready(self):
+        self.ended.wait(10)
+        self.seen.set()
+
+
+def test_a_device_waits_from_the_end_of_a_batch_until_it_is_given_the_next_and_not_while_that_compiles():
+    compiled, first, second, third = [0.0], Result(), Result(), Result()
+    with DeviceClock(lambda: compiled[0]) as clock:
+        jax.monitoring.record_event(GIVEN)
+        clock.started(first)
+        jax.monitoring.record_event(GIVEN)  # before the first has ended
+        clock.started(second)
+        first.ended.set()
+        first.seen.wait(10)
+        before = time.monotonic()
+        second.ended.set()
+        second.seen.wait(10)
+        time.sleep(0.3)
+        compiled[0] += 0.2
+        jax.monitoring.record_event(GIVEN)
+        most = time.monotonic() - before - 0.2
+        clock.started(third)
+        third.ended.set()
+    assert 0 < clock.waited <= most
+    assert 0 < clock.share < 1
