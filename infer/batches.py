@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from infer.flags import Config
+from infer.hosts import ALONE, Hosts
 from infer.methods.registry import Bucket, Methods
 from infer.rows import Row
 from jaxmix.pipeline.batching import pack
@@ -34,23 +35,51 @@ class FilledBatch(NamedTuple):
         return [self.filled[i] for i in self.kept]
 
 
+def share(config: Config, buckets: Sequence[Bucket], todo: Sequence[Row], devices: int, hosts: Hosts) -> Sequence[Row]:
+    """Return those of the rows to draw that are this process's, given the buckets of the whole job.
+
+    Batches with something left go to the processes in turn. Workers that know nothing of each other cannot know what
+    is left, nor how many devices the others have: for them all batches count, as one device would draw them.
+    """
+    if hosts.count == 1:
+        return todo
+    left = {row.number for row in todo}
+    turns = itertools.cycle(range(hosts.count))
+    mine: set[int] = set()
+    for bucket in buckets:
+        for batch in batches_of(bucket, config.batch_size, devices if hosts.together else 1):
+            numbers = {row.number for row in batch.rows}
+            if (not hosts.together or numbers & left) and next(turns) == hosts.index:
+                mine |= numbers
+    return [row for row in todo if row.number in mine]
+
+
 def plan(
-    config: Config, out: Path, rows: Sequence[Row], todo: Sequence[Row], mesh: Any, methods: Methods, pipe: Any
+    config: Config,
+    out: Path,
+    rows: Sequence[Row],
+    todo: Sequence[Row],
+    devices: int,
+    methods: Methods,
+    pipe: Any,
+    hosts: Hosts = ALONE,
 ) -> list[FilledBatch]:
-    """Return the batches, after printing what each program will draw, before anything is compiled.
+    """Return the batches of this process, after printing what each program will draw, before anything is compiled.
 
     Their sizes are those of the whole job, whatever is left of it: the programs for them are compiled already.
     """
     held = []
     kept = len(rows) - len(todo)
-    devices = 1 if mesh is None else mesh.size
+    buckets = list(methods.buckets(rows))
+    mine = share(config, buckets, todo, devices, hosts)
     print(
         f"plan: {len(todo)} images with {config.model} into {out}/"
         + (f", {kept} kept from before" if kept else "")
+        + (f", {len(mine)} by this process, {hosts.index} of {hosts.count}" if hosts.count > 1 else "")
         + f", {devices} device{'s' * (devices > 1)}"
     )
-    left = set(todo)
-    for whole in methods.buckets(rows):
+    left = set(mine)
+    for whole in buckets:
         bucket = remainder(whole, left)
         if not bucket.rows:
             continue

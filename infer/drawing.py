@@ -6,12 +6,11 @@ One batch is always ahead: the device draws it while the host writes the last on
 from __future__ import annotations
 
 import collections
-import contextlib
+import errno
 import functools
-import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,17 +18,22 @@ import numpy as np
 
 from infer.ahead import DeviceClock, Writers, ticking
 from infer.batches import FilledBatch, halves
+from infer.leaving import Leaving
 from infer.manifest import Manifest
 from infer.measure import CompileClock
 from infer.methods import method as made
 from infer.methods.registry import Methods
 from infer.pictures import open_picture
-from infer.png import setting_chunks, write_png
+from infer.png import png_bytes, setting_chunks, write_whole
 from infer.report import Times
 from infer.rows import BadRow, Row
 from jaxmix.command import progress
 from jaxmix.pipeline.batching import start_bytes
 from jaxmix.types import NOT_FINITE
+
+RETRIES = (1.0, 5.0, 15.0)
+"""Seconds between attempts to write where that fails for a reason that may pass."""
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN)
 
 
 class Started(NamedTuple):
@@ -65,23 +69,28 @@ class Drawing:
         self._on_device: tuple[FilledBatch, float] | None = None  # and since when
         self._took: dict[int, float] = {}  # seconds of a batch of each bucket
 
-    def run(self, batches: Sequence[FilledBatch], images: int, clock: CompileClock) -> bool:
-        """Draw batches with so many images in all; return whether it was interrupted.
+    def run(
+        self, batches: Sequence[FilledBatch], rows: Sequence[Row], clock: CompileClock, leaving: Leaving
+    ) -> bool:
+        """Draw the batches of these rows; return whether it was interrupted.
 
-        The device is given the next batch before the pictures of the last one are asked for.
+        The device is given the next batch before the pictures of the last one are asked for; none once the job is told
+        to end.
         """
         began, compiled = time.monotonic(), clock.seconds
         self._left = collections.deque(batches)
         interrupted = False
-        with progress(images, "draw", "images") as bar, _interruptible(), DeviceClock(lambda: clock.seconds) as device:
+        with progress(len(rows), "draw", "images") as bar, DeviceClock(lambda: clock.seconds) as device:
             writers, given = Writers(), collections.deque[Started]()
             try:
+                self._begin(rows)
                 with ticking(lambda: self._tell(bar)):
-                    while self._left or given:
-                        if self._left and (started := self._start(self._left.popleft(), device, bar)) is not None:
+                    while (more := bool(self._left) and not leaving.told) or given:
+                        if more and (started := self._start(self._left.popleft(), device, bar)) is not None:
                             given.append(started)
-                        if given and (len(given) > 1 or not self._left):
+                        if given and (len(given) > 1 or not self._left or leaving.told):
                             self._finish(given, writers, bar)
+                interrupted = bool(self._left)
             except KeyboardInterrupt:
                 interrupted = True
                 while given and given[0].finite.is_ready():
@@ -89,9 +98,14 @@ class Drawing:
             finally:
                 writers.close()
             writers.wait()
+        leaving.drawing = False
         self.times.drawing = time.monotonic() - began - (clock.seconds - compiled)
         self.times.waited = device.share
         return interrupted
+
+    def _begin(self, rows: Sequence[Row]) -> None:
+        """Make what rows have in common, once for all of them."""
+        self.methods.begin(self.pipe, rows)
 
     def _start(self, batch: FilledBatch, device: DeviceClock, bar: Any) -> Started | None:
         """Hand a batch to the device; None if it does not fit into memory: smaller ones then stand in its place."""
@@ -124,7 +138,7 @@ class Drawing:
         self._on_device = None
         for row, place in zip(batch.rows, batch.kept, strict=True):
             if finite[place]:
-                writers.hand(functools.partial(self._write, row, images[place]))
+                writers.hand(functools.partial(self._write, row, images[place], bar))
             else:
                 self._fail(row, f"the result {NOT_FINITE}", bar)
         bar.update(len(batch.rows))
@@ -157,21 +171,41 @@ class Drawing:
         else:
             bar.tick(f"about step {min(steps, 1 + int(steps * passed / max(took, 1e-9)))} of {steps}")
 
-    def _write(self, row: Row, image: np.ndarray) -> None:
-        """Write a picture, in a thread of its own, and then its line."""
+    def _write(self, row: Row, image: np.ndarray, bar: Any) -> None:
+        """Make the PNG of a picture, in a thread of its own, and keep it."""
         began = time.monotonic()
-        settings = {**self.methods.settings(row), **self.common}
         height, width = image.shape[:2]
-        for method in self.methods.of(row):  # first: a picture that is there has them beside it
-            method.write_inputs(row, self.out)
-        size_bytes = write_png(self.out / row.file_name, image, setting_chunks(settings, (width, height)))
+        content = png_bytes(image, setting_chunks(self.settings(row), (width, height)))
         factor = self.pipe.vae.config.factor
         shape = [height // factor, width // factor, self.pipe.latent_shape[-1]]
-        extra: dict[str, Any] = {"width": width, "height": height, "latents": shape, "bytes": size_bytes}
+        self._keep(row, content, {"width": width, "height": height, "latents": shape, "bytes": len(content)}, bar)
         with self._lock:
-            self.manifest.add_image(row.file_name, settings, extra)
             self.times.images += 1
             self.times.png += time.monotonic() - began
+
+    def settings(self, row: Row) -> dict[str, Any]:
+        """Return all settings of a row, as its PNG holds them."""
+        return {**self.methods.settings(row), **self.common}
+
+    def _keep(self, row: Row, content: bytes, extra: Mapping[str, Any], bar: Any) -> None:
+        """Write a PNG, and then its line; wait a while where the place for it is full or away."""
+
+        def write() -> None:
+            for method in self.methods.of(row):  # first: a picture that is there has them beside it
+                method.write_inputs(row, self.out)
+            write_whole(self.out / row.file_name, content)
+            with self._lock:
+                self.manifest.add_image(row.file_name, self.settings(row), extra)
+
+        for seconds in RETRIES:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in PASSING:
+                    raise
+                bar.write(f"{error.filename or self.out}: {error.strerror}, trying again in {seconds:g} s")
+            time.sleep(seconds)
+        write()
 
     def _fail(self, row: Row, reason: str, bar: Any) -> None:
         bad = BadRow(row.number, row.where, reason)
@@ -244,20 +278,3 @@ def cells_of(tile: int | None, factor: int) -> int | None:
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let a polite request to end (SIGTERM, as from a scheduler) be what Ctrl-C is."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -76,6 +76,13 @@ class Plain(Base):
         zero_snr: whether the noise schedule ends without any signal, true or false; default: as the model says
         tile: decode large images in tiles of this many pixels, in the memory of one
         devices: number of accelerators (or CPU devices) that share a batch; default: all, up to one per image
+        distributed: share the job with the other processes of a TPU pod or a cluster, under jax.distributed; each
+            draws whole batches on its own devices, and all see the folder
+        worker: which of the `workers` this process is, from 0; each draws its share, whenever it runs
+        workers: number of processes that share the job without knowing of each other
+        engine: ray draws on the machines of a Ray cluster (pip install 'jaxmix-diffusion[ray]')
+        resources: with --engine ray what each of the processes there takes, as in TPU=4, GPU=1 or CPU=2; default: the
+            chips of a TPU host, else a GPU, else a CPU core
         resume: keep the rows that the folder already holds with the same settings, even if another command drew them
         overwrite: remove what the folder holds of an earlier job, and start anew
         strict: draw nothing if any row is bad
@@ -115,6 +122,11 @@ class Plain(Base):
     zero_snr: bool | None = None
     tile: int | None = None
     devices: int | None = None
+    distributed: bool = False
+    worker: int = 0
+    workers: int = 1
+    engine: Literal["local", "ray"] = "local"
+    resources: str | None = None
     resume: bool = False
     overwrite: bool = False
     strict: bool = False
@@ -186,15 +198,36 @@ class Plain(Base):
                 check(flag, value)
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite: found both, expected one of them")
+        check_shares(self)
         counts = ("--batch-size", self.batch_size), ("--devices", self.devices), ("--num-images", self.num_images)
         for flag, value in (*counts, ("--max-chunks", self.max_chunks)):
             if value is not None and value < 1:
                 raise InputError(f"{flag}: found {value}, expected at least 1")
 
     @property
+    def on_ray(self) -> bool:
+        """Whether a Ray cluster draws."""
+        return self.engine == "ray"
+
+    @property
     def times(self) -> Times:
         """How often each row is drawn, or the seeds with which it is."""
         return self.num_images if self.seeds is None else seed_ranges("--seeds", self.seeds)
+
+
+def check_shares(flags: Plain) -> None:
+    """Raise InputError for flags that split a job in two ways, or in none that works."""
+    if flags.workers < 1 or not 0 <= flags.worker < flags.workers:
+        most = f"0 to {flags.workers - 1} with --workers {flags.workers}" if flags.workers > 0 else "--workers above 0"
+        raise InputError(f"--worker: found {flags.worker}, expected {most}")
+    ways = [("--distributed", flags.distributed), ("--workers", flags.workers > 1), ("--engine ray", flags.on_ray)]
+    if len(found := [flag for flag, there in ways if there]) > 1:
+        raise InputError(f"{found[0]} and {found[1]}: found both, expected one of them")
+    if flags.workers > 1 and (flags.out is None or flags.overwrite):
+        found = "no --out" if flags.out is None else "--overwrite, with which each would remove what others draw"
+        raise InputError(f"--workers: found {found}, expected one folder that all of them fill")
+    if flags.resources is not None and not flags.on_ray:
+        raise InputError(f"--resources: found {flags.resources!r} without --engine ray, which needs it")
 
 
 @dataclasses.dataclass(frozen=True)

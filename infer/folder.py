@@ -14,11 +14,13 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from infer.checks import FRESH
+from infer.leftovers import temporary_name
 from infer.manifest import manifest_files, read_records
 from infer.png import write_whole
 from infer.rows import Row
@@ -29,6 +31,7 @@ OWN = ("job.json", "manifest.jsonl", "gallery.html", "contact_sheet.png")
 INPUTS = ("layout", "reference", "content", "style")
 """What methods call the pictures that they write beside a result."""
 NOT_PICTURES = ("out", "resume", "overwrite", "strict", "dry_run", "batch_size", "devices")
+NOT_PICTURES += ("distributed", "worker", "workers", "engine", "resources")
 """Flags on which no picture depends: a job is the same with others."""
 
 
@@ -50,11 +53,15 @@ def job_of(config: Any, wanted: str = "") -> str:
 class Folder:
     """The folder of a job. It is found, and refused if it holds another job, when it is made; `claim` writes to it."""
 
-    def __init__(self, config: Any, wanted: str = "") -> None:
+    def __init__(self, config: Any, wanted: str = "", identity: Sequence[Any] | None = None) -> None:
         self.job = job_of(config, wanted)
         self._config = config
         self._claimed = False
         self._fresh = secrets.randbits(64)
+        if identity is not None:
+            self.path = Path(identity[0])
+            self.follow(identity)
+            return
         if config.out is not None:
             _check_local(config.out)
         self.path = Path(config.out) if config.out is not None else self._numbered()
@@ -87,6 +94,28 @@ class Folder:
             self._write(replace=held is not None)
         else:  # as this process found it, or as another has made it since
             self._fresh = held["fresh"]
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """The folder's name and the number from which fresh seeds follow: what processes of one job share."""
+        return str(self.path), self._fresh
+
+    def follow(self, identity: Sequence[Any]) -> None:
+        """Take the folder of another process of this job, which has claimed it."""
+        if self._config.out is None:
+            self.path = Path(identity[0])
+        self._fresh, self._claimed = identity[1], True
+
+    def check_seen(self, seconds: float = 30.0) -> None:
+        """Raise InputError if what another process has written here cannot be seen, after so many seconds."""
+        until = time.monotonic() + seconds
+        while (_read(self.path) or {}).get("fresh") != self._fresh:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"--out {self.path}: found nothing of what process 0 has written there, expected a folder that all "
+                    "hosts share"
+                )
+            time.sleep(0.2)
 
     def again(self) -> str:
         """Return the command that goes on with this folder."""
@@ -136,7 +165,7 @@ class Folder:
         if replace or not hasattr(os, "link"):
             write_whole(path, content.encode())
             return
-        temporary = self.path / f".job.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        temporary = self.path / temporary_name("job")
         write_whole(temporary, content.encode())
         try:
             os.link(temporary, path)

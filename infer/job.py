@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import secrets
 import sys
 import time
 import warnings
@@ -14,9 +17,13 @@ from infer.batches import plan
 from infer.checks import check_steps
 from infer.drawing import Drawing, cells_of, open_pictures, request
 from infer.flags import Config
-from infer.folder import Folder, digest
+from infer.folder import Folder, digest, job_of
+from infer.hosts import ALONE, Hosts, Presence, join
+from infer.leaving import Leaving
+from infer.leftovers import sweep
 from infer.manifest import Manifest
 from infer.measure import CompileClock
+from infer.methods.method import size_of
 from infer.methods.registry import Methods
 from infer.pictures import picture_size
 from infer.report import summary, write_overview
@@ -34,27 +41,52 @@ def run_job(config: Config, wanted: str = "") -> int:
 
     `wanted` names the method by which each row must be drawn, in the commands for a single method.
     """
+    engine = make_engine(config)
+    hosts = join(config)
+
     # Rows come first: loading a model takes seconds, and a misspelt file name should not have to wait for it.
-    methods = Methods(config, wanted)
-    rows, bad = collect_rows(config, methods)
-    mesh = choose_mesh(config.devices, len(rows))
+    def read() -> tuple[Methods, list[Row], list[BadRow], Any]:
+        methods = Methods(config, wanted)
+        rows, bad = collect_rows(config, methods)
+        if engine is not None:
+            engine.start(methods, rows)
+        mesh = None if engine else choose_mesh(config.devices, -(-len(rows) // hosts.count))
+        for method in methods.all:
+            method.prepare()
+        return methods, rows, bad, mesh
+
+    def told(made: tuple[Methods, list[Row], list[BadRow], Any]) -> dict[str, str]:
+        _, rows, bad, mesh = made
+        seen = digest([[row.number, row.prompt, row.seed] for row in rows] + [[row.number] for row in bad])
+        flags = {"flags": job_of(config, wanted), "--batch-size": str(config.batch_size)}
+        return {"rows": f"{len(rows)} rows ({seen})", "devices": str(mesh.size if mesh else 1), **flags}
+
+    methods, rows, bad, mesh = hosts.agreed(read, told)
+    return draw(config, rows, bad, lambda: open_model(config), mesh, methods, hosts, engine)
+
+
+def make_engine(config: Config) -> Any:
+    """Return what draws in place of this process, None if nothing does."""
+    if not config.on_ray:
+        return None
+    from infer.on_ray import Cluster
+
+    return Cluster(config)
+
+
+def open_model(config: Config) -> Any:
+    """Return the pipeline that the flags name."""
     import jaxmix
 
-    for method in methods.all:
-        method.prepare()
-
-    def load() -> Any:
-        return jaxmix.load(
-            config.model,
-            dtype=config.dtype,
-            sampler=config.sampler,
-            prediction_type=config.prediction_type,
-            rescale_betas_zero_snr=config.zero_snr,
-            vae=config.vae,
-            base=config.base,
-        )
-
-    return draw(config, rows, bad, load, mesh, methods)
+    return jaxmix.load(
+        config.model,
+        dtype=config.dtype,
+        sampler=config.sampler,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.zero_snr,
+        vae=config.vae,
+        base=config.base,
+    )
 
 
 def collect_rows(config: Config, methods: Methods) -> tuple[list[Row], list[BadRow]]:
@@ -90,7 +122,7 @@ def choose_mesh(devices: int | None, images: int) -> Any:
     """Return a data-parallel mesh over `devices` devices (None: all, up to one per image), or None for one device."""
     import jax
 
-    there = jax.devices()
+    there = jax.local_devices()
     count = max(1, min(len(there), images)) if devices is None else devices
     if count > len(there):
         raise InputError(f"--devices: found {count}, expected at most the {len(there)} here ({there[0].platform})")
@@ -108,55 +140,152 @@ def draw(
     load: Callable[[], Any],
     mesh: Any = None,
     methods: Methods | None = None,
+    hosts: Hosts = ALONE,
+    engine: Any = None,
 ) -> int:
-    """Draw all good rows with the pipeline that `load` returns, and write everything into the job's folder.
+    """Draw this process's share of the good rows with the pipeline that `load` returns, into the job's folder.
 
-    Returns 2 if there were bad rows, 130 if the job was interrupted, else 0. Raises InputError if nothing can be drawn.
+    Returns 130 if the job was interrupted, 1 if a process has died and left rows, 2 if there were bad rows, else 0.
+    Raises InputError if nothing can be drawn.
     """
     started = time.monotonic()
     methods = methods or Methods(config)
     refuse(config, rows, bad)
-    folder = Folder(config, methods.wanted.name if methods.wanted is not None else "")
+    folder = open_folder(config, methods, rows, hosts)
     rows = folder.seeded(rows)
     cache = enable_compilation_cache()
     clock = CompileClock()
-    with clock, warnings.catch_warnings():
+    with clock, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore", NotFiniteWarning)  # with their rows, by this job itself
-        pipe = with_embeddings(load(), config.embedding)
-        for method in methods.all:
-            method.open(pipe)
-        common = {"model": config.model, "dtype": config.dtype}
-        told = {key: getattr(config, key) for key in ("vae", "base", "prediction_type", "zero_snr", "embedding")}
-        common |= {key: value for key, value in told.items() if value is not None}
-        rows, unfit = complete(rows, pipe, methods, config.tile, common, config.max_chunks)
+        make = functools.partial(prepare, config, rows, load, methods)
+        pipe, common, rows, unfit = hosts.agreed(make, lambda made: {"rows": digest([row.mark for row in made[2]])})
         bad = sorted([*bad, *unfit], key=lambda row: row.number)
         refuse(config, rows, bad)
-        report(bad)
-        if not config.dry_run:
-            folder.claim()
-        with Manifest(folder.path) as manifest:
-            done = [manifest.holds(row.file_name, {**methods.settings(row), **common}) for row in rows]
-            todo = methods.undone(rows, done)
-            batches = plan(config, folder.path, rows, todo, mesh, methods, pipe)
-            if config.dry_run:
-                return 2 if bad else 0
-            for failed in bad:
-                manifest.add_error(failed.number, failed.where, failed.reason)
-            methods.begin(pipe, todo)
-            drawing = Drawing(pipe, mesh, config.tile, methods, folder.path, manifest, common)
-            interrupted = drawing.run(batches, len(todo), clock)
-    bad = sorted([*bad, *drawing.failed], key=lambda row: row.number)
-    times = drawing.times
-    times.compile = clock.seconds
-    times.whole = time.monotonic() - started
-    write_overview(folder.path, config.model, rows, bad, manifest, times, methods)
-    sheet = ", contact_sheet.png" if (folder.path / "contact_sheet.png").exists() else ""
-    print(f"wrote {folder.path / 'gallery.html'}{sheet}, manifest.jsonl and {times.images} PNGs")
-    print(summary(times, clock, cached=cache is not None))
-    if interrupted:
-        print(f"interrupted after {times.images} of {len(todo)} images; go on with: {folder.again()}", file=sys.stderr)
-        return 130
-    return 2 if bad else 0
+        if hosts.first:
+            report(bad)
+        run = "" if config.dry_run else claim(folder, hosts)
+        manifest = stack.enter_context(Manifest(folder.path))
+        todo = undone(rows, manifest, methods, common, pipe, hosts)
+        devices = engine.devices if engine is not None else 1 if mesh is None else mesh.size
+        batches = plan(config, folder.path, rows, todo, devices, methods, pipe, hosts)
+        if config.dry_run:
+            return 2 if bad else 0
+        for failed in bad if hosts.first else ():
+            manifest.add_error(failed.number, failed.where, failed.reason)
+        presence = stack.enter_context(Presence(folder.path, hosts, run)) if hosts.together else None
+        hosts.leave()
+        mine = [row for batch in batches for row in batch.rows]
+        drawing = (Drawing if engine is None else engine.drawing)(
+            pipe, mesh, config.tile, methods, folder.path, manifest, common
+        )
+
+        def left() -> str:
+            return f"{drawing.times.images} of {len(mine)} images{{}}; go on with: {folder.again()}"
+
+        def last(name: str, seconds: float) -> None:
+            if presence is not None:
+                presence.end()
+            sweep(folder.path, own=True)
+            told = f"told to end ({name}), and {seconds:g} s were not enough for what was in hand: "
+            print(f"\n{told}{left().format(' are written')}", file=sys.stderr, flush=True)
+
+        leaving = stack.enter_context(Leaving(last).watched())
+        try:
+            interrupted = drawing.run(batches, mine, clock, leaving)
+        except OSError:
+            print(left().format(" are written"), file=sys.stderr)
+            raise
+        manifest.close()
+        dead: list[int] = []
+        if presence is not None:
+            presence.end()
+            dead = presence.wait(lambda: bool(leaving.told))
+        failed_rows = {row.number: row for row in [*bad, *drawing.failed]}
+        for error in manifest.refresh():  # of other processes
+            failed_rows.setdefault(error[0], BadRow(*error))
+        bad = [failed_rows[number] for number in sorted(failed_rows)]
+        times = drawing.times
+        times.compile = clock.seconds
+        times.whole = time.monotonic() - started
+        if not hosts.together or {*range(hosts.index)} <= {*dead}:
+            if presence is not None:
+                presence.clear()
+            write_overview(folder.path, config.model, rows, bad, manifest, times, methods)
+            sheet = ", contact_sheet.png" if (folder.path / "contact_sheet.png").exists() else ""
+            print(f"wrote {folder.path / 'gallery.html'}{sheet}, manifest.jsonl and {times.images} PNGs")
+        print(summary(times, clock, cached=cache is not None))
+        if interrupted:
+            print(f"interrupted after {left().format('')}", file=sys.stderr)
+            return 130
+        missing = [row for row in rows if row.number not in failed_rows and not there(row, manifest)]
+        if missing and hosts.count > 1:
+            print(hosts.still_left([row.number for row in missing], dead, folder.again()), file=sys.stderr)
+        return 1 if missing and hosts.together else 2 if bad else 0
+
+
+def open_folder(config: Config, methods: Methods, rows: Sequence[Row], hosts: Hosts) -> Folder:
+    """Return the folder of the job, in all processes with the same numbers for fresh seeds."""
+    wanted = methods.wanted.name if methods.wanted is not None else ""
+    opened: list[Folder] = []
+
+    def first() -> Any:
+        opened.append(Folder(config, wanted))
+        opened[0].seeded(rows)
+        return opened[0].identity
+
+    identity = hosts.from_first(first)
+    return opened[0] if opened else Folder(config, wanted, identity)
+
+
+def claim(folder: Folder, hosts: Hosts) -> str:
+    """Make the folder this job's, for all processes, which must see it; return a name for this run of theirs."""
+
+    def first() -> Any:
+        folder.claim()
+        sweep(folder.path)
+        return folder.identity, secrets.token_hex(4)
+
+    identity, run = hosts.from_first(first)
+    if not hosts.first and hosts.together:
+        folder.follow(identity)
+    hosts.agreed(folder.check_seen if not hosts.first else lambda: None, lambda _: {"--out": str(identity[0])})
+    return run
+
+
+def prepare(
+    config: Config, rows: Sequence[Row], load: Callable[[], Any], methods: Methods
+) -> tuple[Any, dict[str, Any], list[Row], list[BadRow]]:
+    """Return the model, the settings that all pictures share, and the completed rows, good and bad."""
+    pipe = with_embeddings(load(), config.embedding)
+    for method in methods.all:
+        method.open(pipe)
+    common: dict[str, Any] = {"model": config.model, "dtype": config.dtype}
+    told = {key: getattr(config, key) for key in ("vae", "base", "prediction_type", "zero_snr", "embedding")}
+    common |= {key: value for key, value in told.items() if value is not None}
+    return pipe, common, *complete(rows, pipe, methods, config.tile, common, config.max_chunks)
+
+
+def undone(
+    rows: Sequence[Row], manifest: Manifest, methods: Methods, common: Mapping[str, Any], pipe: Any, hosts: Hosts
+) -> list[Row]:
+    """Return the rows that are still to be drawn, as the first process finds it."""
+
+    def held(row: Row) -> bool:
+        sides = (side // pipe.vae.config.factor for side in size_of(row))
+        latents = {"latents": [*sides, pipe.latent_shape[2]]}
+        return manifest.holds(row.file_name, {**methods.settings(row), **common}, latents)
+
+    def first() -> list[int]:
+        done = [held(row) for row in rows]
+        return [row.number for row in methods.undone(rows, done)]
+
+    left = set(hosts.from_first(first))
+    return [row for row in rows if row.number in left]
+
+
+def there(row: Row, manifest: Manifest) -> bool:
+    """Return whether a row's picture is there, with its line."""
+    return manifest.record(row.file_name) is not None and (manifest.folder / row.file_name).is_file()
 
 
 def complete(

@@ -13,11 +13,11 @@ import json
 import os
 import re
 import secrets
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from infer.leftovers import host_name
 from infer.png import read_settings, size_of_png, write_whole
 
 try:
@@ -38,17 +38,19 @@ class Manifest:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname()) or "host"
-        self.path = folder / f"manifest-{host}-{os.getpid()}-{secrets.token_hex(3)}.jsonl"
+        self.path = folder / f"manifest-{host_name()}-{os.getpid()}-{secrets.token_hex(3)}.jsonl"
         self._file: Any = None
         self._images: dict[str, dict[str, Any]] = {}
-        self._errors: set[tuple[int, str]] = set()
+        self._errors: dict[tuple[int, str], str] = {}
         merge(folder)
         for record in read_records(folder):
             self._remember(record)
 
-    def holds(self, file: str, settings: Mapping[str, Any]) -> bool:
-        """Return whether the PNG `file` is there, whole, with exactly these settings; it may lack its line."""
+    def holds(self, file: str, settings: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> bool:
+        """Return whether the PNG `file` is there, whole, with exactly these settings.
+
+        It may lack its line, which is then written; `extra` is what the line says that the PNG does not.
+        """
         path = self.folder / file
         record = self._images.get(file)
         if not path.is_file() or (record is not None and path.stat().st_size != record.get("bytes")):
@@ -57,7 +59,8 @@ class Manifest:
             return False
         if record is None:
             width, height = size_of_png(path)
-            self.add_image(file, settings, {"width": width, "height": height, "bytes": path.stat().st_size})
+            seen = {"width": width, "height": height, "bytes": path.stat().st_size}
+            self.add_image(file, settings, {**seen, **(extra or {})})
         return True
 
     def record(self, file: str) -> dict[str, Any] | None:
@@ -72,6 +75,13 @@ class Manifest:
         """Append the line of a row that cannot be drawn, unless an earlier run has done so."""
         if (row, reason) not in self._errors:
             self._append({"row": row, "status": "error", "where": where, "error": reason})
+
+    def refresh(self) -> list[tuple[int, str, str]]:
+        """Read what other processes have written meanwhile; return the (row, where, reason) of new errors."""
+        before = {*self._errors}
+        for record in read_records(self.folder):
+            self._remember(record)
+        return [(row, where, reason) for (row, reason), where in self._errors.items() if (row, reason) not in before]
 
     def close(self) -> None:
         """Merge this process's lines with those of others that have ended."""
@@ -116,7 +126,7 @@ class Manifest:
         if record["status"] == "ok":
             self._images[record["file"]] = record
         else:
-            self._errors.add((record["row"], record["error"]))
+            self._errors[record["row"], record["error"]] = record["where"]
 
 
 def manifest_files(folder: Path) -> Iterator[Path]:

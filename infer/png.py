@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from infer.leftovers import temporary_name
 from jaxmix.samplers import split_sampler
 
 
@@ -22,18 +21,24 @@ def write_png(path: Path, image: np.ndarray, texts: Mapping[str, str]) -> int:
 
     The file appears under its name only when it is whole (temporary file, then rename).
     """
+    content = png_bytes(image, texts)
+    write_whole(path, content)
+    return len(content)
+
+
+def png_bytes(image: np.ndarray, texts: Mapping[str, str]) -> bytes:
+    """Return `image` (H, W, 3) uint8 as a PNG with `texts` as text chunks."""
     chunks = PngImagePlugin.PngInfo()
     for key, text in texts.items():
         chunks.add_text(key, text)  # Latin-1 as tEXt, anything else as iTXt
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", pnginfo=chunks)
-    write_whole(path, buffer.getvalue())
-    return buffer.tell()
+    return buffer.getvalue()
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name beside `path`, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

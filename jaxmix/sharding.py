@@ -22,11 +22,11 @@ FSDP = "fsdp"
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """Return a mesh of one ``data`` axis over the first ``devices`` devices, all of them if None.
+    """Return a mesh of one ``data`` axis over the first ``devices`` devices of this process, all of them if None.
 
-    Raises `InputError` if there are not as many devices.
+    Of several processes each draws on its own. Raises `InputError` if there are not as many devices.
     """
-    found = jax.devices()
+    found = jax.local_devices()
     n = len(found) if devices is None else devices
     if not 1 <= n <= len(found):
         raise InputError(f"devices={n}: found {len(found)} {found[0].platform} device(s), expected 1 to {len(found)}")

@@ -336,10 +336,10 @@ class Terminated(StandIn):
         return super().draw(request, methods, mesh, tile, output)
 
 
-def test_a_job_that_is_asked_to_end_does_what_it_does_when_interrupted(tmp_path, capsys):
+def test_a_job_that_is_asked_to_end_finishes_the_batch_and_does_what_it_does_when_interrupted(tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     status, _, out = go(tmp_path, "a\nb\nc\n", Terminated(), batch_size=1)
-    assert status == 130 and "interrupted after 1 of 3 images; go on with:" in capsys.readouterr().err
+    assert status == 130 and "interrupted after 2 of 3 images; go on with:" in capsys.readouterr().err
     assert (out / "gallery.html").exists() and signal.getsignal(signal.SIGTERM) is before
 
 

@@ -1,0 +1,1 @@
+"""Jobs of pictures that are killed and go on."""
