@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from jaxmix.samplers import SPACINGS, known_sampler
 from jaxmix.samplers.noise import MAX_SEED
 from jaxmix.types import InputError, shown, whole
+from jaxmix.weights.files import user_path
 
 FRESH = -1
 """The seed that stands for one drawn at random, once for a job."""
@@ -77,8 +77,14 @@ def check_spacing(key: str, value: Any) -> str:
 
 
 def check_file(key: str, value: Any) -> str:
-    """Return `value` if it is the path of an existing file."""
-    if not Path(check_text(key, value)).is_file():
+    """Return `value` if it is the path of an existing file, or its address in a bucket."""
+    try:
+        found = user_path(check_text(key, value)).is_file()
+    except OSError:  # a name that no file can have
+        found = False
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+    if not found:
         raise InputError(f"{key}: no such file: {value}")
     return value
 

@@ -69,9 +69,7 @@ class Drawing:
         self._on_device: tuple[FilledBatch, float] | None = None  # and since when
         self._took: dict[int, float] = {}  # seconds of a batch of each bucket
 
-    def run(
-        self, batches: Sequence[FilledBatch], rows: Sequence[Row], clock: CompileClock, leaving: Leaving
-    ) -> bool:
+    def run(self, batches: Sequence[FilledBatch], rows: Sequence[Row], clock: CompileClock, leaving: Leaving) -> bool:
         """Draw the batches of these rows; return whether it was interrupted.
 
         The device is given the next batch before the pictures of the last one are asked for; none once the job is told

@@ -24,6 +24,7 @@ from infer.leftovers import temporary_name
 from infer.manifest import manifest_files, read_records
 from infer.png import write_whole
 from infer.rows import Row
+from jaxmix import paths
 from jaxmix.command import command_words
 from jaxmix.types import InputError
 
@@ -45,7 +46,7 @@ def job_of(config: Any, wanted: str = "") -> str:
     """Return what identifies the job of some flags: all of them on which pictures depend, and the command's method."""
     held = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_PICTURES}
     for key in ("prompts", "image", "mask"):
-        if held[key] not in (None, "builtin"):
+        if held[key] not in (None, "builtin") and paths.url_of(held[key]) is None:
             held[key] = str(Path(held[key]).resolve())
     return digest({"method": wanted, **held})
 
@@ -63,10 +64,16 @@ class Folder:
             self.follow(identity)
             return
         if config.out is not None:
-            _check_local(config.out)
-        self.path = Path(config.out) if config.out is not None else self._numbered()
+            _check_place(config.out)
+        self.path = paths.place(config.out) if config.out is not None else self._numbered()
+        if paths.remote(self.path):
+            try:
+                paths.check_folder(self.path, writes=not config.dry_run)
+            except InputError as error:
+                raise InputError(f"--out: {error}") from None
         held = _read(self.path)
-        there = (self.path / "job.json").exists() or next(manifest_files(self.path), None) is not None
+        named = not paths.remote(self.path) and (self.path / "job.json").exists()  # damaged, maybe
+        there = held is not None or named or next(manifest_files(self.path), None) is not None
         if there and not config.overwrite and not config.resume and (held or {}).get("job") != self.job:
             raise InputError(
                 f"--out {self.path}: found the pictures of another job there"
@@ -84,7 +91,8 @@ class Folder:
         self._claimed = True
         if self._config.out is None and not self._config.resume:
             self.path = self._made()
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not paths.remote(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         if self._config.overwrite:
             self._clear()
         held = _read(self.path)
@@ -162,6 +170,12 @@ class Folder:
         held = {"job": self.job, "fresh": self._fresh, "command": " ".join(command_words()), "began": began}
         content = json.dumps(held) + "\n"
         path = self.path / "job.json"
+        if paths.remote(path):
+            try:
+                paths.write(path, content.encode(), create=not replace)
+            except FileExistsError:
+                self._follow(content.encode())
+            return
         if replace or not hasattr(os, "link"):
             write_whole(path, content.encode())
             return
@@ -170,17 +184,21 @@ class Folder:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            other = _read(self.path)
-            if other is not None and other["job"] != self.job:
-                raise self._taken() from None
-            if other is None:  # damaged
-                write_whole(path, content.encode())
-            else:
-                self._fresh = other["fresh"]
+            self._follow(content.encode())
         except OSError:  # a file system without links
             write_whole(path, content.encode())
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _follow(self, content: bytes) -> None:
+        """Take what another process of this job has written meanwhile; raises InputError if it is another job's."""
+        other = _read(self.path)
+        if other is not None and other["job"] != self.job:
+            raise self._taken() from None
+        if other is None:  # damaged
+            write_whole(self.path / "job.json", content)
+        else:
+            self._fresh = other["fresh"]
 
     def _taken(self) -> InputError:
         return InputError(f"--out {self.path}: another job has just begun there, expected another folder")
@@ -189,9 +207,18 @@ class Folder:
         """Remove what earlier jobs wrote here, and nothing else."""
         names = {record["file"] for record in read_records(self.path) if "file" in record}
         stems = {Path(name).stem for name in names}
-        for path in list(self.path.iterdir()):
+
+        def ours(path: Path) -> bool:
             stem, _, kind = path.stem.rpartition("_")
-            if path.name in names or path.name in OWN or (path.suffix == ".png" and stem in stems and kind in INPUTS):
+            beside = path.suffix == ".png" and stem in stems and kind in INPUTS
+            return path.name in names or path.name in OWN or beside
+
+        if paths.remote(self.path):
+            there = [self.path / name for name in paths.names(self.path)]
+            paths.remove_all([*(path for path in there if ours(path)), *manifest_files(self.path)])
+            return
+        for path in list(self.path.iterdir()):
+            if ours(path):
                 path.unlink(missing_ok=True)
         for path in manifest_files(self.path):
             path.unlink(missing_ok=True)
@@ -199,21 +226,26 @@ class Folder:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     """Return what job.json holds, None if it is missing or damaged."""
+    there = paths.read(folder / "job.json") if paths.remote(folder) else None
+    if paths.remote(folder) and there is None:
+        return None
     try:
-        held = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        content = (folder / "job.json").read_bytes() if there is None else there
+        held = json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     good = isinstance(held, dict) and isinstance(held.get("job"), str) and type(held.get("fresh")) is int
     return held if good and isinstance(held.get("command", ""), str) else None
 
 
-def _check_local(out: str) -> None:
+def _check_place(out: str) -> None:
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", out)
-    if found:
+    if found and (paths.url_of(out) is None or "://" not in out):
         raise InputError(
-            f"--out: found {out!r}, expected a local folder; nothing is written to {found[1]}: yet, so draw into a "
-            "folder and copy it"
+            f"--out: found {out!r}, expected a folder here, or in a bucket: gs://BUCKET/... or s3://BUCKET/..."
         )
+    if found:
+        return
     if not out.strip() or "\x00" in out:
         raise InputError(f"--out: found {out!r}, expected the name of a folder")
     if Path(out).exists() and not Path(out).is_dir():

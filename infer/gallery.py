@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from infer.captions import font, wrapped
 from infer.png import write_whole
+from jaxmix import paths
 
 CELL = 208  # pixels: the width at which pictures are shown; small ones are enlarged to the nearest whole multiple
 SHEET_LIMIT = 120
@@ -117,7 +118,7 @@ def _scaled(path: Path, picture: Picture) -> Image.Image:
     enlarge = picture.width <= CELL
     size = (_shown_width(picture), _shown_height(picture))
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(paths.read(path) or b"") if paths.remote(path) else path) as image:
             return image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
     except (OSError, SyntaxError, ValueError):  # damaged since it was written: an empty place
         return Image.new("RGB", size, "#ddd")

@@ -2,7 +2,7 @@
 
 Each process writes a file of its own, `manifest-HOST-PID.jsonl`. When it ends, and when another run begins, the files
 of processes that have ended are merged into `manifest.jsonl`. No picture depends on a manifest alone: a PNG has its
-settings inside, so one without a line is found again.
+settings inside, so one without a line is found again. In a bucket, files are those of `infer.bucket`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from infer.bucket import ObjectLines, contents, same
 from infer.leftovers import host_name
 from infer.png import read_settings, size_of_png, write_whole
+from jaxmix import paths
 
 try:
     import fcntl
@@ -40,6 +42,8 @@ class Manifest:
         self.folder = folder
         self.path = folder / f"manifest-{host_name()}-{os.getpid()}-{secrets.token_hex(3)}.jsonl"
         self._file: Any = None
+        self._lines = ObjectLines(self.path) if paths.remote(folder) else None
+        self._there = paths.sizes(folder) if paths.remote(folder) else {}
         self._images: dict[str, dict[str, Any]] = {}
         self._errors: dict[tuple[int, str], str] = {}
         merge(folder)
@@ -53,14 +57,22 @@ class Manifest:
         """
         path = self.folder / file
         record = self._images.get(file)
-        if not path.is_file() or (record is not None and path.stat().st_size != record.get("bytes")):
+        if self._lines is not None:
+            size = self._there.get(file)
+            if size is None and record is not None:  # a listing may be late
+                size = paths.size(path)
+            if size is None or (record is not None and size != record.get("bytes")):
+                return False
+            if record is not None:  # to read the pictures of a large job takes as long as to draw some
+                return same(record, settings)
+        elif not path.is_file() or (record is not None and path.stat().st_size != record.get("bytes")):
             return False
         if read_settings(path) != json.loads(json.dumps(settings)):
             return False
         if record is None:
             width, height = size_of_png(path)
-            seen = {"width": width, "height": height, "bytes": path.stat().st_size}
-            self.add_image(file, settings, {**seen, **(extra or {})})
+            size = path.stat().st_size if self._lines is None else self._there[file]
+            self.add_image(file, settings, {"width": width, "height": height, "bytes": size, **(extra or {})})
         return True
 
     def record(self, file: str) -> dict[str, Any] | None:
@@ -85,6 +97,8 @@ class Manifest:
 
     def close(self) -> None:
         """Merge this process's lines with those of others that have ended."""
+        if self._lines is not None:
+            self._lines.close()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -98,6 +112,10 @@ class Manifest:
 
     def _append(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        if self._lines is not None:
+            self._lines.append(line)
+            self._remember(record)
+            return
         if self._file is None:
             self._file = self._opened()
         before = self._file.tell()
@@ -131,6 +149,11 @@ class Manifest:
 
 def manifest_files(folder: Path) -> Iterator[Path]:
     """Yield the manifests of a folder, the merged one first."""
+    if paths.remote(folder):
+        names = paths.names(folder)
+        yield from (folder / name for name in sorted(names) if name == MERGED)
+        yield from (folder / name for name in sorted(names) if re.fullmatch(r"manifest-.*\.jsonl", name))
+        return
     if (folder / MERGED).is_file():
         yield folder / MERGED
     yield from sorted(folder.glob("manifest-*.jsonl"))
@@ -138,6 +161,10 @@ def manifest_files(folder: Path) -> Iterator[Path]:
 
 def read_records(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of all manifests of a folder that can be read."""
+    if paths.remote(folder):
+        for content in contents([*manifest_files(folder)]):
+            yield from _records(content)
+        return
     for path in manifest_files(folder):
         with contextlib.suppress(FileNotFoundError):  # merged by another process meanwhile
             yield from _records(path.read_bytes())
@@ -147,8 +174,12 @@ def merge(folder: Path, own: Path | None = None) -> None:
     """Write the lines of processes that have ended into `manifest.jsonl`, the last about each file, by row.
 
     `own` is the file of this process, which has ended in any case. Where nothing can be locked, the files stay as they
-    are: together they say the same.
+    are: together they say the same. In a bucket they always stay.
     """
+    if paths.remote(folder):
+        if own is not None and (held := [*read_records(folder)]):
+            paths.write(folder / MERGED, _merged(held))
+        return
     with _locked(folder) as alone, contextlib.ExitStack() as opened:
         ended = []
         for path in sorted(folder.glob("manifest-*.jsonl")) if alone else ():
@@ -160,22 +191,27 @@ def merge(folder: Path, own: Path | None = None) -> None:
             lines = [*(_records((folder / MERGED).read_bytes()) if (folder / MERGED).is_file() else ())]
             for _, content in ended:
                 lines += _records(content)
-            images: dict[str, dict[str, Any]] = {}
-            errors: dict[int, dict[str, dict[str, Any]]] = {}
-            for record in lines:
-                if record["status"] == "error":
-                    errors.setdefault(record["row"], {})[record["error"]] = record
-                else:
-                    images[record["file"]] = record
-                    errors.pop(record.get("row", -1), None)  # drawn since
-            whole = sorted(
-                [*images.values(), *(record for of_row in errors.values() for record in of_row.values())],
-                key=lambda record: record.get("row", 0),
-            )
-            content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in whole)
-            write_whole(folder / MERGED, content.encode("utf-8", "replace"))
+            write_whole(folder / MERGED, _merged(lines))
         for path, _ in ended:
             path.unlink(missing_ok=True)
+
+
+def _merged(lines: Iterable[dict[str, Any]]) -> bytes:
+    """Return a manifest with the last of the lines about each file, and about each error that is one still, by row."""
+    images: dict[str, dict[str, Any]] = {}
+    errors: dict[int, dict[str, dict[str, Any]]] = {}
+    for record in lines:
+        if record["status"] == "error":
+            errors.setdefault(record["row"], {})[record["error"]] = record
+        else:
+            images[record["file"]] = record
+            errors.pop(record.get("row", -1), None)  # drawn since
+    whole = sorted(
+        [*images.values(), *(record for of_row in errors.values() for record in of_row.values())],
+        key=lambda record: record.get("row", 0),
+    )
+    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in whole)
+    return content.encode("utf-8", "replace")
 
 
 def _records(content: bytes) -> Iterator[dict[str, Any]]:

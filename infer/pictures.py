@@ -9,7 +9,9 @@ from PIL import Image, ImageOps
 
 from infer.png import write_png
 from jaxmix import pictures
+from jaxmix.paths import fetch_all, listing, url_of
 from jaxmix.types import InputError
+from jaxmix.weights.files import user_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -41,10 +43,11 @@ def open_cropped(path: str, height: int, width: int) -> np.ndarray:
 
 def _checked(path: str, mask: bool = False) -> Image.Image:
     """Read a file. Raises `InputError` that names it."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: {'found a folder, expected a picture' if Path(path).is_dir() else 'no such file'}")
+    here = user_path(path)
+    if not here.is_file():
+        raise InputError(f"{path}: {'found a folder, expected a picture' if here.is_dir() else 'no such file'}")
     try:
-        return pictures.load(path, mask=mask)
+        return pictures.load(here, mask=mask)
     except pictures.UnreadableError as error:
         raise InputError(f"{path}: not a readable picture: {error}") from None
 
@@ -73,7 +76,14 @@ def mask_of(path: str, height: int, width: int) -> np.ndarray:
 
 
 def pictures_in(path: str) -> list[str]:
-    """Return the pictures in a folder, sorted by name, or the one file."""
+    """Return the pictures in a folder, sorted by name, or the one file; of one in a bucket their addresses."""
+    if url_of(path) is not None:
+        there = listing(path)
+        found = [path] if there is None else [one for one in there if Path(one).suffix.lower() in SUFFIXES]
+        if not found:
+            raise InputError(f"{path}: found no pictures, expected files that end in {', '.join(SUFFIXES)}")
+        fetch_all(found)
+        return found
     place = Path(path)
     if place.is_dir():
         found = sorted(str(p) for p in place.iterdir() if p.suffix.lower() in SUFFIXES)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from infer.leftovers import temporary_name
+from jaxmix import paths
 from jaxmix.samplers import split_sampler
 
 
@@ -37,7 +38,10 @@ def png_bytes(image: np.ndarray, texts: Mapping[str, str]) -> bytes:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name beside `path`, then rename it."""
+    """Write `content` under a temporary name beside `path`, then rename it; an object in a bucket by one request."""
+    if paths.remote(path):
+        paths.write(path, content)
+        return
     temporary = path.with_name(temporary_name(path.name))
     try:
         temporary.write_bytes(content)
@@ -100,7 +104,7 @@ def setting_chunks(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[s
 def read_settings(path: Path) -> dict[str, Any] | None:
     """Return the settings in a PNG's `jaxmix` chunk, or None if the file is missing, damaged or not ours."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), _opened(path) as image:
             warnings.simplefilter("ignore")  # of decoders, about a file that may be anything
             image.load()  # the chunk may be anywhere, and a truncated file must not count as drawn
             held = json.loads(image.info["jaxmix"])
@@ -111,8 +115,12 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
 def size_of_png(path: Path) -> tuple[int, int]:
     """Return the (width, height) of a PNG that `read_settings` could read."""
-    with Image.open(path) as image:
+    with _opened(path) as image:
         return image.size
+
+
+def _opened(path: Path) -> Image.Image:
+    return Image.open(io.BytesIO(paths.read(path) or b"") if paths.remote(path) else path)
 
 
 def _quoted(value: str) -> str:

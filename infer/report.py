@@ -12,6 +12,7 @@ from infer.manifest import Manifest
 from infer.measure import CompileClock
 from infer.methods.registry import Methods
 from infer.rows import BadRow, Row
+from jaxmix import paths
 
 
 @dataclasses.dataclass
@@ -54,9 +55,10 @@ def write_overview(
     """Write gallery.html and contact_sheet.png of all rows of the job, drawn now or earlier."""
     items: list[Item] = []
     failed = {row.number for row in bad}
+    there = paths.names(out)
     for row in rows:
         record = manifest.record(row.file_name)
-        if record is None or not (out / row.file_name).is_file():  # not drawn, or not yet
+        if record is None or row.file_name not in there:  # not drawn, or not yet
             continue
         shown = {"seed": str(row.seed), "steps": f"{row.steps} {row.solver}", "guidance": f"{row.guidance_scale:g}"}
         if row.negative_prompt:
@@ -67,7 +69,7 @@ def write_overview(
             shown["from"] = f"{Path(row.image).name}, strength {row.strength:g}"
         here = methods.of(row)
         inputs = [picture for method in here for picture in method.inputs(row, out)]
-        inputs = [picture for picture in inputs if (out / picture.file).is_file()]
+        inputs = [picture for picture in inputs if picture.file in there]
         for method in here:
             shown |= method.shown(row)
         label = "result" if inputs else ""

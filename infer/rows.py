@@ -28,6 +28,7 @@ from infer.checks import (
     kind_of,
 )
 from jaxmix.command import near_misses
+from jaxmix.copies import named
 from jaxmix.pipeline.chunks import Reading
 from jaxmix.types import InputError, shown
 
@@ -168,6 +169,10 @@ class BadRow:
     number: int
     where: str
     reason: str
+
+    def __post_init__(self) -> None:
+        """Call what was fetched from a bucket what the row calls it."""
+        object.__setattr__(self, "reason", named(self.reason))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"

@@ -12,7 +12,7 @@ from jaxmix.pipeline.given import check_prompt
 from jaxmix.pipeline.prompt_syntax import Piece, check_syntax, parse
 from jaxmix.pipeline.text import check_skip, chunk_counts
 from jaxmix.types import InputError, shown, whole
-from jaxmix.weights.files import exists
+from jaxmix.weights.files import exists, user_path
 
 __all__ = ["check_embeddings", "check_layers_skipped", "check_syntax", "chunks_of", "unused", "with_embeddings"]
 
@@ -81,9 +81,9 @@ def check_embeddings(key: str, value: Any) -> list[tuple[str, str | None]]:
         except (ValueError, RecursionError):
             pass  # a file with such a name
     path, colon, token = text.rpartition(":")
-    if exists(Path(text)) or not colon or not path:
+    if token.startswith("//") or exists(Path(text)) or not colon or not path:
         path, token = text, ""
-    if not exists(Path(path)):
+    if not exists(user_path(path)):
         raise InputError(f"{key}: no such file: {path}")
     return [(path, token or None)]
 

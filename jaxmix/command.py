@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxmix.copies import named
 from jaxmix.types import CheckpointWarning, InputError, shown
 
 _BOOLEANS = ("true", "false", "yes", "no")
@@ -51,7 +52,7 @@ def run(main: Callable[[Any], int | None], argv: Sequence[str] | None = None) ->
     try:
         status = main(parse(main, argv))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {named(error)}", file=sys.stderr)
         status = 2
     except OSError as error:
         if error.filename is None and error.errno not in _FULL:
@@ -71,7 +72,7 @@ _show_as_python_does = warnings.showwarning
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
     """Show what a checkpoint made us leave out or replace as one line, and other warnings as Python does."""
     if issubclass(category, CheckpointWarning):
-        print(f"note: {message}", file=sys.stderr)
+        print(f"note: {named(message)}", file=sys.stderr)
     else:
         _show_as_python_does(message, category, *where, **rest)
 

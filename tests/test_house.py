@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GROUND_FLOOR = {"types", "rows", "control", "kernels", "schedule", "sharding"}
 GROUND_FLOOR |= {"command", "pictures", "preprocessors", "cards", "released", "schedulers", "lora_forms", "signals"}
+GROUND_FLOOR |= {"clients", "copies", "paths"}
 ROOMS = {"models", "weights", "controls", "samplers", "tuning"}
 # Below each of these stand the ground floor, all rooms, and what is named here; nothing stands below what it stands on.
 UPPER = {"pipeline": set(), "methods": {"pipeline"}, "testing": {"pipeline"}, "__init__": {"pipeline", "methods"}}

@@ -163,7 +163,7 @@ class InstantStylePlus(Method):
         if row.prompt.strip():
             return row
         with contextlib.suppress(OSError, UnicodeDecodeError, InputError):  # then it has none, and is refused for it
-            text = Path(row["content"]).with_suffix(".txt").read_text(encoding="utf-8-sig")
+            text = user_path(_beside(row["content"])).read_text(encoding="utf-8-sig")
             return dataclasses.replace(row, prompt=check_text("caption", " ".join(text.split())))
         return row
 
@@ -178,7 +178,7 @@ class InstantStylePlus(Method):
                 raise InputError(f"no field '{key}', expected a picture")
             open_cropped(row[key], *size_of(row))
         if not row.prompt.strip():
-            beside = Path(row["content"]).with_suffix(".txt")
+            beside = _beside(row["content"])
             raise InputError(f"prompt: found none, expected a caption of {row['content']}, or its text in {beside}")
         if row.sampler != "ddim":
             raise InputError(f"sampler: found {row.sampler}, expected ddim, which the method inverts")
@@ -244,6 +244,12 @@ class InstantStylePlus(Method):
         told = [f"{key} {row[names[key]]:g}" for key, path in scales.items() if path is not None]
         guided = [f"{key} {row[key + '_guidance']:g}" for key in ("style", "content") if row[key + "_guidance"]]
         return {"parts": ", ".join(told) or "none"} | ({"guided by": ", ".join(guided)} if guided else {})
+
+
+def _beside(picture: str) -> str:
+    """Return the name of the text beside a picture."""
+    folder, slash, name = picture.rpartition("/")
+    return f"{folder}{slash}{Path(name).with_suffix('.txt')}"
 
 
 def _open_guide(path: str) -> Any:

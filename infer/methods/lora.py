@@ -141,6 +141,8 @@ def check_loras(key: str, value: Any) -> Merges:
     if not text:
         return ()
     path, colon, told = text.rpartition(":")
+    if told.startswith("//"):  # of an address
+        path, colon = text, ""
     strength: Strength = 1.0
     if colon and path and "=" in told and not told.lower().endswith(".safetensors"):
         strength = _by_name(key, text, told)

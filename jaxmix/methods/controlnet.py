@@ -21,7 +21,7 @@ from jaxmix.rows import numbers
 from jaxmix.types import InputError, Params, note, shown
 from jaxmix.weights import load_tree
 from jaxmix.weights.controlnet_files import open_controlnet, write_controlnet
-from jaxmix.weights.files import ASSETS, user_path
+from jaxmix.weights.files import ASSETS, path_here, user_path
 
 PLACES = {name: ASSETS / name for name in ("mini-edges", "mini-tile", "mini-masks")}
 EMBEDDED = {name: path for name, path in PLACES.items() if (path / "config.json").is_file()}
@@ -102,7 +102,7 @@ class ControlNet(Card):
 
     def save(self, folder: str | Path, dtype: Any = None) -> None:
         """Write diffusers' folder, which its `ControlNetModel.from_pretrained` opens; ``dtype`` casts the weights."""
-        write_controlnet(user_path(folder), self.config.to_dict(), self.params, dtype)
+        write_controlnet(path_here(folder), self.config.to_dict(), self.params, dtype)
 
     def check(self, pipe: Pipeline) -> None:
         """Raise `InputError` if the net is for another base."""

@@ -23,7 +23,7 @@ from jaxmix.pipeline.request import Method, Request, is_list
 from jaxmix.pipeline.vision import ImageEncoder, as_mask, as_picture
 from jaxmix.rows import numbers, tile
 from jaxmix.types import AnyArray, InputError, Params, shown
-from jaxmix.weights.files import ASSETS, user_path
+from jaxmix.weights.files import ASSETS, path_here, user_path
 from jaxmix.weights.ip_adapter_files import read_ip_adapter, write_ip_adapter
 
 PLACES = {name: ASSETS / name / "ip_adapter.safetensors" for name in ("mini-ip", "mini-ip-plus")}
@@ -105,7 +105,7 @@ class IPAdapter(Card):
 
     def save(self, path: str | Path, dtype: Any = None) -> None:
         """Write the adapter in the layout of the published files, which diffusers loads; ``dtype`` casts it."""
-        write_ip_adapter(user_path(path), self.projection, self.layers, dtype)
+        write_ip_adapter(path_here(path), self.projection, self.layers, dtype)
 
     def check(self, pipe: Pipeline) -> None:
         """Raise `InputError` if the adapter does not fit the pipeline, or its encoder not the adapter."""

@@ -25,7 +25,7 @@ from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import WEIGHTS, Method, Request
 from jaxmix.tuning import lora as low_rank
 from jaxmix.types import InputError, Params, shown
-from jaxmix.weights.files import exists, user_path
+from jaxmix.weights.files import exists, path_here, user_path
 from jaxmix.weights.lora_files import read_blocks, read_lora
 from jaxmix.weights.lora_write import write_lora
 
@@ -190,7 +190,7 @@ class LoRA(Card):
         only plain LoRA and DoRA of it. With ``pipe`` the LoRA is checked against it first, and kohya's names for SDXL
         are those of the original layout, as kohya's own scripts expect. ``dtype`` casts the factors.
         """
-        path = Path(path)
+        path = path_here(path)
         if path.suffix.lower() != ".safetensors":
             raise InputError(f"{path}: found {path.suffix or 'no ending'!r}, expected a file that ends in .safetensors")
         original = None

@@ -24,7 +24,7 @@ from jaxmix.pipeline.vision import ImageEncoder, as_picture, shuffled
 from jaxmix.rows import numbers, tile
 from jaxmix.types import AnyArray, Array, InputError, Params
 from jaxmix.weights import SafetensorsFile, load_tree, save_tree
-from jaxmix.weights.files import ASSETS, user_path
+from jaxmix.weights.files import ASSETS, path_here, user_path
 from jaxmix.weights.single_file_kinds import kind_of
 
 PLACES = {"mini-style": ASSETS / "mini-style" / "style_adapter.safetensors"}
@@ -75,7 +75,7 @@ class StyleAdapter(Card):
             "blocks": maths.depth(self.style_emb),
         }
         tree = {"style_emb": self.style_emb, "layers": dict(self.layers)}
-        save_tree(tree, user_path(path), dtype, {_KEY: json.dumps(config)})
+        save_tree(tree, path_here(path), dtype, {_KEY: json.dumps(config)})
 
     @classmethod
     def load(

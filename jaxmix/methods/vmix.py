@@ -22,7 +22,7 @@ from jaxmix.rows import numbers, tile
 from jaxmix.tuning.lora import without_alpha
 from jaxmix.types import Array, InputError, Params
 from jaxmix.weights import load_tree, read_header, save_tree
-from jaxmix.weights.files import ASSETS
+from jaxmix.weights.files import ASSETS, user_path
 
 EMBEDDED = {"mini-vmix": ASSETS / "mini-vmix" / "adapter.safetensors"}
 """Adapters that come with the package, by name."""
@@ -131,7 +131,7 @@ class VMix(Card):
         Raises `InputError` for any other file, and for an adapter that does not fit ``pipe``; without ``pipe`` that is
         checked when the adapter is applied.
         """
-        path = EMBEDDED.get(str(path), Path(path))
+        path = EMBEDDED.get(str(path)) or user_path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such file, expected a VMix adapter or one of {', '.join(EMBEDDED)}")
         header = read_header(path)

@@ -15,7 +15,7 @@ from jaxmix import pictures
 from jaxmix.pipeline.vision import ImageEncoder
 from jaxmix.types import AnyArray, InputError, shown
 from jaxmix.weights import save_tree
-from jaxmix.weights.files import exists, user_path
+from jaxmix.weights.files import exists, path_here, user_path
 from jaxmix.weights.finite import all_finite
 from jaxmix.weights.identity import config_digest, weights_digest
 from jaxmix.weights.safetensors import SafetensorsFile
@@ -67,7 +67,7 @@ class Embeddings:
 
     def save(self, path: str | Path) -> None:
         """Write both as one safetensors file, which appears whole or not at all."""
-        save_tree({"shown": np.asarray(self.shown), "none": np.asarray(self.none)}, user_path(path), np.float32)
+        save_tree({"shown": np.asarray(self.shown), "none": np.asarray(self.none)}, path_here(path), np.float32)
 
     @classmethod
     def load(cls, path: str | Path) -> Embeddings:
@@ -98,7 +98,7 @@ class EmbeddingFolder:
     """
 
     def __init__(self, path: str | Path, image_encoder: ImageEncoder | None = None) -> None:
-        self.path = user_path(path)
+        self.path = path_here(path)
         self.image_encoder = image_encoder
         self._names: dict[tuple[str, int, int], str] = {}
         self._none: np.ndarray | None = None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.models import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel, UNetConfig, VAEConfig
+from jaxmix.paths import url_of
 from jaxmix.pipeline.folders import PARTS, own_defaults, pipeline_family, what_folder
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.released import RELEASED
@@ -42,7 +43,8 @@ _MODELS: dict[str, Any] = {
     "text_encoder_2": CLIPTextModel,
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_KNOWN = "'mini', a diffusers folder, a .safetensors file, or a hub id 'owner/name'"
+_HUB_URL = re.compile(rf"hf://({_HUB_ID.pattern})")
+_KNOWN = "'mini', a diffusers folder, a .safetensors file, a hub id 'owner/name', or one in gs://, s3:// or hf://"
 _OTHER_FILES = {
     ".bin": "a Python pickle, which can run code when it is opened",
     ".ckpt": "a Python pickle, which can run code when it is opened",
@@ -79,7 +81,8 @@ def load(
     """Load a Stable Diffusion 1.x, 2.x or XL pipeline, in whichever form it comes.
 
     ``name`` is "mini" (the model in this package), a diffusers folder (safetensors, sharded or not, or Flax msgpack),
-    a single ``.safetensors`` file in the original layout, or a hub id "owner/name".
+    a single ``.safetensors`` file in the original layout, a hub id "owner/name", or the address of such a folder or
+    file in a bucket (gs://, s3://) or on the hub (hf://owner/name/file.safetensors).
     ``dtype`` is the type of weights and computation: float32 (if None), bfloat16, float16, or "auto" for the widest
     type in which each part is stored. A VAE that overflows in float16 (``force_upcast``) is still computed in float32.
     ``sampler``, ``prediction_type`` ("epsilon", "v_prediction", "sample") and ``rescale_betas_zero_snr`` (arXiv
@@ -110,6 +113,8 @@ def load(
 
 def _found(what: str, name: str | Path) -> Path:
     """Return the path of a model that is named in any way; what is only on the hub is downloaded."""
+    if found := _HUB_URL.fullmatch(url_of(name) or ""):
+        return download(found[1], PARTS["sdxl"], alone=what in ("unet", "vae"))
     path = ASSETS / "mini" if str(name) == "mini" else user_path(name)
     if exists(path):
         return path

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxmix.pipeline.parts import Parts
 from jaxmix.weights import save_tree, write_config
+from jaxmix.weights.files import path_here
 from jaxmix.weights.single_file import family_of_configs, save_single_file
 from jaxmix.weights.single_file_extras import save_extras
 
@@ -28,7 +29,8 @@ def save_pipeline(pipe: Parts, path: str | Path, dtype: Any = None) -> None:
 
     ``dtype`` casts the floating-point weights on the way; None keeps theirs.
     """
-    if Path(path).suffix.lower() == ".safetensors":
+    path = path_here(path)
+    if path.suffix.lower() == ".safetensors":
         configs = {part: getattr(pipe, part).config.to_dict() for part in _parts(pipe)}
         family = family_of_configs(configs) if pipe.extras is None else pipe.extras.family
         configs["scheduler"] = pipe.schedule.to_config()

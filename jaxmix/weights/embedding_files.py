@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmix.types import InputError, shown
-from jaxmix.weights.files import refuse_stand_in
+from jaxmix.weights.files import refuse_stand_in, user_path
 from jaxmix.weights.safetensors import SafetensorsFile
 
 _LARGEST = 64 << 20  # bytes: a hundred vectors take 0.3 MB
@@ -48,7 +48,7 @@ def read_embedding(path: str | Path) -> LearntVectors:
 
     Raises `InputError`, which names the file, for a missing or damaged one and one of another kind.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from jaxmix.clients import url_of
+from jaxmix.paths import local
 from jaxmix.types import InputError
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -21,6 +23,7 @@ WEIGHTS = f"{' or '.join(STEMS)}[.VARIANT].safetensors, its .index.json, {' or '
 
 _WHOLE = re.compile(rf"({'|'.join(STEMS)})(?:\.([\w-]+))?\.safetensors", re.IGNORECASE)
 _INDEX = re.compile(rf"({'|'.join(STEMS)})\.safetensors\.index(?:\.([\w-]+))?\.json", re.IGNORECASE)
+_SMALL = (".json", ".txt", ".model")  # of a model's folder: configs and tokenizers
 _SHARD = re.compile(r"-\d+-of-\d+")
 _VARIANTS = ("", "fp16", "bf16", "ema")  # in this order; then all others; non_ema, meant for training on, last
 
@@ -47,13 +50,46 @@ def preferred(names: Iterable[str]) -> str | None:
 def user_path(name: str | os.PathLike[str]) -> Path:
     """Return the path that a user names: as it stands if there is such a file, else with "~" for a home.
 
-    Raises InputError for a name that no file can have.
+    What lies in a bucket is fetched, of a model's folder what is read of it, and its path here is returned. Raises
+    InputError for a name that no file can have, and for what cannot be fetched.
     """
+    if url_of(name) is not None:
+        return local(name, read_of)
+    return path_here(name)
+
+
+def path_here(name: str | os.PathLike[str]) -> Path:
+    """Return the path on this machine that a user names; raises InputError for one in a bucket."""
+    if url_of(name) is not None:
+        raise InputError(f"{name}: found the address of a bucket, expected a path here, from which to copy it there")
     path = Path(name)
     try:
         return path if not str(name).startswith("~") or path.exists() else path.expanduser()
     except (RuntimeError, ValueError) as error:  # an unknown user; a zero byte
         raise InputError(f"{str(name)!r}: not a path: {error}") from None
+
+
+def read_of(files: Sequence[str], read: Callable[[str], bytes]) -> list[str]:
+    """Return which files of a folder in a bucket are read: of weights in several forms one, by `preferred`, no pickles.
+
+    Of a folder without such weights all safetensors are.
+    """
+    wanted = [name for name in files if PurePosixPath(name).suffix.lower() in _SMALL]
+    for folder in dict.fromkeys(PurePosixPath(name).parent for name in files):
+        inside = [PurePosixPath(name).name for name in files if PurePosixPath(name).parent == folder]
+        found = preferred(inside)
+        if found is None:
+            names = [name for name in inside if name.lower().endswith(".safetensors")]
+        else:
+            names = [found]
+            if found.endswith(".json"):
+                try:
+                    held = json.loads(read(str(folder / found)))["weight_map"].values()
+                    names += [name for name in inside if name in set(held)]
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    pass  # what is wrong with it is said when it is opened
+        wanted += [str(folder / name) for name in names]
+    return sorted(set(wanted))
 
 
 def exists(path: Path) -> bool:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.weights import names
+from jaxmix.weights.files import path_here
 from jaxmix.weights.safetensors import DTYPE_NAMES, encode_header
 
 
@@ -47,7 +48,7 @@ def save_tree(
     entries = {
         key: (leaves[key][2], names.to_torch_shape(leaves[key][0], tuple(leaves[key][1].shape))) for key in order
     }
-    with _replacing(Path(path)) as file:
+    with _replacing(path_here(path)) as file:
         file.write(encode_header(entries, metadata))
         for key in order:
             leaf_path, leaf, stored = leaves[key]
@@ -58,7 +59,7 @@ def save_tree(
 
 def write_config(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a config as JSON, sorted and indented as diffusers does; the file appears whole or not at all."""
-    with _replacing(Path(path)) as file:
+    with _replacing(path_here(path)) as file:
         file.write((json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
