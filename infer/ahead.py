@@ -24,7 +24,7 @@ WRITERS = 4
 
 
 class Writers:
-    """Threads that write pictures. What one raises is raised by the next `hand` or `wait`; no picture is lost by that.
+    """Threads that write pictures. What one raises is raised by `check`, and no other picture is lost by it.
 
     At most ``most`` pictures are held that are not yet written, so that a slow disk slows the job, and not its memory
     fills.
@@ -34,22 +34,29 @@ class Writers:
         self._most = most
         self._pool = ThreadPoolExecutor(WRITERS, "write")
         self._left: collections.deque[Future[None]] = collections.deque()
+        self._error: BaseException | None = None
 
     def hand(self, write: Callable[[], None]) -> None:
         """Let a thread write something; waits while too much is left."""
         while self._left and (len(self._left) >= self._most or self._left[0].done()):
-            self._left.popleft().result()
+            self._error = self._left.popleft().exception() or self._error
         self._left.append(self._pool.submit(write))
 
+    def check(self) -> None:
+        """Raise an error that there has been."""
+        while self._left and self._left[0].done():
+            self._error = self._left.popleft().exception() or self._error
+        if self._error is not None:
+            raise self._error
+
     def wait(self) -> None:
-        """Wait for everything; raise the first of the errors, after all have been tried."""
-        errors = [error for future in self._left if (error := future.exception()) is not None]
-        self._left.clear()
-        if errors:
-            raise errors[0]
+        """Wait until all that was handed over has been tried; raise an error that there has been."""
+        for future in [*self._left]:
+            future.exception()
+        self.check()
 
     def close(self) -> None:
-        """End the threads, after what they were given."""
+        """End the threads, after all that they were given has been tried."""
         self._pool.shutdown()
 
 

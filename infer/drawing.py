@@ -95,7 +95,7 @@ class Drawing:
                     self._finish(given, writers, bar)
             finally:
                 writers.close()
-            writers.wait()
+            writers.check()
         leaving.drawing = False
         self.times.drawing = time.monotonic() - began - (clock.seconds - compiled)
         self.times.waited = device.share
@@ -140,6 +140,7 @@ class Drawing:
             else:
                 self._fail(row, f"the result {NOT_FINITE}", bar)
         bar.update(len(batch.rows))
+        writers.check()
 
     def _split(self, batch: FilledBatch, error: Exception, bar: Any) -> None:
         """Put batches of half its size in the place of one that did not fit into memory; raises other errors."""

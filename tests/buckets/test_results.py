@@ -79,7 +79,7 @@ def test_what_fails_for_a_moment_is_tried_again_and_what_fails_for_good_is_one_l
     with pytest.raises(InputError, match=r"memory://b/two/0001.*4 times over \(OSError: connection reset"):
         go(tmp_path, "memory://b/two")
     broken = False
-    assert go(tmp_path, "memory://b/two", batch_size=1)[1] == [1, 2]  # the rest was safe
+    assert go(tmp_path, "memory://b/two", batch_size=1)[1] == [1]  # the rest was safe
 
 
 def test_a_listing_that_is_late_costs_nothing(tmp_path, monkeypatch):
