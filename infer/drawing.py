@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import errno
 import functools
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,8 @@ class Drawing:
         self.times = Times(devices=1 if mesh is None else mesh.size)
         self.failed: list[BadRow] = []
         self._left: collections.deque[FilledBatch] = collections.deque()
+        self._writers, self._given = Writers(), collections.deque[Started]()
+        self._gave_up = False
         self._lock = threading.Lock()  # of what writers change
         self._on_device: tuple[FilledBatch, float] | None = None  # and since when
         self._took: dict[int, float] = {}  # seconds of a batch of each bucket
@@ -79,7 +82,7 @@ class Drawing:
         self._left = collections.deque(batches)
         interrupted = False
         with progress(len(rows), "draw", "images") as bar, DeviceClock(lambda: clock.seconds) as device:
-            writers, given = Writers(), collections.deque[Started]()
+            writers, given = self._writers, self._given
             try:
                 self._begin(rows)
                 with ticking(lambda: self._tell(bar)):
@@ -158,6 +161,16 @@ class Drawing:
             self._fail(row, f"out of memory with {len(batch.filled)} images at a time", bar)
         bar.update(len(batch.rows))
 
+    def salvage(self) -> None:
+        """Write, from another thread, what the device has drawn while the main one is at what cannot be interrupted."""
+        for started in [*self._given]:
+            if started.finite.is_ready():
+                images, finite = np.asarray(started.images), np.asarray(started.finite)
+                for row, place in zip(started.batch.rows, started.batch.kept, strict=True):
+                    if finite[place]:
+                        self._write(row, images[place], sys.stderr)
+        self._writers.wait()
+
     def _tell(self, bar: Any) -> None:
         """Say which step the device is at if the batch takes as long as the last such one, or for how long it runs."""
         if (now := self._on_device) is None:
@@ -196,15 +209,15 @@ class Drawing:
             with self._lock:
                 self.manifest.add_image(row.file_name, self.settings(row), extra)
 
-        for seconds in RETRIES:
+        for seconds in (*RETRIES, None):
             try:
                 return write()
             except OSError as error:
-                if error.errno not in PASSING:
+                if error.errno not in PASSING or seconds is None or self._gave_up:
+                    self._gave_up = True  # nor do pictures wait that other threads have
                     raise
                 bar.write(f"{error.filename or self.out}: {error.strerror}, trying again in {seconds:g} s")
             time.sleep(seconds)
-        write()
 
     def _fail(self, row: Row, reason: str, bar: Any) -> None:
         bad = BadRow(row.number, row.where, reason)

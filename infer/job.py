@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import secrets
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from infer.drawing import Drawing, cells_of, open_pictures, request
 from infer.flags import Config
 from infer.folder import Folder, digest, job_of
 from infer.hosts import ALONE, Hosts, Presence, join
-from infer.leaving import Leaving
+from infer.leaving import CLOSING, Leaving
 from infer.leftovers import sweep
 from infer.manifest import Manifest
 from infer.measure import CompileClock
@@ -183,6 +184,9 @@ def draw(
             return f"{drawing.times.images} of {len(mine)} images{{}}; go on with: {folder.again()}"
 
         def last(name: str, seconds: float) -> None:
+            saving = threading.Thread(target=drawing.salvage, daemon=True)
+            saving.start()
+            saving.join(CLOSING)
             if presence is not None:
                 presence.end()
             sweep(folder.path, own=True)

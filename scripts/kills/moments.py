@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ def watch_writes(log: Path, kill: Kill | None) -> None:
 
     kill = kill or Kill("none")
     counts: Counter[str] = Counter()
+    lock = threading.Lock()
     whole, append, add = drawing.write_whole, manifest.Manifest._append, manifest.Manifest.add_image
     merged = manifest.write_whole
 
     def now(kind: str) -> bool:
-        counts[kind] += 1
-        return kind == kill.kind and counts[kind] == kill.number
+        with lock:  # pictures are written by threads
+            counts[kind] += 1
+            return kind == kill.kind and counts[kind] == kill.number
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
