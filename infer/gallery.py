@@ -1,10 +1,16 @@
-"""Results for people: a static gallery.html beside the images, and one contact sheet PNG."""
+"""Results for people: a static gallery.html beside the images, and one contact sheet PNG.
+
+The page holds everything but the pictures: it opens from a file, a server or a bucket, and asks nobody else for
+anything. Its first cards are plain HTML; a script turns pages, filters and enlarges, from the rows as JSON at its end.
+"""
 
 from __future__ import annotations
 
 import html
 import io
+import json
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +19,11 @@ from PIL import Image, ImageDraw
 
 from infer.captions import font, wrapped
 from infer.png import write_whole
-from jaxmix import paths
+from infer.thumbnails import SIDE, make_thumbnails, thumbnail_of
 
 CELL = 208  # pixels: the width at which pictures are shown; small ones are enlarged to the nearest whole multiple
 SHEET_LIMIT = 120
+PAGE = 60  # cards
 
 
 @dataclass(frozen=True)
@@ -33,31 +40,53 @@ class Picture:
 class Item:
     """One row of the job: its pictures side by side (inputs first, the result last), caption and settings.
 
-    An item without pictures is shown as a failed row with `error` as its text.
+    An item without pictures is shown as a failed row with `error` as its text. `method` is what rows are filtered by,
+    `rows` what draws the picture again, a line of JSON for each row of its group, "" if nobody knows.
     """
 
     caption: str
     pictures: Sequence[Picture] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
+    method: str = "plain"
+    rows: str = ""
 
 
-def write_gallery(folder: Path, items: Sequence[Item], title: str, facts: Mapping[str, str]) -> Path:
-    """Write gallery.html into `folder` and return its path.
+def write_gallery(
+    folder: Path,
+    items: Sequence[Item],
+    title: str,
+    facts: Mapping[str, str],
+    command: str = "",
+) -> Path:
+    """Write gallery.html into `folder`, and small copies of large pictures; return the page's path.
 
-    The page needs only the pictures beside it; `facts` (model, date, speeds) are shown under the title.
+    The page needs only what lies beside it. `facts` (model, date, speeds) are shown under the title; `command` is what
+    draws rows again, with ` --prompts FILE --out FOLDER` after it.
     """
-    template = Path(__file__).with_name("gallery.template.html").read_text(encoding="utf-8")
+    here = Path(__file__)
     drawn = [item for item in items if item.pictures]
+    large = [p.file for item in drawn for p in item.pictures if max(p.width, p.height) > SIDE]
+    thumbs = make_thumbnails(folder, large)
     width = max((_shown_width(picture) for item in drawn for picture in item.pictures), default=CELL)
-    most = max((len(item.pictures) for item in drawn), default=1)
+    data = {
+        "page": PAGE,
+        "command": command or "python -m infer.generate",
+        "rows": [_packed(item, thumbs) for item in drawn],
+    }
     parts = {
         "TITLE": html.escape(title),
-        "COLUMN": str(width * most + 12 * (most - 1)),
+        "COLUMN": str(width),
         "FACTS": "\n".join(_fact(key, value) for key, value in facts.items()),
         "ERRORS": _errors([item for item in items if not item.pictures]),
-        "ITEMS": "\n".join(_card(item) for item in drawn),
+        "ITEMS": "\n".join(_card(item, thumbs) for item in drawn[:PAGE]),
+        "MORE": _more(drawn[PAGE:]),
+        # "<" would end the element, or begin a comment in it.
+        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "STYLE": here.with_name("gallery.css").read_text(encoding="utf-8").strip(),
+        "SCRIPT": here.with_name("gallery.js").read_text(encoding="utf-8").strip(),
     }
+    template = here.with_name("gallery.template.html").read_text(encoding="utf-8")
     page = re.sub("@(" + "|".join(parts) + ")@", lambda match: parts[match[1]], template)
     path = folder / "gallery.html"
     write_whole(path, page.encode("utf-8", "replace"))
@@ -93,7 +122,7 @@ def write_contact_sheet(folder: Path, items: Sequence[Item], title: str, columns
         for column, index in enumerate(row):
             left = gap + column * (cell + gap)
             for place, picture in enumerate(shown[index].pictures):
-                sheet.paste(_scaled(folder / picture.file, picture), (left + place * (width + 4), top))
+                sheet.paste(_scaled(folder, picture), (left + place * (width + 4), top))
             for number, line in enumerate(captions[index]):
                 small.draw(draw, (left, top + height + 6 + number * line_height), line, "#222")
         top += row_height
@@ -114,14 +143,19 @@ def _shown_height(picture: Picture) -> int:
     return round(picture.height * _shown_width(picture) / picture.width)
 
 
-def _scaled(path: Path, picture: Picture) -> Image.Image:
+def _scaled(folder: Path, picture: Picture) -> Image.Image:
     enlarge = picture.width <= CELL
     size = (_shown_width(picture), _shown_height(picture))
-    try:
-        with Image.open(io.BytesIO(paths.read(path) or b"") if paths.remote(path) else path) as image:
-            return image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError, ValueError):  # damaged since it was written: an empty place
-        return Image.new("RGB", size, "#ddd")
+    small = folder / thumbnail_of(picture.file)
+    names = [small] if max(picture.width, picture.height) > SIDE else []
+    for path in (*names, folder / picture.file):
+        try:
+            with path.open("rb") as file, Image.open(file) as image:
+                how = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
+                return image.convert("RGB").resize(size, how)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue  # not there, or damaged since it was written
+    return Image.new("RGB", size, "#ddd")  # an empty place
 
 
 def _fact(key: str, value: str) -> str:
@@ -131,24 +165,53 @@ def _fact(key: str, value: str) -> str:
 def _errors(items: Sequence[Item]) -> str:
     if not items:
         return ""
-    lines = "\n".join(f"<li>{html.escape(item.error)}</li>" for item in items)
-    return f'<section class="errors"><h2>Rows not drawn</h2><ul>{lines}</ul></section>'
+    lines = "\n".join(_error(item) for item in items)
+    many = f" ({len(items):,})" if len(items) > 5 else ""
+    return f'<section class="errors"><h2>Rows not drawn{many}</h2><ul>{lines}</ul></section>'
 
 
-def _card(item: Item) -> str:
+def _error(item: Item) -> str:
+    if not item.rows:
+        return f"<li>{html.escape(item.error)}</li>"
+    copied, button = html.escape(item.rows), '<button type="button">Copy row</button>'
+    return f'<li data-copy="{copied}">{html.escape(item.error)}{button}</li>'
+
+
+def _more(rest: Sequence[Item]) -> str:
+    """Return what a browser without scripts shows instead of the other pages."""
+    if not rest:
+        return ""
+    return f'<p class="more">{len(rest):,} more, which need scripts to be shown here; they lie beside this page.</p>'
+
+
+def _packed(item: Item, thumbs: Mapping[str, str]) -> list[object]:
+    """Return what the page's script knows of an item, in the order in which it reads it."""
+    pictures = [
+        [p.file, _shown_width(p), _shown_height(p), p.label, thumbs.get(p.file, ""), int(p.width <= CELL)]
+        for p in item.pictures
+    ]
+    return [item.caption, pictures, [*map(list, item.settings.items())], item.method, item.rows]
+
+
+def _card(item: Item, thumbs: Mapping[str, str]) -> str:
     settings = "".join(_fact(key, value) for key, value in item.settings.items())
-    pictures = "".join(_figure(picture, item.caption) for picture in item.pictures)
+    pictures = "".join(_figure(picture, item.caption, thumbs) for picture in item.pictures)
     return (
         f'<article><div class="pictures">{pictures}</div>'
         f'<p class="caption">{html.escape(item.caption)}</p><dl class="settings">{settings}</dl></article>'
     )
 
 
-def _figure(picture: Picture, caption: str) -> str:
+def _figure(picture: Picture, caption: str, thumbs: Mapping[str, str]) -> str:
     small = ' class="small"' if picture.width <= CELL else ""
     label = f"<figcaption>{html.escape(picture.label)}</figcaption>" if picture.label else ""
-    file, alt = html.escape(picture.file), html.escape(picture.label or caption)
+    file, shown = _href(picture.file), _href(thumbs.get(picture.file, picture.file))
+    alt = html.escape(picture.label or caption)
     return (
-        f'<figure><a href="{file}" aria-label="Enlarge: {alt}"><img src="{file}"{small} alt="{alt}" loading="lazy" '
+        f'<figure><a href="{file}" aria-label="Enlarge: {alt}"><img src="{shown}"{small} alt="{alt}" loading="lazy" '
         f'width="{_shown_width(picture)}" height="{_shown_height(picture)}"></a>{label}</figure>'
     )
+
+
+def _href(file: str) -> str:
+    return html.escape(urllib.parse.quote(file))

@@ -7,6 +7,7 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
+from infer.again import command_of, row_lines
 from infer.gallery import Item, Picture, write_contact_sheet, write_gallery
 from infer.manifest import Manifest
 from infer.measure import CompileClock
@@ -56,6 +57,7 @@ def write_overview(
     items: list[Item] = []
     failed = {row.number for row in bad}
     there = paths.names(out)
+    lines = row_lines(rows, methods)
     for row in rows:
         record = manifest.record(row.file_name)
         if record is None or row.file_name not in there:  # not drawn, or not yet
@@ -75,9 +77,10 @@ def write_overview(
         label = "result" if inputs else ""
         picture = Picture(row.file_name, record["width"], record["height"], label)
         caption = row.prompt or next(filter(None, (method.caption(row) for method in here)), "")
-        items.append(Item(caption, [*inputs, picture], shown))
+        method = "+".join(method.name for method in here if not method.part_of_model) or "plain"
+        items.append(Item(caption, [*inputs, picture], shown, method=method, rows=lines[row.number]))
     drawn = len(items)
-    items += [Item("", error=str(row)) for row in bad]
+    items += [Item("", error=str(row), rows=lines.get(row.number, "")) for row in bad]
     facts = {"model": model, "images": str(drawn)}
     if missing := sum(row.number not in failed for row in rows) - drawn:
         facts["not drawn yet"] = str(missing)
@@ -87,7 +90,7 @@ def write_overview(
     if times.images:
         facts["speed"] = times.speed
         facts["compile"] = f"{times.compile:.1f} s"
-    write_gallery(out, items, f"Drawn by {Path(model).name}", facts)
+    write_gallery(out, items, f"Drawn by {Path(model).name}", facts, command_of(methods))
     write_contact_sheet(out, items, f"{Path(model).name}: {drawn} images")
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import jaxmix
+from infer.again import row_lines
 from infer.batches import batches_of
 from infer.drawing import build, request
 from infer.flags import Config
@@ -317,6 +318,29 @@ def test_all_flags_of_all_methods_are_flags_of_every_command():
     assert parse(main, ["--adain", "none"]).adain == "none"
     scalar = {key for key in Methods(Config()).fields if key != "group"}
     assert scalar <= {*vars(found)}
+
+
+def test_a_row_copied_from_the_gallery_is_the_same_row_without_the_flags_of_its_job(files, tiny_pipeline, tmp_path):
+    all_of = fields(files)
+    rows = [{}, *all_of.values(), {**all_of["style_aligned"], **all_of["dense"]}]
+    flags = {"guidance_scale": 2.5, "seed": 9, "cross": 0.7, "score_scale": 1.5}
+    _, methods, good, bad = read(tmp_path, rows, lora=[f"{files / 'lora.safetensors'}:0.25"], **flags)
+    good, unfit = complete(good, tiny_pipeline, methods)
+    lines = row_lines(good, methods)
+    assert not bad and not unfit and len(lines) == len(rows)
+
+    def plain(row, methods):
+        return {key: x for key, x in methods.settings(row).items() if key not in ("row", "group_mark")}
+
+    seen = []
+    for row in good:
+        objects = [json.loads(line) for line in lines[row.number].split("\n")]
+        _, others, again, bad = read(tmp_path, objects, steps=None)
+        again, unfit = complete(again, tiny_pipeline, others)
+        assert not bad and not unfit
+        assert plain(row, methods) in [plain(one, others) for one in again]
+        seen.append(len(again))
+    assert seen.count(2) == 2 and sum(seen) == len(rows) + 2  # those of a group come with another
 
 
 @pytest.mark.slow
