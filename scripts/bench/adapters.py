@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxmix.controls import controlnet, ip_adapter, vmix
+from jaxmix.controls import controlnet, deadiff, ip_adapter, layer_prompts, vmix
 from jaxmix.controls.vmix import VMixConfig, label_pairs
 from jaxmix.models import VAEConfig
 from jaxmix.models.controlnet import ControlNetConfig, ControlNetModel
@@ -41,15 +42,20 @@ class Part:
     bind: Callable[[Any, dict[str, Any]], Sequence[Any]]
 
 
-def adapter_program(engine: str, row: BenchRow) -> Program:
-    """Return our sampler with the adapters of an engine's name; raises `InputError` for other rows than samplers."""
+def adapter_program(engine: str, row: BenchRow, mesh: Mesh | None = None) -> Program:
+    """Return our sampler with the adapters of an engine's name; raises `InputError` for other rows than samplers.
+
+    Under a mesh each device has rows of its own.
+    """
     if row.task != "sample":
         raise InputError(f"{row.name}: {engine} has a part in the sampler alone, expected --tasks sample")
-    plain = ours(row)
+    plain = ours(row, mesh)
     if engine == "ours-instantstyle-plus":
-        return _instantstyle_plus(row, plain)
+        return _instantstyle_plus(row, plain, mesh)
     made = {
         "ours-vmix": lambda: [_vmix(row, plain)],
+        "ours-deadiff": lambda: [_two_slots(row, plain)],
+        "ours-layers": lambda: [_layer_prompts(row, plain)],
         **{name: functools.partial(lambda k: [_picture(row, plain, k)], k) for name, k in PICTURES.items()},
         **{name: functools.partial(lambda k: [_nets(row, k)], k) for name, k in NETS.items()},
         TOGETHER: lambda: [_vmix(row, plain), _picture(row, plain, PICTURES["ours-ip"]), _nets(row, 1)],
@@ -114,6 +120,35 @@ def _picture(row: BenchRow, plain: Program, tokens: int, name: str = "shown", on
     return Part({} if held else {name: layers}, {name: seen, f"no {name}": seen}, bind)
 
 
+def _two_slots(row: BenchRow, plain: Program) -> Part:
+    """Return DEADiff with 16 tokens in both of its slots, including their keys and values."""
+    unet = unet_of(row)
+    names = _attn2(unet)
+    base = {site: subtree(plain.params, site) for site in names}
+    layers = {site: {x: {"kernel": base[site][x]["kernel"]} for x in ("to_k", "to_v")} for site in names}
+    slots = {site: "content" if re.search(deadiff.CONTENT, site) else "style" for site in names}
+
+    def bind(params: Any, x: dict[str, Any]) -> Sequence[Any]:
+        tokens = {slot: x[slot] for slot in deadiff.SLOTS}
+        return [deadiff.bind(params["slots"], tokens, slots, scale=jnp.ones((row.batch,)))]
+
+    shape = (row.batch, 16, unet.config.cross_attention_dim)
+    seen = jax.ShapeDtypeStruct(shape, jnp.dtype(row.dtype))
+    return Part({"slots": layers}, dict.fromkeys(deadiff.SLOTS, seen), bind)
+
+
+def _layer_prompts(row: BenchRow, plain: Program) -> Part:
+    """Return a prompt of their own for half of the attn2."""
+    context = plain.inputs["context"]
+    names = _attn2(unet_of(row))[::2]
+
+    def bind(params: Any, x: dict[str, Any]) -> Sequence[Any]:
+        return [layer_prompts.bind(x["layers"], dict.fromkeys(names, np.ones(row.batch, int)))]
+
+    states = jax.ShapeDtypeStruct((row.batch, 1, *context.shape[1:]), context.dtype)
+    return Part({}, {"layers": states}, bind)
+
+
 def _nets(row: BenchRow, count: int) -> Part:
     """Return ControlNets in all steps, including what they make of their pictures."""
     factor = VAEConfig.from_dict(configs(row.model, row.tiny)["vae"]).factor
@@ -131,7 +166,7 @@ def _nets(row: BenchRow, count: int) -> Part:
     return Part({"nets": (cast(net.abstract_params(), dtype),) * count}, maps, bind)
 
 
-def _instantstyle_plus(row: BenchRow, plain: Program) -> Program:
+def _instantstyle_plus(row: BenchRow, plain: Program, mesh: Mesh | None) -> Program:
     """Invert contents by ReNoise and draw them anew, with the tile net and one IP-Adapter for both pictures."""
     schedule, unet = NoiseSchedule.from_config(configs(row.model, row.tiny)["scheduler"]), unet_of(row)
     known = ("sdxl", "sd15", "mini").index(row.model)
@@ -143,10 +178,10 @@ def _instantstyle_plus(row: BenchRow, plain: Program) -> Program:
         inversion = DDIMInversion.create(schedule, row.steps, "next")
         refined = ReNoise().bind(schedule, row.steps, row.batch)
         captions = sampling_job(unet, params["unet"], x, row.batch).model
-        states, _ = invert_rows(captions, x["latents"], None, inversion, refine=refined)
+        states, _ = invert_rows(captions, x["latents"], None, inversion, refine=refined, mesh=mesh)
         controls = tuple(control for part in parts for control in part.bind(params, x))
         job = sampling_job(unet, params["unet"], {**x, "latents": states[:, -1]}, row.batch, controls)
-        return denoise(job, make_solver("ddim", schedule, row.steps))
+        return denoise(job, make_solver("ddim", schedule, row.steps), mesh=mesh)
 
     params, inputs = {"unet": plain.params}, dict(plain.inputs)
     for part in parts:

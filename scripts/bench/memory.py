@@ -12,20 +12,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from jaxmix import command
+from scripts.bench import apart
 from scripts.bench import rows as bench_rows
 from scripts.bench.changes import CHANGES, without
 from scripts.bench.rows import BenchRow
 from scripts.bench.table import seconds, table
 
-ROOT = Path(__file__).resolve().parents[2]
 PAIR = ("ours", "flax")  # whose ratios the table has
 ENGINES = (*PAIR, *bench_rows.ADAPTERS, *bench_rows.METHODS)
 TASKS = ("sample", "decode", "unet")
@@ -104,39 +102,9 @@ def compile_one(engine: str, row: BenchRow, target: str, undone: str) -> dict[st
 
 def in_process(engine: str, row: BenchRow, config: Config) -> dict[str, Any]:
     """Run `compile_one` in a new process; if it fails, return the "reason"."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
-    if config.target != "cpu":
-        # What libtpu would otherwise ask of a machine that has none.
-        environment |= {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_WORKER_ID": "0",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": str(config.effort),
-        }
-    order = json.dumps(
-        {"engine": engine, "row": dataclasses.asdict(row), "target": config.target, "without": config.without}
-    )
-    arguments = [sys.executable, "-m", "scripts.bench.memory", "--one", order]
-    try:
-        done = subprocess.run(
-            arguments, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=config.timeout
-        )
-    except subprocess.TimeoutExpired:
-        return {"reason": f"stopped after {config.timeout:.0f} s"}
-    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not answers:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
-        # The line that names the exception; what follows it may be advice.
-        named = [line for line in lines if "Error" in line.split(":", 1)[0]]
-        return {"reason": (named or lines)[-1][:300]}
-    return json.loads(answers[-1])
+    order = {"engine": engine, "row": dataclasses.asdict(row), "target": config.target, "without": config.without}
+    effort = None if config.target == "cpu" else config.effort
+    return apart.answer("scripts.bench.memory", order, effort, config.timeout)
 
 
 def fastest(runs: list[dict[str, Any]]) -> dict[str, Any]:

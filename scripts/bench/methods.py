@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmix.control import Control
 from jaxmix.controls import dense_diffusion, paint_with_words, structured_diffusion, style_aligned
@@ -28,8 +29,11 @@ from scripts.bench.ours import Program, sampling_job
 from scripts.bench.rows import BenchRow, configs
 
 
-def method_program(engine: str, row: BenchRow, plain: Program, unet: Any) -> Program:
-    """Return our sampler with the method of an engine's name, from the plain sampler of the row and its UNet."""
+def method_program(engine: str, row: BenchRow, plain: Program, unet: Any, mesh: Mesh | None = None) -> Program:
+    """Return our sampler with the method of an engine's name, from the plain sampler of the row and its UNet.
+
+    Under a mesh, which is that of `plain`, each device has rows of its own.
+    """
     if row.task != "sample":
         raise InputError(f"{row.name}: {engine} has a part in the sampler alone, expected --tasks sample")
     made = {
@@ -41,7 +45,7 @@ def method_program(engine: str, row: BenchRow, plain: Program, unet: Any) -> Pro
         "ours-fusion": _fusion,
         "ours-composable": _composable,
     }
-    return made[engine](row, plain, unet)
+    return made[engine](row, plain, unet, mesh)
 
 
 def _with(plain: Program, control: Control) -> Program:
@@ -64,7 +68,7 @@ def _halves(row: BenchRow, unet: Any) -> tuple[int, np.ndarray, list[tuple[int, 
     return configs(row.model, row.tiny)["text_length"], masks, grids
 
 
-def _dense(row: BenchRow, plain: Program, unet: Any) -> Program:
+def _dense(row: BenchRow, plain: Program, unet: Any, mesh: Mesh | None) -> Program:
     """Place two segments, left and right, in all steps: outside its window the method is the plain program."""
     tokens, masks, grids = _halves(row, unet)
     owners = np.full((row.batch, tokens), -1)
@@ -74,7 +78,7 @@ def _dense(row: BenchRow, plain: Program, unet: Any) -> Program:
     return _with(plain, dense_diffusion.bind(masks, owners, grids, window=(0.0, 1.0)))
 
 
-def _paint(row: BenchRow, plain: Program, unet: Any) -> Program:
+def _paint(row: BenchRow, plain: Program, unet: Any, mesh: Mesh | None) -> Program:
     """Paint the same segments."""
     tokens, masks, grids = _halves(row, unet)
     drawn = paint_with_words.paint(list(masks), [1.0, 1.0], WORDS, tokens, grids)
@@ -83,7 +87,7 @@ def _paint(row: BenchRow, plain: Program, unet: Any) -> Program:
     return _with(plain, paint_with_words.bind(painted, training_sigmas(schedule)))
 
 
-def _structured(row: BenchRow, plain: Program, unet: Any) -> Program:
+def _structured(row: BenchRow, plain: Program, unet: Any, mesh: Mesh | None) -> Program:
     """Values of other states than the keys': what the phrases' own states change of them is an input."""
     context = plain.inputs["context"]
     change = jax.ShapeDtypeStruct((row.batch, *context.shape[1:]), context.dtype)
@@ -95,14 +99,15 @@ def _structured(row: BenchRow, plain: Program, unet: Any) -> Program:
     return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, "change": change})
 
 
-def _aligned(row: BenchRow, plain: Program, unet: Any) -> Program:
-    """Draw all images of the batch in the style of the first."""
-    if row.batch < 2:
+def _aligned(row: BenchRow, plain: Program, unet: Any, mesh: Mesh | None) -> Program:
+    """Draw all images of the batch in the style of the first, or those of a device in that of its first."""
+    devices = 1 if mesh is None else mesh.size
+    if row.batch < 2 * devices:
         raise InputError(f"{row.name}: a group has two images at least, expected --batch 2 or more")
-    return _with(plain, style_aligned.bind([row.batch]))
+    return _with(plain, style_aligned.bind([row.batch // devices] * devices))
 
 
-def _style_id(row: BenchRow, plain: Program, unet: Any) -> Program:
+def _style_id(row: BenchRow, plain: Program, unet: Any, mesh: Mesh | None) -> Program:
     """Store features of one content and one style for all images, at the attn1 of the last two up blocks.
 
     Under guidance like the plain sampler it is compared with, though the method itself needs no second branch.
@@ -126,27 +131,29 @@ def _style_id(row: BenchRow, plain: Program, unet: Any) -> Program:
         control = StyleIDControl(*held, zeros, zeros, 0.75 * ones, 1.5 * ones, ones, sites=pattern)
         return plain.fn(params, x, (control,))
 
-    return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, **features})
+    shared = plain.shared | set(features)
+    return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, **features}, shared=shared)
 
 
-def _fusion(row: BenchRow, plain: Program, unet: Any) -> Program:
+def _fusion(row: BenchRow, plain: Program, unet: Any, mesh: Mesh | None) -> Program:
     """Blend one model's two prompts in all steps: three branches, where the plain sampler has two."""
     ones = jnp.ones((row.batch,))
-    return _with_other(row, plain, unet, SaliencyBlend(ones, ones, ones))
+    return _with_other(row, plain, unet, mesh, SaliencyBlend(ones, ones, ones))
 
 
-def _composable(row: BenchRow, plain: Program, unet: Any) -> Program:
+def _composable(row: BenchRow, plain: Program, unet: Any, mesh: Mesh | None) -> Program:
     """Compose two prompts per image, of unequal weights: three branches, too."""
-    return _with_other(row, plain, unet, Composed(jnp.tile(jnp.asarray([1.0, 0.5]), (row.batch, 1)), branches=(1, 2)))
+    weights = jnp.tile(jnp.asarray([1.0, 0.5]), (row.batch, 1))
+    return _with_other(row, plain, unet, mesh, Composed(weights, branches=(1, 2)))
 
 
-def _with_other(row: BenchRow, plain: Program, unet: Any, guidance: Guidance) -> Program:
+def _with_other(row: BenchRow, plain: Program, unet: Any, mesh: Mesh | None, guidance: Guidance) -> Program:
     """Return our sampler with one more prompt per image and a guidance that uses it."""
     schedule = NoiseSchedule.from_config(configs(row.model, row.tiny)["scheduler"])
     third = jax.ShapeDtypeStruct((row.batch, *plain.inputs["context"].shape[1:]), plain.inputs["context"].dtype)
 
     def sample(params: Any, x: dict[str, Any]) -> jax.Array:
         job = sampling_job(unet, params, x, row.batch, guidance=(guidance,))
-        return denoise(job, make_solver("ddim", schedule, row.steps))
+        return denoise(job, make_solver("ddim", schedule, row.steps), mesh=mesh)
 
     return dataclasses.replace(plain, fn=sample, inputs={**plain.inputs, "other": third})

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxmix.sharding import replicated, rows_over
 from jaxmix.testing import quick_params
 from jaxmix.tuning.flops import model_flops
 from scripts.bench.rows import BenchRow, added_width, configs
@@ -24,11 +26,12 @@ _CONSTANTS = {"t": 500, "time_ids": 512.0, "scale": GUIDANCE, "present": 1.0}  #
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function and the shapes of its arguments."""
+    """A function and the shapes of its arguments; `shared` names the inputs that are not one for each row."""
 
     fn: Callable[..., jax.Array]
     params: Any  # tree of ShapeDtypeStruct
     inputs: dict[str, jax.ShapeDtypeStruct]
+    shared: frozenset[str] = frozenset({"t", "strength"})
 
     def trace(self, sharding: Any = None) -> Any:
         """Trace under jit; ``sharding`` places every argument."""
@@ -37,6 +40,16 @@ class Program:
             return x if sharding is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         return jax.jit(self.fn).trace(*jax.tree.map(place, (self.params, self.inputs)))
+
+    def trace_over(self, mesh: Mesh) -> Any:
+        """Trace under jit for the devices of a mesh, over which the rows are split."""
+        whole, rows = replicated(mesh), rows_over(mesh)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), self.params)
+        inputs = {
+            k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole if k in self.shared else rows)
+            for k, x in self.inputs.items()
+        }
+        return jax.jit(self.fn).trace(params, inputs)
 
     def flops(self) -> float:
         """Return the FLOPs of the program's products and convolutions, counted before it is compiled."""
@@ -75,7 +88,8 @@ def inputs_of(row: BenchRow, found: dict[str, Any]) -> dict[str, jax.ShapeDtypeS
     return out
 
 
-def ours(row: BenchRow) -> Program:
+def ours(row: BenchRow, mesh: Mesh | None = None) -> Program:
+    """Return our program of a row; under a mesh the sampler and the decoder run on each device's rows."""
     from jaxmix.models import AutoencoderKL, VAEConfig
     from jaxmix.models.unet import AddedCond
     from jaxmix.pipeline.job import denoise
@@ -88,7 +102,7 @@ def ours(row: BenchRow) -> Program:
     if row.task == "decode":
         vae = AutoencoderKL(VAEConfig.from_dict(found["vae"]), dtype)
         return Program(
-            lambda params, x: decode(vae, None, None, params, x["latents"]), cast(vae.abstract_params(), dtype), inputs
+            lambda params, x: decode(vae, mesh, None, params, x["latents"]), cast(vae.abstract_params(), dtype), inputs
         )
 
     unet = unet_of(row)
@@ -106,7 +120,8 @@ def ours(row: BenchRow) -> Program:
         return Program(step, params, inputs)
 
     def sample(params: Any, x: dict[str, Any], controls: Any = ()) -> jax.Array:
-        return denoise(sampling_job(unet, params, x, row.batch, controls), make_solver("ddim", schedule, row.steps))
+        job = sampling_job(unet, params, x, row.batch, controls)
+        return denoise(job, make_solver("ddim", schedule, row.steps), mesh=mesh)
 
     return Program(sample, params, inputs)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from scripts.bench.adapters import adapter_program
 from scripts.bench.methods import method_program
@@ -13,16 +14,16 @@ from scripts.bench.ours import Program, cast, inputs_of, ours, unet_of
 from scripts.bench.rows import ADAPTERS, METHODS, BenchRow, configs
 
 
-def program(engine: str, row: BenchRow) -> Program:
-    """Return the program of one of our engines or of "flax" for a row.
+def program(engine: str, row: BenchRow, mesh: Mesh | None = None) -> Program:
+    """Return the program of one of our engines or of "flax" for a row; under a mesh, ours for its devices.
 
     Raises ImportError if diffusers has no Flax models, and `InputError` for a row that does not involve the method.
     """
     if engine in METHODS:
-        return method_program(engine, row, ours(row), unet_of(row))
+        return method_program(engine, row, ours(row, mesh), unet_of(row), mesh)
     if engine in ADAPTERS:
-        return adapter_program(engine, row)
-    return {"ours": ours, "flax": _flax}[engine](row)
+        return adapter_program(engine, row, mesh)
+    return _flax(row) if engine == "flax" else ours(row, mesh)
 
 
 def _flax(row: BenchRow) -> Program:

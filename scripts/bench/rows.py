@@ -26,13 +26,14 @@ METHODS = (
     "ours-fusion",
     "ours-composable",
 )
-# Our sampler with an adapter; those that read pictures with the number of tokens that one of them becomes.
-PICTURES = {"ours-ip": 4, "ours-ip-plus": 16}
+# Our sampler with an adapter; those that read pictures with the number of tokens that one of them becomes. What a
+# StyleAdapter does in the UNet is an IP-Adapter's part with eight.
+PICTURES = {"ours-ip": 4, "ours-ip-plus": 16, "ours-style-adapter": 8}
 # And ControlNets with their number.
 NETS = {"ours-controlnet": 1, "ours-controlnet-2": 2}
 # VMix, a picture, a ControlNet and a LoRA in one.
 TOGETHER = "ours-together"
-ADAPTERS = ("ours-vmix", *PICTURES, *NETS, TOGETHER, "ours-instantstyle-plus")
+ADAPTERS = ("ours-vmix", *PICTURES, "ours-deadiff", "ours-layers", *NETS, TOGETHER, "ours-instantstyle-plus")
 ENGINES = (*PEERS, *ADAPTERS, *METHODS)  # those after the peers: for their ratio to our plain sampler
 DTYPES = ("float32", "bfloat16")
 PARAMETERS = {"mini": 1.5e7, "sd15": 9.1e8, "sdxl": 2.65e9}  # UNet and decoder, to the nearest few percent

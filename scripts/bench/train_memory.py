@@ -38,6 +38,7 @@ from jaxmix.testing import quick_params
 from jaxmix.tuning.flops import model_flops
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
+from scripts.bench.apart import NO_TPU
 from scripts.bench.train_shapes import TRAINERS, abstract_batch, abstract_pipeline
 from train import dreambooth
 from train.adapters import AdapterConfig
@@ -53,7 +54,8 @@ class Config:
     """What to compile, and for what. Null takes the recipe's value.
 
     Attributes:
-        trainer: vmix, ip_adapter, whose pictures CLIP ViT-H/14 reads, controlnet, lora, dreambooth or b_lora.
+        trainer: vmix, ip_adapter (whose pictures CLIP ViT-H/14 reads), style_adapter (CLIP ViT-L/14), controlnet, lora,
+            dreambooth or b_lora.
         model: sd15, sd21 (the 512 px base) or sdxl.
         recipe: YAML file of the trainer; configs/TRAINER_MODEL.yaml if empty (SD 2.1 has that of SD 1.5).
         platform: tpu (compile only), or cpu (this machine).
@@ -75,7 +77,7 @@ class Config:
         out: JSON file for the numbers; none if empty.
     """
 
-    trainer: Literal["vmix", "ip_adapter", "controlnet", "lora", "dreambooth", "b_lora"] = "vmix"
+    trainer: Literal["vmix", "ip_adapter", "style_adapter", "controlnet", "lora", "dreambooth", "b_lora"] = "vmix"
     model: Literal["sd15", "sd21", "sdxl"] = "sd15"
     recipe: str = ""
     platform: Literal["tpu", "cpu"] = "tpu"
@@ -203,14 +205,13 @@ def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
     return jax.tree.map(place, tree, specs)
 
 
-def compile_step(step: Step, devices: Sequence[Any] | None, fsdp: int) -> tuple[Step, Any, dict[str, Any]]:
-    """Compile a step for the devices of a topology (None: for this machine) as `jaxmix.tuning.fit` does for real ones.
+def trace_step(step: Step, devices: Sequence[Any] | None, fsdp: int) -> tuple[Step, Any]:
+    """Trace a step for the devices of a topology (None: for this machine) as `jaxmix.tuning.fit` does for real ones.
 
-    Returns the step with placements, the program, and its numbers, those of bytes for one device.
+    Returns the step with placements, and what was traced.
     """
     mesh = None if devices is None else train_mesh(fsdp, devices)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    update, platforms = step.update, None
+    key, update = jax.eval_shape(lambda: jax.random.key(0)), step.update
     if mesh is not None:
         weights = [placed(tree, mesh, fsdp_specs(tree, mesh)) for tree in (step.state, step.frozen, step.spare)]
         batch = placed(step.batch, mesh, rows_over(mesh))
@@ -218,11 +219,16 @@ def compile_step(step: Step, devices: Sequence[Any] | None, fsdp: int) -> tuple[
         key = placed(key, mesh, replicated(mesh))
         # Outputs placed like the inputs, so that the next step takes them as they are.
         outputs = (jax.tree.map(lambda leaf: leaf.sharding, step.state), replicated(mesh))
-        update, platforms = jax.jit(update, donate_argnums=0, out_shardings=outputs), ("tpu",)
-    began = time.perf_counter()
+        update = jax.jit(update, donate_argnums=0, out_shardings=outputs)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        traced = update.trace(step.state, step.frozen, step.batch, key)
-        compiled = traced.lower(lowering_platforms=platforms).compile()
+        return step, update.trace(step.state, step.frozen, step.batch, key)
+
+
+def compile_step(step: Step, devices: Sequence[Any] | None, fsdp: int) -> tuple[Step, Any, dict[str, Any]]:
+    """Compile a step, see `trace_step`; return it with placements, the program, and its numbers for one device."""
+    began = time.perf_counter()
+    step, traced = trace_step(step, devices, fsdp)
+    compiled = traced.lower(lowering_platforms=None if devices is None else ("tpu",)).compile()
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     kinds = ("argument", "output", "alias", "temp")
@@ -285,7 +291,7 @@ def _feed(name: str, leaf: jax.ShapeDtypeStruct, rng: np.random.Generator) -> ja
         return jnp.asarray(rng.integers(0, 256, leaf.shape), jnp.uint8)
     if leaf.dtype == jnp.int32:
         return jnp.asarray(rng.integers(0, 16, leaf.shape), jnp.int32)
-    if name in ("dropped", "present", "unseen"):
+    if name in ("dropped", "present", "unseen", "unstyled"):
         return jnp.full(leaf.shape, float(name == "present"), leaf.dtype)
     if name == "time_ids":
         return jnp.full(leaf.shape, 512.0, leaf.dtype)
@@ -296,10 +302,8 @@ def tpu_devices(config: Config) -> list[Any]:
     """Return the devices of the topology that the step is compiled for."""
     from jax.experimental import topologies
 
-    # What libtpu would otherwise ask of a machine that has none.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_WORKER_ID", "0")):
+    for name, value in NO_TPU.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     jax.config.update("jax_exec_time_optimization_effort", config.effort)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=config.topology).devices

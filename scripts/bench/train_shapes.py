@@ -26,9 +26,10 @@ from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.released import RELEASED
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.tuning import lora
+from jaxmix.types import InputError
 from scripts.bench.adapters import vmix_config
 from scripts.bench.rows import configs
-from train import b_lora, controlnet, dreambooth, ip_adapter, low_rank, vmix
+from train import b_lora, controlnet, dreambooth, ip_adapter, low_rank, style_adapter, vmix
 from train import lora as train_lora
 from train.diffusion import make_predict
 
@@ -95,16 +96,21 @@ def vmix_pieces(pipe: Pipeline, cfg: vmix.Config, rows: int, side: int, cached: 
     return Pieces(learns, constants, {"present": present}, vmix.make_predict(pipe, cfg), parts)
 
 
-def ip_adapter_pieces(pipe: Pipeline, cfg: ip_adapter.Config, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
-    """Return the pieces of `train.ip_adapter`, which reads pictures with CLIP ViT-H/14."""
-    told = RELEASED["clip_vit_h"]["image_encoder"]
+def _image_encoder(name: str, cfg: Any, tiny: bool) -> tuple[jaxmix.ImageEncoder, Any]:
+    """Return a released CLIP image encoder of shapes, and these."""
+    told = RELEASED[name]["image_encoder"]
     if tiny:
         told = {**told, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         told |= {"image_size": 28, "projection_dim": 8}
     model = CLIPVisionModel(CLIPVisionConfig.from_dict(told), cfg.dtype)
-    shape = jax.ShapeDtypeStruct
-    params = jax.tree.map(lambda leaf: shape(leaf.shape, cfg.dtype), model.abstract_params())
-    encoder = jaxmix.ImageEncoder(model, params)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.dtype), model.abstract_params())
+    return jaxmix.ImageEncoder(model, params), params
+
+
+def ip_adapter_pieces(pipe: Pipeline, cfg: ip_adapter.Config, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
+    """Return the pieces of `train.ip_adapter`, which reads pictures with CLIP ViT-H/14."""
+    encoder, params = _image_encoder("clip_vit_h", cfg, tiny)
+    model, shape = encoder.model, jax.ShapeDtypeStruct
 
     def fresh(unet: Any) -> Any:
         base = dataclasses.replace(pipe, params={**pipe.params, "unet": unet})
@@ -124,6 +130,29 @@ def ip_adapter_pieces(pipe: Pipeline, cfg: ip_adapter.Config, rows: int, side: i
         frozen["grey"] = shape(states, jnp.float32)
     parts = {"projection": learns["projection"], "keys and values": learns["layers"]}
     return Pieces(learns, frozen, batch, ip_adapter.make_predict(pipe, encoder, cfg), parts)
+
+
+def style_adapter_pieces(
+    pipe: Pipeline, cfg: style_adapter.Config, rows: int, side: int, cached: bool, tiny: bool
+) -> Pieces:
+    """Return the pieces of `train.style_adapter`, which reads pictures with CLIP ViT-L/14."""
+    if cached:
+        raise InputError(
+            "cached: found true with trainer style_adapter, expected false: a cache has no pictures to read"
+        )
+    encoder, params = _image_encoder("clip_vit_l", cfg, tiny)
+
+    def fresh(unet: Any) -> Any:
+        base = dataclasses.replace(pipe, params={**pipe.params, "unet": unet})
+        made = jaxmix.StyleAdapter.init(jax.random.key(0), base, encoder, cfg.tokens, cfg.blocks)
+        return {"style_emb": made.style_emb, "layers": dict(made.layers)}
+
+    learns = jax.eval_shape(fresh, pipe.params["unet"])
+    pixels = encoder.model.config.image_size
+    batch = {"references": jax.ShapeDtypeStruct((rows, cfg.references, pixels, pixels, 3), jnp.float32)}
+    batch["unstyled"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    parts = {"StyEmb": learns["style_emb"], "keys, values and strengths": learns["layers"]}
+    return Pieces(learns, {"image_encoder": params}, batch, style_adapter.make_predict(pipe, encoder, cfg), parts)
 
 
 def controlnet_pieces(pipe: Pipeline, cfg: controlnet.Config, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
@@ -180,6 +209,7 @@ def b_lora_pieces(pipe: Pipeline, cfg: Any, rows: int, side: int, cached: bool, 
 TRAINERS: dict[str, tuple[Any, Callable[..., Pieces]]] = {
     "vmix": (vmix.Config, vmix_pieces),
     "ip_adapter": (ip_adapter.Config, ip_adapter_pieces),
+    "style_adapter": (style_adapter.Config, style_adapter_pieces),
     "controlnet": (controlnet.Config, controlnet_pieces),
     "lora": (train_lora.Config, lora_pieces),
     "dreambooth": (dreambooth.Config, dreambooth_pieces),

@@ -1,0 +1,1 @@
+"""What our programs need of a TPU or a CUDA GPU, compiled without one."""
