@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from infer.captions import font, wrapped
 from infer.png import write_whole
-from infer.thumbnails import SIDE, make_thumbnails, thumbnail_of
+from infer.thumbnails import SIDE, make_thumbnails, there, thumbnail_of
 
 CELL = 208  # pixels: the width at which pictures are shown; small ones are enlarged to the nearest whole multiple
 SHEET_LIMIT = 120
@@ -64,16 +64,26 @@ def write_gallery(
     The page needs only what lies beside it. `facts` (model, date, speeds) are shown under the title; `command` is what
     draws rows again, with ` --prompts FILE --out FOLDER` after it.
     """
+    path = folder / "gallery.html"
+    large = [p.file for item in items for p in item.pictures if max(p.width, p.height) > SIDE]
+    thumbs = there(folder, large)
+
+    def write() -> None:
+        page = _page(items, title, facts, command or "python -m infer.generate", thumbs)
+        write_whole(path, page.encode("utf-8", "replace"))
+
+    write()
+    if len(thumbs) < len(set(large)):  # thousands take minutes, and whoever ends the job now has a page all the same
+        thumbs = make_thumbnails(folder, large)
+        write()
+    return path
+
+
+def _page(items: Sequence[Item], title: str, facts: Mapping[str, str], command: str, thumbs: Mapping[str, str]) -> str:
     here = Path(__file__)
     drawn = [item for item in items if item.pictures]
-    large = [p.file for item in drawn for p in item.pictures if max(p.width, p.height) > SIDE]
-    thumbs = make_thumbnails(folder, large)
     width = max((_shown_width(picture) for item in drawn for picture in item.pictures), default=CELL)
-    data = {
-        "page": PAGE,
-        "command": command or "python -m infer.generate",
-        "rows": [_packed(item, thumbs) for item in drawn],
-    }
+    data = {"page": PAGE, "command": command, "rows": [_packed(item, thumbs) for item in drawn]}
     parts = {
         "TITLE": html.escape(title),
         "COLUMN": str(width),
@@ -87,10 +97,7 @@ def write_gallery(
         "SCRIPT": here.with_name("gallery.js").read_text(encoding="utf-8").strip(),
     }
     template = here.with_name("gallery.template.html").read_text(encoding="utf-8")
-    page = re.sub("@(" + "|".join(parts) + ")@", lambda match: parts[match[1]], template)
-    path = folder / "gallery.html"
-    write_whole(path, page.encode("utf-8", "replace"))
-    return path
+    return re.sub("@(" + "|".join(parts) + ")@", lambda match: parts[match[1]], template)
 
 
 def write_contact_sheet(folder: Path, items: Sequence[Item], title: str, columns: int | None = None) -> Path | None:

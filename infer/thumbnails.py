@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,31 +22,42 @@ _QUALITY = 80
 
 
 def make_thumbnails(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """Make the small copies that are missing of `files` in `folder`; return the name of each one's copy.
+    """Make the small copies that are missing of `files` in `folder`; return where each one's copy is.
 
     A copy that is there is kept, unless its picture is newer; one whose picture is gone is removed. A picture that
     cannot be read has none. Interrupted, what has been made stays, and the next call goes on.
     """
-    wanted = {file: Path(thumbnail_of(file)).name for file in dict.fromkeys(files)}
-    place = folder / FOLDER
-    there = {path.name: path for path in place.iterdir()} if place.is_dir() else {}
-    if there:
-        pictures = {Path(path.name).stem for path in folder.iterdir()}
-        for name in [name for name in there if _OURS.fullmatch(name) and Path(name).stem not in pictures]:
-            there.pop(name).unlink(missing_ok=True)  # of a picture that --overwrite has removed
-    missing = [file for file, name in wanted.items() if name not in there or _older(there[name], folder / file)]
-    made = {file for file in wanted if file not in missing}
+    files = list(dict.fromkeys(files))
+    made = there(folder, files)
+    missing = [file for file in files if file not in made]
     if missing:
-        place.mkdir(parents=True, exist_ok=True)
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow and zlib let other threads run
         try:
             with progress(len(missing), "thumbnails", "pictures") as bar:
-                for file, done in pool.map(lambda file: (file, _make(folder / file, place / wanted[file])), missing):
-                    made |= {file} if done else set()
+                for file, done in pool.map(lambda file: (file, _make(folder, file)), missing):
+                    made |= {file: thumbnail_of(file)} if done else {}
                     bar.update(1)
         finally:
             pool.shutdown(cancel_futures=True)
-    return {file: thumbnail_of(file) for file in wanted if file in made}
+    return made
+
+
+def there(folder: Path, files: Sequence[str]) -> dict[str, str]:
+    """Return where the small copies are that `files` have and that are up to date; remove those of no picture."""
+    place = folder / FOLDER
+    held = {path.name: path for path in place.iterdir()} if place.is_dir() else {}
+    if not held:
+        return {}
+    pictures = {Path(path.name).stem for path in folder.iterdir()}
+    for name in [name for name in held if _OURS.fullmatch(name) and Path(name).stem not in pictures]:
+        held.pop(name).unlink(missing_ok=True)  # of a picture that --overwrite has removed
+    copies = {file: held.get(Path(thumbnail_of(file)).name) for file in files}
+    return {
+        file: thumbnail_of(file)
+        for file, copy in copies.items()
+        if copy is not None and not _older(copy, folder / file)
+    }
 
 
 def thumbnail_of(file: str) -> str:
@@ -63,15 +75,22 @@ def _older(copy: Path, picture: Path) -> bool:
         return False
 
 
-def _make(picture: Path, copy: Path) -> bool:
+def _make(folder: Path, file: str) -> bool:
     """Write the small copy of a picture; return whether that could be read."""
     try:
-        with picture.open("rb") as file, Image.open(file) as image:
-            small = image.convert("RGB")
-            small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # damaged since it was written
-        return False
+        with (folder / file).open("rb") as opened, Image.open(opened) as image:
+            write_thumbnail(folder, file, image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # a full disk, which is worth a word
+        return False  # damaged since it was written
+    return True
+
+
+def write_thumbnail(folder: Path, file: str, image: Image.Image) -> None:
+    """Write the small copy of a picture that is at hand; its folder must be there."""
+    small = image.convert("RGB")
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     content = io.BytesIO()
     small.save(content, format="WEBP", quality=_QUALITY, method=3)
-    write_whole(copy, content.getvalue())
-    return True
+    write_whole(folder / thumbnail_of(file), content.getvalue())
