@@ -306,6 +306,7 @@ def complete(
     cells = cells_of(tile, factor)
     for row in rows:
         try:
+            row = methods.adopt(row, pipe)
             height, width = (side * factor for side in pipe.latent_shape[:2])
             if row.image is not None:
                 height, width = picture_size(row.image, factor)

@@ -48,6 +48,15 @@ class Layers(Method):
         default = None if flags.layers is None else check_layers("--layers", flags.layers)
         self.fields = {"layers": Field(check_layers, default, dict)}
 
+    def adopt(self, row: Row, pipe: Any) -> Row:
+        """Give each layer its own vectors of a word that was learnt so (P+) where a row's prompt names it.
+
+        A prompt of several branches (AND) has the mean of the layers' vectors instead.
+        """
+        if row["layers"] is None and " AND " not in row.prompt and pipe.has_layers(row.prompt):
+            return row.change(layers=((".", row.prompt),))
+        return row
+
     def program_key(self, rows: Sequence[Row]) -> Hashable:
         """Return the layers, which rows of a batch share, and the number of their prompts."""
         keys = {

@@ -81,6 +81,10 @@ class Method:
         """Return whether a row is drawn by the method."""
         return any(row[key] is not None for key in self.switches)
 
+    def adopt(self, row: Row, pipe: Any) -> Row:
+        """Return the row with the method's switches if it needs the method for what its prompt says to this model."""
+        return row
+
     def open(self, pipe: Any) -> None:
         """Prepare for the model of the job, before any row is processed."""
 

@@ -147,6 +147,12 @@ class Methods:
                 return f"with {key} {row[key] or self._first[key]!r}, expected {name!r}"
         return ""
 
+    def adopt(self, row: Row, pipe: Any) -> Row:
+        """Return the row with the switches of methods that its prompt needs for this model."""
+        for method in self.all:
+            row = method.adopt(row, pipe)
+        return row
+
     def complete(self, row: Row, pipe: Any) -> Row:
         """Return the row completed for the model; raises InputError for one that its methods cannot draw."""
         for method in self.of(row):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, Int
 
 from jaxmix.control import Control, Site, Told
@@ -43,7 +42,7 @@ class LayerPromptsControl(Control):
 
 def bind(
     states: Float[AnyArray, "b p s d"],
-    which: Mapping[str, Int[np.ndarray, " b"]],
+    which: Mapping[str, Int[AnyArray, " b"]],
     *,
     window: tuple[float, float] = (0.0, 1.0),
 ) -> LayerPromptsControl:

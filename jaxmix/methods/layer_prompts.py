@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmix.controls import layer_prompts as maths
-from jaxmix.pipeline.blocks import at_sites, attn2_names
+from jaxmix.pipeline.blocks import at_sites, attn2_names, layer_names
 from jaxmix.pipeline.given import check_prompt
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.pipeline.request import Method, Request
 from jaxmix.pipeline.text import encode_prompts
 from jaxmix.types import InputError, shown
 
-PLUS = (*(f"IN{i:02d}" for i in (1, 2, 4, 5, 7, 8)), "MID", *(f"OUT{i:02d}" for i in range(3, 12)))
-"""What files of P+ call the 16 layers of Stable Diffusion 1 and 2, in the order in which they run."""
+Told = tuple[str, int | None]
+"""A layer's prompt, and the number of the layer if the prompt names an embedding that has vectors for each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,9 @@ class LayerPrompts(Method):
     ``prompts`` has for each image a mapping from layers to a prompt, {} for none: {"up_blocks.1": "an ink drawing"}.
     Layers are named by a regular expression over the names of attn2, by "style" or "layout" (`jaxmix.IPAdapter.on`), or
     as P+ does ("IN01" ... "MID" ... "OUT11", in models with these 16); of several that name a layer the last counts.
-    All other layers attend to the image's own prompt. SDXL's pooled state stays that of the image's own prompt.
+    All other layers attend to the image's own prompt. SDXL's pooled state stays that of the image's own prompt. A word
+    that was learnt with vectors for each layer (`Pipeline.with_embedding`) has those of its layer: {".": "a photo of
+    <word>"} tells all layers so.
     ``window`` is the share of the steps with layer prompts.
     """
 
@@ -56,47 +58,63 @@ class LayerPrompts(Method):
 
     def sketch(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control with states of zeros."""
-        told = [_by_layer(pipe, x, "LayerPrompts") for x in self.prompts]
+        told = [_told(pipe, x) for x in self.prompts]
         shape = (request.n, self._count(told), request.tokens(pipe), pipe.unet.config.cross_attention_dim)
         return self._add(pipe, request, told, np.zeros(shape, np.float32))
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the control with the states of the layer prompts."""
-        told = [_by_layer(pipe, x, "LayerPrompts") for x in self.prompts]
-        distinct = list(dict.fromkeys(prompt for layers in told for prompt in layers.values()))
+        told = [_told(pipe, x) for x in self.prompts]
+        distinct = dict.fromkeys(one for layers in told for one in layers.values())
         if not distinct:
             return request
         chunks = request.tokens(pipe) // pipe.text_length
-        encoded = encode_prompts(pipe, distinct, None, request.reading, chunks).context
-        encoded = np.asarray(encoded.astype(jnp.float32))
-        states = np.zeros((request.n, self._count(told), *encoded.shape[1:]), np.float32)
+        opened = dict(zip(("tokenizer", "tokenizer_2"), pipe.tokenizers, strict=True))
+        found: dict[Told, np.ndarray] = {}
+        for layer in dict.fromkeys(layer for _, layer in distinct):
+            prompts = [prompt for prompt, of in distinct if of == layer]
+            own = pipe
+            if layer is not None:
+                own = dataclasses.replace(pipe, embeddings=tuple(one.at(layer) for one in pipe.embeddings), **opened)
+            encoded = encode_prompts(own, prompts, None, request.reading, chunks).context
+            states = np.asarray(encoded.astype(jnp.float32))
+            found |= {(prompt, layer): one for prompt, one in zip(prompts, states, strict=True)}
+        shape = next(iter(found.values())).shape
+        states = np.zeros((request.n, self._count(told), *shape), np.float32)
         for i, layers in enumerate(told):
-            for k, prompt in enumerate(dict.fromkeys(layers.values())):
-                states[i, k] = encoded[distinct.index(prompt)]
+            for k, one in enumerate(dict.fromkeys(layers.values())):
+                states[i, k] = found[one]
         return self._add(pipe, request, told, states)
 
-    def _count(self, told: Sequence[Mapping[str, str]]) -> int:
+    def _count(self, told: Sequence[Mapping[str, Told]]) -> int:
         return max((len(set(layers.values())) for layers in told), default=0)
 
-    def _add(self, pipe: Pipeline, request: Request, told: Sequence[Mapping[str, str]], states: np.ndarray) -> Request:
+    def _add(self, pipe: Pipeline, request: Request, told: Sequence[Mapping[str, Told]], states: np.ndarray) -> Request:
         """Add the control for prompts by layer; a layer prompt that is the image's own is no other one."""
         named = [name for name in attn2_names(pipe) if any(name in layers for layers in told)]
         if not named:
             return request
         which = {name: np.zeros(request.n, np.int32) for name in named}
         for i, (layers, own) in enumerate(zip(told, request.prompts, strict=True)):
-            numbers = {prompt: k + 1 for k, prompt in enumerate(dict.fromkeys(layers.values()))}
-            for name, prompt in layers.items():
-                which[name][i] = 0 if prompt == own else numbers[prompt]
+            numbers = {one: k + 1 for k, one in enumerate(dict.fromkeys(layers.values()))}
+            for name, one in layers.items():
+                which[name][i] = 0 if one == (own, None) else numbers[one]
         return request.add(controls=(maths.bind(states, which, window=self.window),))
+
+
+def _told(pipe: Pipeline, prompts: Mapping[str, str]) -> dict[str, Told]:
+    """Return what each attn2 is told that has a prompt of its own."""
+    numbers = {name: k for k, name in enumerate(layer_names(pipe).values())}
+    made = _by_layer(pipe, prompts, "LayerPrompts")
+    split = {prompt: pipe.has_layers(prompt) for prompt in set(made.values())}
+    return {name: (prompt, numbers[name] if split[prompt] else None) for name, prompt in made.items()}
 
 
 def _by_layer(pipe: Pipeline, told: Mapping[str, str], where: str) -> dict[str, str]:
     """Return the prompt of each attn2 that has one of its own."""
     if not isinstance(told, Mapping):
         raise InputError(f"{where}: found {shown(told)}, expected a mapping from layers to prompts")
-    names = sorted(attn2_names(pipe), key=_execution)
-    plus = dict(zip(PLUS, names, strict=True)) if len(names) == len(PLUS) else {}
+    plus = layer_names(pipe)
     made: dict[str, str] = {}
     for pattern, prompt in told.items():
         if not isinstance(prompt, str):
@@ -107,8 +125,3 @@ def _by_layer(pipe: Pipeline, told: Mapping[str, str], where: str) -> dict[str, 
             raise InputError(f"{where}: {str(error).removeprefix('blocks: ')}") from None
         made |= dict.fromkeys(found, prompt)
     return made
-
-
-def _execution(name: str) -> int:
-    """Return what sorts names of attn2, whose order is that of diffusers, in the order in which they run."""
-    return ("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0])

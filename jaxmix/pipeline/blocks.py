@@ -11,6 +11,7 @@ import numpy as np
 from jaxmix.models.unet import sites
 from jaxmix.pipeline.parts import Parts
 from jaxmix.types import InputError, shown
+from jaxmix.weights.embedding_files import PLUS
 
 Blocks = str | Mapping[str, Any] | None
 """Which cross-attentions listen: None for all, a preset, a pattern of names, or diffusers' dictionary of scales."""
@@ -56,6 +57,16 @@ def attn2_names(pipe: Parts) -> list[str]:
     """Return the names of a UNet's cross-attentions in the order of diffusers' processors, the middle block last."""
     found = [s.name for s in sites(pipe.unet.config, pipe.latent_shape[:2]) if s.name.endswith(".attn2")]
     return sorted(found, key=lambda name: name.startswith("mid_block."))  # a stable sort
+
+
+def layer_names(pipe: Parts) -> dict[str, str]:
+    """Return {what P+ calls a layer: name of its attn2} in the order in which they run (arXiv 2303.09522).
+
+    Models without the 16 layers of Stable Diffusion 1 and 2 have the names of attn2 on both sides.
+    """
+    order = ("down_blocks", "mid_block", "up_blocks")
+    names = sorted(attn2_names(pipe), key=lambda name: order.index(name.split(".")[0]))  # a stable sort
+    return dict(zip(PLUS if len(names) == len(PLUS) else names, names, strict=True))
 
 
 def at_sites(pipe: Parts, blocks: Blocks) -> dict[str, float]:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jaxmix.pipeline.blocks import layer_names
 from jaxmix.pipeline.parts import Embedding, Parts
 from jaxmix.pipeline.tokens import one_line
 from jaxmix.types import InputError, shown
@@ -20,7 +23,8 @@ def with_learnt(parts: Parts, source: Any, token: str | None = None) -> tuple[Em
 
     ``token`` is the word that stands for it in prompts, in any case and not inside longer words. Without it, that is
     the key of the vectors in a file of diffusers, and the name of any other file. All vectors stand side by side where
-    the word does. Raises `InputError` for vectors of another model, and for a token that prompts may hold by chance.
+    the word does. One with vectors for each layer (P+) gives `jaxmix.LayerPrompts` each layer's own, and every other
+    prompt their mean. Raises `InputError` for vectors of another model, and for a token that prompts hold by chance.
     """
     if isinstance(source, (str, Path)):
         where, found = str(source), read_embedding(source)
@@ -43,7 +47,23 @@ def with_learnt(parts: Parts, source: Any, token: str | None = None) -> tuple[Em
     room = parts.text_length - 2
     if max(map(len, found.vectors)) > room:
         raise InputError(f"{where}: found {max(map(len, found.vectors))} vectors, expected at most {room}, a chunk")
-    return (*parts.embeddings, Embedding(token, found.vectors))
+    return (*parts.embeddings, Embedding(token, found.vectors, _in_order(parts, found.layers, where)))
+
+
+def _in_order(
+    parts: Parts, layers: Mapping[str, tuple[np.ndarray, ...]], where: str
+) -> tuple[tuple[np.ndarray, ...], ...]:
+    """Return the vectors of each layer in the order in which they run, () without any."""
+    if not layers:
+        return ()
+    expected = list(layer_names(parts))
+    if set(layers) != set(expected):
+        strange = next((name for name in layers if name not in expected), "")
+        raise InputError(
+            f"{where}: found vectors of {len(layers)} layers{f', such as {strange}' * bool(strange)}, expected the "
+            f"{len(expected)} of this model, {expected[0]} to {expected[-1]}"
+        )
+    return tuple(layers[name] for name in expected)
 
 
 def check_token(parts: Parts, token: Any, where: str) -> None:

@@ -12,16 +12,24 @@ import numpy as np
 from jaxmix.cards import Card, weights
 from jaxmix.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from jaxmix.pipeline.chunks import PLAIN, Chunks, Reading, piece_ids, tokenize
-from jaxmix.pipeline.tokens import Known, open_tokenizer
+from jaxmix.pipeline.tokens import Known, known_pieces, open_tokenizer
 from jaxmix.schedule import NoiseSchedule
 from jaxmix.types import InputError, Params
 
 
 class Embedding(NamedTuple):
-    """A learnt embedding: the word that stands for it, and its vectors (m, d) for each text encoder."""
+    """A learnt embedding: the word that stands for it, and its vectors (m, d) for each text encoder.
+
+    One of P+ also has vectors for each layer, the attn2s in the order in which they run.
+    """
 
     token: str
     vectors: tuple[np.ndarray, ...]
+    layers: tuple[tuple[np.ndarray, ...], ...] = ()
+
+    def at(self, layer: int) -> Embedding:
+        """Return the embedding that a layer has: its own vectors, if there are any."""
+        return Embedding(self.token, self.layers[layer]) if self.layers else self
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -133,6 +141,12 @@ class Parts(Card):
             found.append(Known(one.token, tuple(range(first, first + count))))
             first += count
         return tuple(found)
+
+    def has_layers(self, text: str) -> bool:
+        """Return whether a text names a learnt embedding that has vectors of its own for each layer (P+)."""
+        words = {one.token for one in self.embeddings if one.layers}
+        found = known_pieces(text, self.known(0), "comfy") if words else ()
+        return any(isinstance(piece, Known) and piece.token in words for piece in found)
 
     def learnt(self, encoder: int) -> np.ndarray | None:
         """Return the vectors (m, d) of the learnt embeddings for a text encoder, None without any."""

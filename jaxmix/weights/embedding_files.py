@@ -3,6 +3,8 @@
 - A1111: ``{"string_to_param": {"*": (n, d)}, "name": ...}`` in a .pt, or base64 in a PNG's text.
 - diffusers: ``{"<token>": (d,) or (n, d)}`` in a .bin or .safetensors.
 - sd-scripts: ``{"emb_params": (n, d)}``. SDXL: ``{"clip_l": (n, 768), "clip_g": (n, 1280)}``.
+- P+ (arXiv 2303.09522), vectors of each layer: sd-scripts' ``{"IN01": (n, d), ... "MID" ... "OUT11"}``; for models with
+  other layers than these 16 the names of the cross-attentions, for SDXL followed by ``.clip_l`` and ``.clip_g``.
 
 Pickles are read without torch, by an unpickler that knows tensors, dictionaries and lists: whatever else a file asks
 for is refused, since a pickle may run any program. torch's format of before 1.6, which is no zip archive, is refused.
@@ -33,14 +35,24 @@ from jaxmix.weights.safetensors import SafetensorsFile
 
 _LARGEST = 64 << 20  # bytes: a hundred vectors take 0.3 MB
 _SDXL = ("clip_l", "clip_g")
+TOKEN = "placeholder_token"
+"""Where our files keep the token in their metadata, if their keys are none."""
+
+PLUS = (*(f"IN{i:02d}" for i in (1, 2, 4, 5, 7, 8)), "MID", *(f"OUT{i:02d}" for i in range(3, 12)))
+"""What files of P+ call the 16 layers of Stable Diffusion 1 and 2, in the order in which they run."""
+
 _UNNAMED = ("*", "emb_params", *_SDXL)
 
 
 class LearntVectors(NamedTuple):
-    """What a file holds: the token that it names (None without one), and vectors (n, d), one array a text encoder."""
+    """What a file holds: the token that it names (None without one), and vectors (n, d), one array a text encoder.
+
+    Of P+ also those of each layer by its name; ``vectors`` are their mean then.
+    """
 
     token: str | None
     vectors: tuple[np.ndarray, ...]
+    layers: Mapping[str, tuple[np.ndarray, ...]] = {}
 
 
 def read_embedding(path: str | Path) -> LearntVectors:
@@ -61,9 +73,10 @@ def read_embedding(path: str | Path) -> LearntVectors:
     if size > _LARGEST:
         raise InputError(f"{path}: found {size >> 20} MB, expected a learnt embedding, of at most {_LARGEST >> 20} MB")
     refuse_stand_in(path, head)
-    data = head + rest
+    data, named = head + rest, None
     if path.suffix.lower() == ".safetensors":
         opened = SafetensorsFile(path)
+        named = opened.metadata.get(TOKEN)
         tree: Any = {key: opened.read(key) for key in opened.entries}
     elif data.startswith(b"\x89PNG"):
         tree = _from_png(path, data)
@@ -77,7 +90,7 @@ def read_embedding(path: str | Path) -> LearntVectors:
     else:
         raise InputError(f"{path}: found neither safetensors, a torch archive nor a PNG, expected a learnt embedding")
     found = learnt_vectors(tree, str(path))
-    return found if found.token is not None else found._replace(token=path.stem)
+    return found if found.token is not None else found._replace(token=named or path.stem)
 
 
 def learnt_vectors(tree: Any, where: str) -> LearntVectors:
@@ -93,6 +106,8 @@ def learnt_vectors(tree: Any, where: str) -> LearntVectors:
     if not isinstance(held, Mapping) or not held:
         raise InputError(f"{where}: found {type(held).__name__}, expected a learnt embedding")
     named = {key: value for key, value in held.items() if isinstance(key, str) and _is_array(value)}
+    if len(named) > 1 and all(_layer_of(key) for key in named):
+        return _by_layer(named, where)
     keys = [key for key in _SDXL if key in named] if set(_SDXL) & set(named) else list(named)
     if not keys or (len(keys) > 1 and tuple(keys) != _SDXL):
         names = ", ".join(map(shown, list(held)[:3]))
@@ -102,6 +117,28 @@ def learnt_vectors(tree: Any, where: str) -> LearntVectors:
         )
     vectors = tuple(_checked(named[key], f"{where}: {key}") for key in keys)
     return LearntVectors(None if keys[0] in _UNNAMED else keys[0], vectors)
+
+
+def _layer_of(key: str) -> str:
+    """Return the layer that a key of P+ names, "" if it is none."""
+    layer = key.removesuffix(".clip_l").removesuffix(".clip_g")
+    return layer if layer in PLUS or layer.endswith(".attn2") else ""
+
+
+def _by_layer(named: Mapping[str, Any], where: str) -> LearntVectors:
+    layers: dict[str, tuple[np.ndarray, ...]] = {}
+    for name in dict.fromkeys(map(_layer_of, named)):
+        keys = [key for key in (name, *(f"{name}.{encoder}" for encoder in _SDXL)) if key in named]
+        if (len(keys) > 1 and name in keys) or keys[0] == f"{name}.{_SDXL[1]}":
+            raise InputError(f"{where}: {name}: found {' and '.join(keys)}, expected one for each text encoder")
+        layers[name] = tuple(_checked(named[key], f"{where}: {key}") for key in keys)
+    shapes = {name: tuple(x.shape for x in vectors) for name, vectors in layers.items()}
+    first, *others = shapes
+    for name in others:
+        if shapes[name] != shapes[first]:
+            raise InputError(f"{where}: {name}: found {shapes[name]}, expected {shapes[first]} as in {first}")
+    mean = tuple(np.mean(both, 0) for both in zip(*layers.values(), strict=True))
+    return LearntVectors(None, mean, layers)
 
 
 def _is_array(value: Any) -> bool:

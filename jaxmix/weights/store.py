@@ -57,6 +57,19 @@ def save_tree(
             file.write(array.reshape(-1).view(np.uint8).data)
 
 
+def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Save arrays under their own names as a safetensors file, with metadata (strings).
+
+    The file appears whole or not at all.
+    """
+    order = sorted(arrays, key=lambda key: (-arrays[key].dtype.itemsize, key))
+    entries = {key: (arrays[key].dtype, tuple(arrays[key].shape)) for key in order}
+    with _replacing(Path(path)) as file:
+        file.write(encode_header(entries, {"format": "pt"} | dict(metadata)))
+        for key in order:
+            file.write(np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8).data)
+
+
 def write_config(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a config as JSON, sorted and indented as diffusers does; the file appears whole or not at all."""
     with _replacing(path_here(path)) as file:

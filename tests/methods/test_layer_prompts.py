@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from jaxmix import DenseDiffusion, InputError, LayerPrompts, Request, Segment, StructuredDiffusion
-from jaxmix.methods.layer_prompts import PLUS, _by_layer
+from jaxmix.methods.layer_prompts import _by_layer
 from jaxmix.pipeline.blocks import attn2_names
+from jaxmix.weights.embedding_files import PLUS
 
 PROMPTS = ["a cat", "a dog"]
 
@@ -38,7 +39,7 @@ def test_layers_are_named_by_patterns_and_as_p_plus_names_them(one_level, monkey
     sixteen = [f"{half}_blocks.{i}.attentions.{j}.attn2" for half, n in (("down", 2), ("up", 3)) for i in range(3)
                for j in range(n)]  # fmt: skip
     sixteen.append("mid_block.attentions.0.attn2")
-    monkeypatch.setattr("jaxmix.methods.layer_prompts.attn2_names", lambda pipe: sixteen)
+    monkeypatch.setattr("jaxmix.pipeline.blocks.attn2_names", lambda pipe: sixteen)
     found = {key: list(_by_layer(one_level, {key: "x"}, "")) for key in PLUS}
     assert found["IN01"] == ["down_blocks.0.attentions.0.attn2"] and found["MID"] == [sixteen[-1]]
     assert found["OUT11"] == ["up_blocks.2.attentions.2.attn2"] and len({x[0] for x in found.values()}) == 16
