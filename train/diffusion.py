@@ -120,19 +120,24 @@ def encode_captions(pipe: Pipeline, weights: Any, batch: Any) -> tuple[jax.Array
 
     The batch has token ids ("input_ids", for SDXL also "input_ids_2"), or precomputed states ("context", "pooled").
     Rows that are "dropped" (b,) take the states of the empty caption, whose token ids they already have. If the
-    pipeline samples with zeros for an empty prompt, these are zeros.
+    pipeline samples with zeros for an empty prompt, these are zeros. ``weights["learnt"]`` may have vectors (m, d) for
+    each text encoder: those of the ids beyond its vocabulary.
     """
-    pooled = None
+    pooled, more = None, weights.get("learnt", {})
     if "context" in batch:
         context, dropped = batch["context"], batch["dropped"].astype(bool)
         context = jnp.where(dropped[:, None, None], weights["empty"]["context"], context)
         if pipe.text_encoder_2 is not None:
             pooled = jnp.where(dropped[:, None], weights["empty"]["pooled"], batch["pooled"])
     else:
-        first = pipe.text_encoder.apply({"params": weights["text_encoder"]}, batch["input_ids"])
+        first = pipe.text_encoder.apply(
+            {"params": weights["text_encoder"]}, batch["input_ids"], None, more.get("text_encoder")
+        )
         context = first.last_hidden_state
         if pipe.text_encoder_2 is not None:
-            second = pipe.text_encoder_2.apply({"params": weights["text_encoder_2"]}, batch["input_ids_2"])
+            second = pipe.text_encoder_2.apply(
+                {"params": weights["text_encoder_2"]}, batch["input_ids_2"], None, more.get("text_encoder_2")
+            )
             context = jnp.concatenate([first.penultimate, second.penultimate], -1)
             pooled = second.projected
     if pipe.zeros_for_empty_prompt:  # as when sampling without a negative prompt

@@ -1,4 +1,4 @@
-"""Three steps of train.lora and train.dreambooth against diffusers' models, PEFT and AdamW in torch."""
+"""Three steps of train.lora, dreambooth and textual_inversion against diffusers' models, PEFT and AdamW in torch."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,12 @@ import optax
 import pytest
 
 import jaxmix
+from jaxmix.pipeline.blocks import layer_names
 from jaxmix.tuning.loss import draw_timesteps
 from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.weights import names
 from train import dreambooth, lora
+from train import textual_inversion as ti
 from train.diffusion import make_loss, make_predict, make_tokenize
 from train.low_rank import FILE, KOHYA_FILE, make_weigh, start_lora, text_rates
 
@@ -81,6 +83,15 @@ class Torch:
         abar = self.abar[t][:, None, None, None]
         noisy = abar.sqrt() * z + (1 - abar).sqrt() * noise
         ids = torch.from_numpy(batch["input_ids"].astype("i8"))
+        context, added = self.encode(ids, batch)
+        found = self.predict(noisy, t, context, added, ids, batch)
+        snr = self.abar[t] / (1 - self.abar[t])
+        weights = torch.minimum(snr, torch.tensor(GAMMA)) / snr
+        if "loss_weight" in batch:
+            weights = weights * torch.from_numpy(batch["loss_weight"])
+        return (weights * ((found - noise) ** 2).mean((1, 2, 3))).mean()
+
+    def encode(self, ids, batch):
         added = None
         if self.sdxl:
             first = self.theirs.text_encoder(ids, output_hidden_states=True)
@@ -91,21 +102,21 @@ class Torch:
             added = {"text_embeds": second[0], "time_ids": torch.from_numpy(batch["time_ids"])}
         else:
             context = self.theirs.text_encoder(ids)[0]
-        found = self.theirs.unet(noisy, t, context, added_cond_kwargs=added).sample
-        snr = self.abar[t] / (1 - self.abar[t])
-        weights = torch.minimum(snr, torch.tensor(GAMMA)) / snr * torch.from_numpy(batch["loss_weight"])
-        return (weights * ((found - noise) ** 2).mean((1, 2, 3))).mean()
+        return context, added
+
+    def predict(self, noisy, t, context, added, ids, batch):
+        return self.theirs.unet(noisy, t, context, added_cond_kwargs=added).sample
 
 
-def three_steps(pipe, cfg, learns, frozen, batch, model, groups, weigh=None):
+def three_steps(pipe, cfg, learns, frozen, batch, model, groups, weigh=None, predict=None):
     """Run three steps in both and compare the losses.
 
     `groups` are ({name: torch parameter}, learning rate). Returns our weights, our gradients of the first step, theirs.
     """
     cfg.adam_weight_decay = WEIGHT_DECAY
-    optimizer = make_optimizer(cfg, text_rates(cfg))
+    optimizer = make_optimizer(cfg, text_rates(cfg) if hasattr(cfg, "text_encoder_lr") else None)
     state = TrainState.create(learns, optimizer, ema=False)
-    update = make_update(make_loss(pipe, cfg, make_predict(pipe, cfg), weigh), optimizer, 0.0, 2)
+    update = make_update(make_loss(pipe, cfg, predict or make_predict(pipe, cfg), weigh), optimizer, 0.0, 2)
     parameters = [
         {"params": some, "lr": rate, "weight_decay": WEIGHT_DECAY * decays}
         for params, rate in groups
@@ -233,3 +244,89 @@ def test_lora_of_all_parts_with_dora_in_files_that_diffusers_reads(tmp_path):
         theirs.load_lora_weights(tmp_path, weight_name=FILE)
         after = theirs.text_encoder(ids)[0].numpy()
     np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
+
+
+class Table(torch.nn.Module):
+    """A text encoder's table with learnt rows behind it: those of one layer, or the mean of all layers' if None."""
+
+    def __init__(self, table, vectors):
+        super().__init__()
+        self.table, self.vectors, self.layer = table.weight.detach(), vectors, None
+
+    def forward(self, ids):
+        learnt = self.vectors
+        if learnt.ndim == 3:
+            learnt = learnt.mean(0) if self.layer is None else learnt[self.layer]
+        return torch.nn.functional.embedding(ids, torch.cat([self.table, learnt]))
+
+
+class TorchWord(Torch):
+    """A pipeline with learnt rows, whose layers are told prompts with their own if they have any."""
+
+    def __init__(self, theirs, learns, layers):
+        super().__init__(theirs)
+        self.layers, self.tables, self.learns = layers, [], {}
+        for part, vectors in learns.items():
+            encoder = getattr(theirs, part)
+            self.learns[part] = torch.nn.Parameter(torch.from_numpy(np.array(vectors)))
+            self.tables.append(Table(encoder.get_input_embeddings(), self.learns[part]))
+            encoder.requires_grad_(False).set_input_embeddings(self.tables[-1])
+        theirs.unet.requires_grad_(False)
+
+    def predict(self, noisy, t, context, added, ids, batch):
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        class Told(AttnProcessor2_0):
+            def __init__(self, states):
+                super().__init__()
+                self.states = states
+
+            def __call__(self, attn, x, encoder_hidden_states=None, **more):
+                return super().__call__(attn, x, self.states, **more)
+
+        processors = dict(self.theirs.unet.attn_processors)
+        for i, name in enumerate(self.layers):
+            for table in self.tables:
+                table.layer = i
+            processors[f"{name}.processor"] = Told(self.encode(ids, batch)[0])
+        for table in self.tables:
+            table.layer = None
+        self.theirs.unet.set_attn_processor(processors)
+        return super().predict(noisy, t, context, added, ids, batch)
+
+
+@pytest.mark.parametrize(("family", "per_layer"), [("sd1", False), ("sdxl", True)])
+def test_textual_inversion_of_both_encoders_and_of_layers(tmp_path, family, per_layer):
+    """Two vectors, with weight decay; then the file, which diffusers and A1111's rule read as we do."""
+    theirs = torch_pipeline(family)
+    theirs.save_pretrained(tmp_path)
+    pipe = jaxmix.load(tmp_path)
+    told = {"placeholder_token": "<toy>", "initializer_token": "cat by", "num_vectors": 2}
+    cfg = ti.Config(**KEYS, **told, learnable_property="captions", per_layer=per_layer)
+    word, start = ti.start_word(pipe, cfg)
+    rng = np.random.default_rng(1)
+    start = {part: x + 0.3 * rng.standard_normal(x.shape).astype("f4") for part, x in start.items()}
+    tokenize = ti.make_tokenize(word.add(pipe, start))
+    sources = [{"text": f"a <toy> number {i}"} for i in range(4)]
+    batch = rows_of(pipe, lambda _, cfg: ti.make_rows(tokenize, cfg), cfg, sources)
+    assert (batch["input_ids"] >= pipe.text_encoder.config.vocab_size).sum(1).tolist() == [2] * 4
+    model = TorchWord(theirs, start, list(layer_names(pipe).values()) if per_layer else [])
+    learns = jax.tree.map(jnp.array, start)
+    how = {"weigh": ti.make_weigh(per_layer), "predict": ti.make_predict(pipe, cfg)}
+    groups = [(model.learns, RATE)]
+    params, ours, first = three_steps(pipe, cfg, learns, dict(pipe.params), batch, model, groups, **how)
+    last = {part: p.detach().numpy() for part, p in model.learns.items()}
+    for found, expected in ((ours, first), (params, last)):
+        assert found.keys() == expected.keys()
+        assert min(assert_same(np.asarray(x), expected[part], part) for part, x in found.items()) > 0
+    word.save(params, tmp_path)
+    ours, prompt = pipe.with_embedding(tmp_path / ti.FILE), "a <toy> by the sea"
+    if per_layer:
+        return
+    held = load_file(tmp_path / ti.FILE)
+    assert type(held) is dict and list(held) == ["<toy>"] and held["<toy>"].shape == (2, 16)  # A1111 asks no more
+    fresh = torch_pipeline(family)
+    fresh.load_textual_inversion(str(tmp_path))
+    with torch.no_grad():
+        expected, _ = fresh.encode_prompt(prompt, "cpu", 1, False)
+    assert_same(np.asarray(ours.encode_prompt([prompt]).context), expected.numpy(), prompt)
