@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxmix.types import InputError
 from jaxmix.weights.embedding_files import TOKEN
+from jaxmix.weights.files import path_here
 from jaxmix.weights.store import save_arrays
 
 _ENCODERS = ("clip_l", "clip_g")
@@ -37,7 +38,7 @@ def write_embedding(
     path: str | Path, token: str, vectors: Sequence[Any], layers: Mapping[str, Sequence[Any]] | None = None
 ) -> None:
     """Write an embedding as one safetensors file, float32, which appears whole or not at all; see `embedding_tree`."""
-    path = Path(path)
+    path = path_here(path)
     if path.suffix.lower() != ".safetensors":
         raise InputError(f"{path}: found {path.suffix or 'no ending'!r}, expected a file that ends in .safetensors")
     save_arrays(embedding_tree(token, vectors, layers), path, {TOKEN: token})

@@ -64,7 +64,7 @@ def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str], 
     """
     order = sorted(arrays, key=lambda key: (-arrays[key].dtype.itemsize, key))
     entries = {key: (arrays[key].dtype, tuple(arrays[key].shape)) for key in order}
-    with _replacing(Path(path)) as file:
+    with _replacing(path_here(path)) as file:
         file.write(encode_header(entries, {"format": "pt"} | dict(metadata)))
         for key in order:
             file.write(np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8).data)
