@@ -115,9 +115,9 @@ def main(cfg: Config) -> int:
     """Train, draw on the way, export."""
     pipe = open_base(cfg)
     blocks = find_blocks(pipe, cfg)
-    cfg = within(pipe, cfg, blocks)
     note_ordinary(pipe, "instance_prompt", words_of(cfg.instance_prompt))
-    trained, plan = start_lora(pipe, cfg, cfg.seed, blocks), make_plan(pipe, cfg)
+    trained = start_lora(pipe, within(pipe, cfg, blocks), cfg.seed, blocks)
+    plan = make_plan(pipe, cfg) | {f"{name}_blocks": pattern for name, pattern in blocks.items()}
     pipe = on_host(pipe)
     rows = InTurn((open_instances(cfg, pipe, cfg.instance_prompt), cfg.instance_prompt))
     return train_denoiser(
