@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import jaxmix
 from jaxmix import InputError, VMix
 from jaxmix.controls import ip_adapter
 from jaxmix.models.unet import subtree
 from jaxmix.pipeline.blocks import attn2_names
-from jaxmix.pipeline.job import denoise
+from jaxmix.pipeline.job import denoise, over_rows
 from jaxmix.rows import take, tile
 from jaxmix.samplers import DDIM
+from jaxmix.samplers.noise import seed_array, step_noise
 from tests.jobs import plain_job
 
 PROMPTS = [f"a {word}" for word in ("car", "dog", "apple", "cat", "boat", "rose", "key", "cup", "hat", "bus", "fox")]
@@ -48,6 +50,27 @@ def test_eight_devices_draw_what_one_draws(tiny_pipeline, mesh):
     eight = pipe.generate(*arguments, output="float", mesh=mesh)
     assert one.shape == eight.shape == (11, 16, 16, 3)
     np.testing.assert_allclose(eight, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_the_noise_of_a_step_is_the_same_to_the_bit_on_any_devices_and_in_any_order(count):
+    seeds = seed_array(SEEDS[:8])
+    order = np.random.default_rng(count).permutation(8)
+    draw = lambda seeds: step_noise(seeds, 3, (8, 8, 4))  # noqa: E731
+    one = jax.jit(draw)(jnp.asarray(seeds))
+    some = jax.jit(over_rows(draw, jaxmix.data_mesh(count), PartitionSpec("data")))(jnp.asarray(seeds[order]))
+    np.testing.assert_array_equal(some, np.asarray(one)[order])
+
+
+def test_two_and_four_devices_draw_shuffled_rows_in_other_batches_as_one_device_does(one_level):
+    """Under a sampler that draws noise in every step."""
+    pipe, order = one_level, np.random.default_rng(0).permutation(11)
+    how = {"steps": 3, "guidance_scale": 4.0, "sampler": "euler_ancestral", "output": "float"}
+    one = pipe.generate(PROMPTS, SEEDS, **how)
+    for count, batch_size in ((2, 8), (4, 4)):
+        shuffled = [PROMPTS[i] for i in order], [SEEDS[i] for i in order]
+        some = pipe.generate(*shuffled, **how, mesh=jaxmix.data_mesh(count), batch_size=batch_size)
+        np.testing.assert_allclose(some, one[order], atol=1e-5)
 
 
 def test_an_image_depends_on_its_seed_alone(tiny_pipeline, mesh):
