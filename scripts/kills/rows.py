@@ -45,5 +45,5 @@ def _row(number: int, numbers: random.Random) -> dict[str, Any]:
         lambda: {"prompt": f"{style} of {thing}", "group": f"group {number // 48}"},  # eight rows of one size
     )
     kind = number % len(kinds)
-    height, width = SIZES[number // 48 % 3 if kind == 5 else numbers.randrange(3)]
+    height, width = SIZES[numbers.randrange(3) if kind == 0 else kind % 3]  # eight programs
     return {**kinds[kind](), "height": height, "width": width}
