@@ -19,6 +19,7 @@ from infer.checks import (
     check_text,
     seed_ranges,
 )
+from infer.grid import read_axes
 from infer.methods.method import Flags as Base
 from infer.methods.registry import Flags
 from infer.wording import check_embeddings, check_layers_skipped
@@ -30,15 +31,19 @@ class Plain(Base):
     """The flags of every job.
 
     Attributes:
-        model: "mini" (embedded), a diffusers folder, a single .safetensors file, or a hub id "owner/name"
+        model: "mini" (embedded), a diffusers folder, a single .safetensors file, a hub id "owner/name", or any of these
+            in gs://, s3:// or hf://, as all files and pictures may be
         prompt: one prompt to draw
         prompts: a .txt (one prompt per line), .jsonl (one object per line: prompt, and optionally negative_prompt,
             seed, steps, guidance_scale, guidance_rescale, sampler, spacing, eta, height, width, image, mask, strength,
-            id, and the fields of methods) or .csv file, or "builtin"; without either flag the built-in prompts are
-            drawn
+            id, and the fields of methods), .csv or .parquet file, - for standard input, or "builtin"; without either
+            flag the built-in prompts are drawn
         num_images: images of each prompt or row, with seeds that count up
-        out: folder for the PNGs, manifest.jsonl, contact_sheet.png and gallery.html; the same command goes on with what
-            it holds; default: the first of gallery, gallery-2, ... that is not there yet
+        set: KEY=VALUE,VALUE,... draws each row with each of the values; the flag may be repeated: every combination, as
+            a labelled sheet for each two keys. KEY is a field of rows, or a word that stands as __word__ in prompts;
+            values are a list with commas (in quotes where they have some), a JSON list, or the lines of @FILE
+        out: folder, also in gs:// or s3://, for the PNGs, manifest.jsonl, contact_sheet.png and gallery.html; the same
+            command goes on with what it holds; default: the first of gallery, gallery-2, ... that is not there yet
         negative_prompt: what to steer away from, for rows without their own; "" is encoded, none at all is zeros for a
             model trained so (SDXL base)
         prompt_2: what SDXL's second text encoder reads instead of the prompt; default: the same
@@ -93,6 +98,7 @@ class Plain(Base):
     prompt: str | None = None
     prompts: str | None = None
     num_images: int = 1
+    set: list[str] | str | None = None
     out: str | None = None
     negative_prompt: str | None = None
     prompt_2: str | None = None
@@ -173,6 +179,8 @@ class Plain(Base):
             other = "--seed" if self.seed else "--num-images"
             raise InputError(f"--seeds and {other}: found both, expected one of them")
         self.times  # noqa: B018  refuses what is no list of seeds
+        if self.seeds is not None and "seed" in [axis.key for axis in read_axes(self.set)]:
+            raise InputError("--seeds and --set seed: found both, expected one of them")
         if self.steps is not None:
             check_steps("--steps", self.steps)
         if self.guidance_scale is not None:

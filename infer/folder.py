@@ -24,6 +24,8 @@ from infer.leftovers import temporary_name
 from infer.manifest import manifest_files, read_records
 from infer.png import write_whole
 from infer.rows import Row
+from infer.sheets import sheets_in
+from infer.tables import STDIN, stdin
 from jaxmix import paths
 from jaxmix.command import command_words
 from jaxmix.types import InputError
@@ -45,7 +47,10 @@ def digest(held: Any) -> str:
 def job_of(config: Any, wanted: str = "") -> str:
     """Return what identifies the job of some flags: all of them on which pictures depend, and the command's method."""
     held = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_PICTURES}
-    for key in ("prompts", "image", "mask"):
+    files = ("image", "mask") if held["prompts"] == STDIN else ("image", "mask", "prompts")
+    if held["prompts"] == STDIN:
+        held["prompts"] = hashlib.sha256(stdin()).hexdigest()
+    for key in files:
         if held[key] not in (None, "builtin") and paths.url_of(held[key]) is None:
             held[key] = str(Path(held[key]).resolve())
     return digest({"method": wanted, **held})
@@ -138,7 +143,7 @@ class Folder:
         shared = self._config.out is not None and not self._config.overwrite and not self._config.dry_run
         if shared and any(row.seed == FRESH for row in rows):
             self.claim()  # another process of this job must not draw others
-        return [dataclasses.replace(row, seed=self._seed(row.number)) if row.seed == FRESH else row for row in rows]
+        return [dataclasses.replace(row, seed=self._seed(row.origin)) if row.seed == FRESH else row for row in rows]
 
     def _seed(self, number: int) -> int:
         made = hashlib.sha256(f"{self._fresh} {number}".encode()).digest()
@@ -206,6 +211,7 @@ class Folder:
     def _clear(self) -> None:
         """Remove what earlier jobs wrote here, and nothing else."""
         names = {record["file"] for record in read_records(self.path) if "file" in record}
+        names |= {*sheets_in(self.path, paths.names(self.path))}
         stems = {Path(name).stem for name in names}
 
         def ours(path: Path) -> bool:

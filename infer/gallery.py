@@ -82,7 +82,7 @@ def write_gallery(
 def _page(items: Sequence[Item], title: str, facts: Mapping[str, str], command: str, thumbs: Mapping[str, str]) -> str:
     here = Path(__file__)
     drawn = [item for item in items if item.pictures]
-    width = max((_shown_width(picture) for item in drawn for picture in item.pictures), default=CELL)
+    width = max((shown_width(picture) for item in drawn for picture in item.pictures), default=CELL)
     data = {"page": PAGE, "command": command, "rows": [_packed(item, thumbs) for item in drawn]}
     parts = {
         "TITLE": html.escape(title),
@@ -109,8 +109,8 @@ def write_contact_sheet(folder: Path, items: Sequence[Item], title: str, columns
     shown = drawn[:SHEET_LIMIT]
     if not shown:
         return None
-    width = max(_shown_width(picture) for item in shown for picture in item.pictures)
-    height = max(_shown_height(picture) for item in shown for picture in item.pictures)
+    width = max(shown_width(picture) for item in shown for picture in item.pictures)
+    height = max(shown_height(picture) for item in shown for picture in item.pictures)
     most = max(len(item.pictures) for item in shown)
     columns = columns or max(1, min(len(shown), 6 // most))
     small, heading = font(13), font(18)
@@ -129,7 +129,7 @@ def write_contact_sheet(folder: Path, items: Sequence[Item], title: str, columns
         for column, index in enumerate(row):
             left = gap + column * (cell + gap)
             for place, picture in enumerate(shown[index].pictures):
-                sheet.paste(_scaled(folder, picture), (left + place * (width + 4), top))
+                sheet.paste(scaled(folder, picture), (left + place * (width + 4), top))
             for number, line in enumerate(captions[index]):
                 small.draw(draw, (left, top + height + 6 + number * line_height), line, "#222")
         top += row_height
@@ -140,19 +140,22 @@ def write_contact_sheet(folder: Path, items: Sequence[Item], title: str, columns
     return path
 
 
-def _shown_width(picture: Picture) -> int:
+def shown_width(picture: Picture) -> int:
+    """Return the width in pixels at which a picture is shown."""
     if picture.width > CELL:
         return CELL
     return picture.width * round(CELL / picture.width)
 
 
-def _shown_height(picture: Picture) -> int:
-    return round(picture.height * _shown_width(picture) / picture.width)
+def shown_height(picture: Picture) -> int:
+    """Return the height in pixels at which a picture is shown."""
+    return round(picture.height * shown_width(picture) / picture.width)
 
 
-def _scaled(folder: Path, picture: Picture) -> Image.Image:
+def scaled(folder: Path, picture: Picture) -> Image.Image:
+    """Return a picture at the size at which it is shown, an empty place for one that cannot be read."""
     enlarge = picture.width <= CELL
-    size = (_shown_width(picture), _shown_height(picture))
+    size = (shown_width(picture), shown_height(picture))
     small = folder / thumbnail_of(picture.file)
     names = [small] if max(picture.width, picture.height) > SIDE else []
     for path in (*names, folder / picture.file):
@@ -216,7 +219,7 @@ def _figure(picture: Picture, caption: str, thumbs: Mapping[str, str]) -> str:
     alt = html.escape(picture.label or caption)
     return (
         f'<figure><a href="{file}" aria-label="Enlarge: {alt}"><img src="{shown}"{small} alt="{alt}" loading="lazy" '
-        f'width="{_shown_width(picture)}" height="{_shown_height(picture)}"></a>{label}</figure>'
+        f'width="{shown_width(picture)}" height="{shown_height(picture)}"></a>{label}</figure>'
     )
 
 

@@ -19,6 +19,7 @@ from infer.checks import check_steps
 from infer.drawing import Drawing, cells_of, open_pictures, request
 from infer.flags import Config
 from infer.folder import Folder, digest, job_of
+from infer.grid import read_axes
 from infer.hosts import ALONE, Hosts, Presence, join
 from infer.leaving import CLOSING, Leaving
 from infer.leftovers import sweep
@@ -94,20 +95,21 @@ def collect_rows(config: Config, methods: Methods) -> tuple[list[Row], list[BadR
     """Return the job's good and bad rows; raises InputError if the job as a whole cannot be read."""
     defaults = Defaults(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Defaults)})
     fields = methods.fields
+    asked = config.times, read_axes(config.set)
     named = next((found for m in methods.all if (found := m.objects()) is not None), None)
     if named is not None and config.prompts is None:
         prompt = {} if config.prompt is None else {"prompt": config.prompt}
         objects = [(where, {**prompt, **held}) for where, held in named]
-        rows, bad = rows_of_objects(objects, defaults, fields, config.times)
+        rows, bad = rows_of_objects(objects, defaults, fields, *asked)
     elif config.prompt is not None and (config.prompt.strip() or not _speaks_without(fields)):
-        rows, bad = rows_of_prompts([config.prompt], defaults, fields, config.times)
-    elif config.prompts is None and _speaks_without(fields):
-        rows, bad = rows_of_objects([("the flags", {})], defaults, fields, config.times)
+        rows, bad = rows_of_prompts([config.prompt], defaults, fields, *asked)
+    elif config.prompts is None and (_speaks_without(fields) or "prompt" in [axis.key for axis in asked[1]]):
+        rows, bad = rows_of_objects([("the flags", {})], defaults, fields, *asked)
     elif config.prompts is None and methods.wanted is not None:
         raise InputError(methods.wanted.needs_rows)
     else:
-        chosen = BUILTIN_PROMPTS if config.prompts in (None, "builtin") else Path(config.prompts)
-        rows, bad = read_rows(chosen, defaults, fields, config.times)
+        chosen = BUILTIN_PROMPTS if config.prompts in (None, "builtin") else config.prompts
+        rows, bad = read_rows(chosen, defaults, fields, *asked)
     rows = methods.arrange(rows)
     if not bad:  # a bad row may be the one a flag is meant for
         methods.check_flags(rows)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from infer.again import command_of, row_lines
 from infer.gallery import Item, Picture, write_contact_sheet, write_gallery
+from infer.grid import read_axes, told
 from infer.manifest import Manifest
 from infer.measure import CompileClock
 from infer.methods.registry import Methods
 from infer.rows import BadRow, Row
+from infer.sheets import write_sheets
 from jaxmix import paths
 
 
@@ -53,11 +55,12 @@ def write_overview(
     times: Times,
     methods: Methods,
 ) -> None:
-    """Write gallery.html and contact_sheet.png of all rows of the job, drawn now or earlier."""
+    """Write gallery.html, contact_sheet.png and the sheets of a grid, of all rows of the job, drawn now or earlier."""
     items: list[Item] = []
     failed = {row.number for row in bad}
     there = paths.names(out)
     lines = row_lines(rows, methods)
+    pictures: dict[str, Picture] = {}
     for row in rows:
         record = manifest.record(row.file_name)
         if record is None or row.file_name not in there:  # not drawn, or not yet
@@ -76,12 +79,17 @@ def write_overview(
             shown |= method.shown(row)
         label = "result" if inputs else ""
         picture = Picture(row.file_name, record["width"], record["height"], label)
+        pictures[row.file_name] = picture
+        if row.cell:
+            shown["cell"] = told(row.cell)
         caption = row.prompt or next(filter(None, (method.caption(row) for method in here)), "")
         method = "+".join(method.name for method in here if not method.part_of_model) or "plain"
         items.append(Item(caption, [*inputs, picture], shown, method=method, rows=lines[row.number]))
     drawn = len(items)
     items += [Item("", error=str(row), rows=lines.get(row.number, "")) for row in bad]
     facts = {"model": model, "images": str(drawn)}
+    if sheets := write_sheets(out, read_axes(methods.flags.set), rows, lambda row: pictures.get(row.file_name)):  # type: ignore[attr-defined]
+        facts["sheets"] = ", ".join(sheets)
     if missing := sum(row.number not in failed for row in rows) - drawn:
         facts["not drawn yet"] = str(missing)
     if bad:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import functools
-import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,12 @@ from infer.checks import (
     check_spacing,
     check_steps,
     check_text,
-    kind_of,
 )
+from infer.grid import Axes, cells, settled, told
+from infer.tables import Cell, from_text, read_contents
 from jaxmix.command import near_misses
 from jaxmix.copies import named
+from jaxmix.paths import fetch_all
 from jaxmix.pipeline.chunks import Reading
 from jaxmix.types import InputError, shown
 
@@ -81,8 +81,9 @@ class Row(Defaults):
 
     `number` is the row's place in its file, from 0; `where` names it in messages. `complete` fills in what is None.
     `extra` holds the fields that methods added, and `named` says which fields the row itself sets. `parts` are the
-    prompts that a completed row's `prompt` is composed of, and `chunks` counts those of its longest text. `group_mark`
-    stands for the rows of its group on which its picture depends, `mark` for everything on which it does.
+    prompts that a completed row's `prompt` is composed of, and `chunks` counts those of its longest text. In a grid,
+    `cell` says which of its cells the row is, and `base` is the number that it would have without the grid.
+    `group_mark` stands for the rows of its group on which its picture depends, `mark` for everything on which it does.
     """
 
     number: int
@@ -93,6 +94,8 @@ class Row(Defaults):
     named: frozenset[str] = field(default=frozenset(), compare=False)
     parts: tuple[str, ...] = ()
     chunks: int = 1
+    cell: tuple[tuple[str, str], ...] = ()
+    base: int | None = field(default=None, compare=False)
     mark: str = field(default="", compare=False)
     group_mark: str = field(default="", compare=False)
 
@@ -107,6 +110,11 @@ class Row(Defaults):
     def complete(self, **defaults: Any) -> Row:
         """Return the row with the model's defaults for what neither the row nor the command line sets."""
         return replace(self, **{key: value for key, value in defaults.items() if getattr(self, key) is None})
+
+    @property
+    def origin(self) -> int:
+        """The number of the row without the grid: rows with the same differ in nothing but their cell."""
+        return self.number if self.base is None else self.base
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -148,7 +156,7 @@ class Row(Defaults):
     def settings(self) -> dict[str, Any]:
         """Return the plain fields on which the image depends, as written into the PNG and the manifest."""
         held = asdict(self)
-        for key in ("where", "extra", "named", "parts", "mark", "group_mark", *wording.unused(self)):
+        for key in ("where", "extra", "named", "parts", "cell", "base", "mark", "group_mark", *wording.unused(self)):
             del held[key]
         if self.image is None:
             del held["strength"]
@@ -182,123 +190,123 @@ FIELDS = ("prompt", "id", *(field.name for field in fields(Defaults)))
 
 
 def read_rows(
-    path: str | Path, defaults: Defaults, added: Fields | None = None, times: Times = 1
+    path: str | Path, defaults: Defaults, added: Fields | None = None, times: Times = 1, axes: Axes = ()
 ) -> tuple[list[Row], list[BadRow]]:
-    """Read a .txt (one prompt per line), .jsonl (one object per line) or .csv file into good and bad rows.
+    """Read a .txt (one prompt per line), .jsonl (one object per line), .csv or .parquet file into good and bad rows.
 
-    Each is drawn so many `times`, or at each of the seeds that `times` lists. An object's keys, or the names in the
-    first line of a .csv file, are FIELDS and those that methods `added`.
+    "-" is standard input. Each row is drawn so many `times`, or at each of the seeds that `times` lists, in every cell
+    of the grid of `axes`. An object's keys, or the names of columns, are FIELDS and those that methods `added`.
 
-    Raises InputError if the file as a whole is of no use: missing, empty, not text, or of another kind.
+    Raises InputError if the file as a whole is of no use: missing, empty, not text, of another kind, a table without
+    prompts.
     """
-    path = Path(path)
-    kinds = {".txt": _from_text, ".jsonl": _from_json}
-    if path.suffix.lower() not in (*kinds, ".csv"):
-        raise InputError(
-            f"{path}: found '{path.suffix or 'no suffix'}', expected a .txt, .jsonl or .csv file of prompts"
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such prompt file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from None
-    if path.suffix.lower() == ".csv":
-        table = csv.reader(io.StringIO(text, newline=""))
-        names = [name.strip() for name in next(table, [])]
-        if not any(names) or len(set(names)) < len(names):
-            raise InputError(f"{path}: found the first line {','.join(names)!r}, expected one field name per column")
-        cells = ((f"{path.name}:{table.line_num}", line) for line in table)
-        try:
-            return _collect(cells, functools.partial(_from_cells, names), defaults, added or {}, times)
-        except csv.Error as error:
-            raise InputError(f"{path}: line {table.line_num}: not a table: {error}") from None
-    lines = text.split("\n")  # splitlines() would also split at U+2028, which JSON strings may hold
-    if lines[-1] == "":
-        lines.pop()
-    if not lines:
-        raise InputError(f"{path}: the prompt file is empty")
-    contents = ((f"{path.name}:{number + 1}", line.removesuffix("\r")) for number, line in enumerate(lines))
-    return _collect(contents, kinds[path.suffix.lower()], defaults, added or {}, times)
-
-
-class Cell(str):
-    """A value in a .csv file: text, or a number or list written as JSON."""
+    found, added = read_contents(path), added or {}
+    enough = {"prompt"} | {key for key, one in added.items() if one.enough}
+    given = any(one.enough and one.default is not None for one in added.values())
+    if given or enough & {axis.key for axis in axes}:
+        enough |= {*(found.columns or ())}
+    found.check_columns((*FIELDS, *added), enough)
+    return _collect(found.rows, found.parse, defaults, added, times, axes)
 
 
 def rows_of_prompts(
-    prompts: Iterable[str], defaults: Defaults, added: Fields | None = None, times: Times = 1
+    prompts: Iterable[str], defaults: Defaults, added: Fields | None = None, times: Times = 1, axes: Axes = ()
 ) -> tuple[list[Row], list[BadRow]]:
     """Return rows for prompts given on the command line, under the same rules as the lines of a .txt file."""
-    return _collect((("--prompt", prompt) for prompt in prompts), _from_text, defaults, added or {}, times)
+    return _collect((("--prompt", prompt) for prompt in prompts), from_text, defaults, added or {}, times, axes)
 
 
 def rows_of_objects(
-    objects: Iterable[tuple[str, Mapping[str, Any]]], defaults: Defaults, added: Fields | None = None, times: Times = 1
+    objects: Iterable[tuple[str, Mapping[str, Any]]],
+    defaults: Defaults,
+    added: Fields | None = None,
+    times: Times = 1,
+    axes: Axes = (),
 ) -> tuple[list[Row], list[BadRow]]:
     """Return rows for (where, fields), under the same rules as the lines of a .jsonl file."""
-    return _collect(objects, dict, defaults, added or {}, times)
+    return _collect(objects, dict, defaults, added or {}, times, axes)
 
 
 def _collect(
-    contents: Iterable[tuple[str, Any]], parse: Any, defaults: Defaults, added: Fields, times: Times
+    contents: Iterable[tuple[str, Any]], parse: Any, defaults: Defaults, added: Fields, times: Times, axes: Axes
 ) -> tuple[list[Row], list[BadRow]]:
     good: list[Row] = []
     bad: list[BadRow] = []
     owners: dict[str, str] = {}
-    seeds = times if isinstance(times, tuple) else ()
-    count = len(seeds) if isinstance(times, tuple) else times
-    for place, (where, line) in enumerate(contents):
-        number = place * count
+    read = [(where, _parsed(parse, line)) for where, line in contents]
+    flags = {**vars(defaults), **{key: one.default for key, one in added.items()}}
+    rows = [content for _, content in read if not isinstance(content, InputError)]
+    axes = settled(axes, (*FIELDS, *added), [*rows, flags])
+    checks = {**_CHECKS, **{key: one.check for key, one in added.items()}}
+    for axis in axes:
+        for value in axis.values if not axis.word else ():
+            if value is not None:
+                _checked(checks[axis.key], f"--set {axis.key}", value)
+    fetch_all(_texts([*rows, *(axis.values for axis in axes)]))
+    count = len(times) if isinstance(times, tuple) else times
+    every = count * math.prod(len(axis.values) for axis in axes)
+    for place, (where, content) in enumerate(read):
+        number = place * every
+        failed: dict[str, list[tuple[int, str]]] = {}  # for each reason the cells that have it
         try:
-            row = _row(number, where, parse(line), defaults, added)
-            if seeds and "seed" in row.named:
-                raise InputError(f"seed: found {row.seed} in a row with --seeds, expected one of them")
-            row = replace(row, seed=seeds[0]) if seeds else row
-            again = [_again(row, k, seeds[k] if seeds else row.seed + k) for k in range(1, count)]
-            if row.id is not None and row.id in owners:
-                raise InputError(f"id: found '{row.id}', which is already the id of {owners[row.id]}")
+            if isinstance(content, InputError):
+                raise content
+            if isinstance(name := content.get("id"), (str, int)) and str(name) in owners:
+                raise InputError(f"id: found '{name}', which is already the id of {owners[str(name)]}")
+            made: list[Row] = []
+            for c, (held, cell) in enumerate(cells(axes, content, flags)):
+                told_where = f"{where} ({told(cell)})" if cell else where
+                try:
+                    first = _row(place * count, told_where, held, defaults, added)
+                    for k, row in enumerate(_repeated(first, times)):
+                        base = row.number if cell else None
+                        made.append(replace(row, number=number + k * (every // count) + c, cell=cell, base=base))
+                except InputError as error:
+                    failed.setdefault(str(error), []).append((number + c, told_where))
+            made.sort(key=lambda row: row.number)
         except InputError as error:
             bad.append(BadRow(number, where, str(error)))
             continue
-        if row.id is not None:
-            owners[row.id] = where
-        good += [row, *again]
+        for reason, some in failed.items():  # what is wrong in every cell is wrong with the row
+            whole = len(some) == every // count
+            bad += [BadRow(number, where, reason)] if whole else [BadRow(*one, reason) for one in some]
+        if made and made[0].id is not None:
+            owners[made[0].id] = where
+            made = [replace(row, id=f"{row.id}-{k + 1}") if (k := row.number - number) else row for row in made]
+        good += made
     return good, bad
+
+
+def _parsed(parse: Callable[[Any], dict[str, Any]], line: Any) -> dict[str, Any] | InputError:
+    try:
+        return parse(line)
+    except InputError as error:
+        return error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in rows: those that are addresses in buckets are fetched together."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
+
+
+def _repeated(row: Row, times: Times) -> list[Row]:
+    """Return a row as often as it is drawn, each time with another seed."""
+    if isinstance(times, tuple):
+        if "seed" in row.named:
+            raise InputError(f"seed: found {row.seed} in a row with --seeds, expected one of them")
+        row = replace(row, seed=times[0])
+    seeds = times if isinstance(times, tuple) else tuple(row.seed + k for k in range(times))
+    return [row, *(_again(row, k, seeds[k]) for k in range(1, len(seeds)))]
 
 
 def _again(row: Row, k: int, seed: int) -> Row:
     """Return the k-th repetition of a row, with another seed unless it asked for a fresh one."""
     seed = row.seed if row.seed == FRESH else check_seed("seed", seed)
-    return replace(row, number=row.number + k, seed=seed, id=None if row.id is None else f"{row.id}-{k + 1}")
-
-
-def _from_text(line: str) -> dict[str, Any]:
-    if not line.strip():
-        raise InputError("empty line, expected a prompt")
-    return {"prompt": line.strip()}
-
-
-def _from_json(line: str) -> dict[str, Any]:
-    if not line.strip():
-        raise InputError("empty line, expected a JSON object")
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise InputError("not a row: nested too deeply") from None
-    except ValueError:  # what Python says of a number with more than 4300 digits
-        raise InputError("not a row: holds a number with thousands of digits") from None
-    if not isinstance(content, dict):
-        raise InputError(f'expected an object like {{"prompt": "..."}}, found {kind_of(content)}')
-    return content
-
-
-def _from_cells(names: list[str], cells: list[str]) -> dict[str, Any]:
-    if not cells or len(cells) > len(names):
-        raise InputError(f"found {len(cells)} cells, expected one for each of the {len(names)} columns")
-    return {name: Cell(cell) for name, cell in zip(names, cells, strict=False) if cell.strip()}
+    return replace(row, number=row.number + k, seed=seed)
 
 
 def _row(number: int, where: str, content: dict[str, Any], defaults: Defaults, added: Fields) -> Row:

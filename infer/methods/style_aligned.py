@@ -12,6 +12,7 @@ import numpy as np
 
 from infer.checks import check_file, check_id, check_number, check_share
 from infer.gallery import Picture
+from infer.grid import told
 from infer.methods.method import BatchRows, Method, size_of
 from infer.methods.method import Flags as Base
 from infer.pictures import open_picture, write_picture
@@ -102,10 +103,14 @@ class StyleAligned(Method):
         return super().on(row) or self.flags.group_size is not None or self.wanted
 
     def group(self, row: Row) -> Hashable:
-        """Return the group of a row."""
+        """Return the group of a row: in a grid, each cell has its own."""
+        name = self._name(row)
+        return f"{name} ({told(row.cell)})" if row.cell else name
+
+    def _name(self, row: Row) -> Hashable:
         if row["group"] is not None:
             return row["group"]
-        return row.number // self.flags.group_size if self.flags.group_size else 0
+        return row.origin // self.flags.group_size if self.flags.group_size else 0
 
     def looks_at(self, row: Row, members: Sequence[Row]) -> Sequence[Row]:
         """Return the reference, or all of the group if they all look at each other."""
@@ -127,9 +132,9 @@ class StyleAligned(Method):
             if not self.on(row):
                 out.append(row)
                 continue
-            row = row.change(group=self.group(row))
-            if row["group"] not in self._leads:
-                self._leads[row["group"]] = next_number
+            row = row.change(group=self._name(row))
+            if (group := self.group(row)) not in self._leads:
+                self._leads[group] = next_number
                 first = row.change(**alone, **named)
                 out.append(
                     dataclasses.replace(

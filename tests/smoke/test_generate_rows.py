@@ -79,7 +79,7 @@ def test_a_bad_row_says_why_and_the_others_stay(tmp_path, line, reason):
         ("p.txt", b"caf\xe9\n", "not UTF-8 text (byte 3"),
         ("p.csv", "prompt,prompt\na cat,a dog\n", "expected one field name per column"),
         ("p.csv", "", "expected one field name per column"),
-        ("p.xlsx", "a cat", "expected a .txt, .jsonl or .csv"),
+        ("p.xlsx", "a cat", "expected a .txt, .jsonl, .csv or .parquet"),
         ("p", "a cat", "no suffix"),
     ],
 )
