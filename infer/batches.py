@@ -117,6 +117,7 @@ def batches_of(bucket: Bucket, size: int, devices: int, fixed: int | None = None
     """
     n = len(bucket.rows)
     size = -(-min(size, n) // devices) * devices
+    size = -(-n // -(-n // size) // devices) * devices  # as many batches, with less to fill up
     if bucket.groups is not None:  # a group is drawn on one device, whatever the size
         size = max(size, devices * max(bucket.groups))
     for batch in pack(n, size, devices, bucket.groups, fixed):

@@ -24,11 +24,12 @@ from infer.manifest import Manifest
 from infer.measure import CompileClock
 from infer.methods import method as made
 from infer.methods.registry import Methods
+from infer.outlook import devices_of
 from infer.pictures import open_picture
 from infer.png import png_bytes, setting_chunks, write_whole
 from infer.report import Times
 from infer.rows import BadRow, Row
-from jaxmix.command import progress
+from jaxmix.command import format_seconds, progress
 from jaxmix.pipeline.batching import start_bytes
 from jaxmix.types import NOT_FINITE
 
@@ -38,11 +39,16 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.ESTALE, er
 
 
 class Started(NamedTuple):
-    """A batch that the device has been given: its images uint8 and which are finite, perhaps unfinished."""
+    """A batch that the device has been given: its images uint8 and which are finite, perhaps unfinished.
+
+    `since` says when, `compiling` for how many seconds of that it was compiled.
+    """
 
     batch: FilledBatch
     images: Any
     finite: Any
+    since: float
+    compiling: float
 
 
 class Drawing:
@@ -71,6 +77,7 @@ class Drawing:
         self._lock = threading.Lock()  # of what writers change
         self._on_device: tuple[FilledBatch, float] | None = None  # and since when
         self._took: dict[int, float] = {}  # seconds of a batch of each bucket
+        self._ended = 0.0  # when the last batch was drawn
 
     def run(self, batches: Sequence[FilledBatch], rows: Sequence[Row], clock: CompileClock, leaving: Leaving) -> bool:
         """Draw the batches of these rows; return whether it was interrupted.
@@ -87,7 +94,7 @@ class Drawing:
                 self._begin(rows)
                 with ticking(lambda: self._tell(bar)):
                     while (more := bool(self._left) and not leaving.told) or given:
-                        if more and (started := self._start(self._left.popleft(), device, bar)) is not None:
+                        if more and (started := self._start(self._left.popleft(), device, clock, bar)) is not None:
                             given.append(started)
                         if given and (len(given) > 1 or not self._left or leaving.told):
                             self._finish(given, writers, bar)
@@ -108,8 +115,10 @@ class Drawing:
         """Make what rows have in common, once for all of them."""
         self.methods.begin(self.pipe, rows)
 
-    def _start(self, batch: FilledBatch, device: DeviceClock, bar: Any) -> Started | None:
+    def _start(self, batch: FilledBatch, device: DeviceClock, clock: CompileClock, bar: Any) -> Started | None:
         """Hand a batch to the device; None if it does not fit into memory: smaller ones then stand in its place."""
+        since, compiled = time.monotonic(), clock.seconds
+        self._on_device = self._on_device or (batch, since)
         try:
             asked = request(batch.filled)
             cells = cells_of(self.tile, self.pipe.vae.config.factor)
@@ -120,8 +129,7 @@ class Drawing:
             self._split(batch, error, bar)
             return None
         device.started(images)
-        self._on_device = self._on_device or (batch, time.monotonic())
-        return Started(batch, images, finite)
+        return Started(batch, images, finite, since, clock.seconds - compiled)
 
     def _finish(self, given: collections.deque[Started], writers: Writers, bar: Any) -> None:
         """Wait for the first of the batches that the device has, and have its pictures written."""
@@ -132,14 +140,17 @@ class Drawing:
             given.popleft()
             self._split(batch, error, bar)
             return
-        given.popleft()  # now: an interruption may come while it waits
+        started = given.popleft()  # now: an interruption may come while it waits
         now = time.monotonic()
-        if self._on_device is not None and self._on_device[0] is batch:
-            self._took[id(batch.bucket)] = now - self._on_device[1]
-        self._on_device = None
+        took = max(0.0, now - max(started.since, self._ended) - started.compiling)
+        self._took[id(batch.bucket)], self._ended = took, now
+        self._on_device = (given[0].batch, now) if given else None
+        if not bar.done and (left := bar.total - len(batch.rows)):
+            told = format_seconds(left * took / len(batch.rows))
+            bar.write(f"expected time: {told} for the other {left} images, as the first batch took, without compiling")
         for row, place in zip(batch.rows, batch.kept, strict=True):
             if finite[place]:
-                writers.hand(functools.partial(self._write, row, images[place], bar))
+                writers.hand(functools.partial(self._write, row, images[place], bar, took / len(batch.rows)))
             else:
                 self._fail(row, f"the result {NOT_FINITE}", bar)
         bar.update(len(batch.rows))
@@ -166,9 +177,10 @@ class Drawing:
         for started in [*self._given]:
             if started.finite.is_ready():
                 images, finite = np.asarray(started.images), np.asarray(started.finite)
+                took = max(0.0, time.monotonic() - started.since) / len(started.batch.rows)
                 for row, place in zip(started.batch.rows, started.batch.kept, strict=True):
                     if finite[place]:
-                        self._write(row, images[place], sys.stderr)
+                        self._write(row, images[place], sys.stderr, took)
         self._writers.wait()
 
     def _tell(self, bar: Any) -> None:
@@ -183,14 +195,16 @@ class Drawing:
         else:
             bar.tick(f"about step {min(steps, 1 + int(steps * passed / max(took, 1e-9)))} of {steps}")
 
-    def _write(self, row: Row, image: np.ndarray, bar: Any) -> None:
-        """Make the PNG of a picture, in a thread of its own, and keep it."""
+    def _write(self, row: Row, image: np.ndarray, bar: Any, took: float) -> None:
+        """Make the PNG of a picture, in a thread of its own, and keep it; drawing it `took` so many seconds."""
         began = time.monotonic()
         height, width = image.shape[:2]
         content = png_bytes(image, setting_chunks(self.settings(row), (width, height)))
         factor = self.pipe.vae.config.factor
         shape = [height // factor, width // factor, self.pipe.latent_shape[-1]]
-        self._keep(row, content, {"width": width, "height": height, "latents": shape, "bytes": len(content)}, bar)
+        extra: dict[str, Any] = {"width": width, "height": height, "latents": shape, "bytes": len(content)}
+        extra |= {"seconds": round(took, 4), "devices": devices_of(self.times.devices)}
+        self._keep(row, content, extra, bar)
         with self._lock:
             self.times.images += 1
             self.times.png += time.monotonic() - began

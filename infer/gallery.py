@@ -197,7 +197,7 @@ def _more(rest: Sequence[Item]) -> str:
 def _packed(item: Item, thumbs: Mapping[str, str]) -> list[object]:
     """Return what the page's script knows of an item, in the order in which it reads it."""
     pictures = [
-        [p.file, _shown_width(p), _shown_height(p), p.label, thumbs.get(p.file, ""), int(p.width <= CELL)]
+        [p.file, shown_width(p), shown_height(p), p.label, thumbs.get(p.file, ""), int(p.width <= CELL)]
         for p in item.pictures
     ]
     return [item.caption, pictures, [*map(list, item.settings.items())], item.method, item.rows]

@@ -27,6 +27,7 @@ from infer.manifest import Manifest
 from infer.measure import CompileClock
 from infer.methods.method import size_of
 from infer.methods.registry import Methods
+from infer.outlook import outlook
 from infer.pictures import picture_size
 from infer.report import summary, write_overview
 from infer.rows import BadRow, Defaults, Fields, Row, read_rows, rows_of_objects, rows_of_prompts
@@ -171,6 +172,9 @@ def draw(
         todo = undone(rows, manifest, methods, common, pipe, hosts)
         devices = engine.devices if engine is not None else 1 if mesh is None else mesh.size
         batches = plan(config, folder.path, rows, todo, devices, methods, pipe, hosts)
+        tile = cells_of(config.tile, pipe.vae.config.factor)
+        for line in outlook(batches, manifest, methods, pipe, devices, tile):
+            print(f"  {line}", flush=True)
         if config.dry_run:
             return 2 if bad else 0
         for failed in bad if hosts.first else ():

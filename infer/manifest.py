@@ -79,6 +79,10 @@ class Manifest:
         """Return the line about `file`, None if there is none."""
         return self._images.get(file)
 
+    def images(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines about images."""
+        yield from self._images.values()
+
     def add_image(self, file: str, settings: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Append the line of an image whose PNG has been written."""
         self._append({"file": file, "status": "ok", **settings, **extra})

@@ -304,6 +304,10 @@ class Methods:
                 groups = [len(unit) for unit in units] if grouped else None
                 yield Bucket(self._together(units[0]), [row for unit in units for row in unit], groups, weights)
 
+    def program(self, row: Row) -> Hashable:
+        """Return what a row's program has in common with others: those with the same are compiled once."""
+        return self._key(self.members(row))[1]
+
     def _key(self, members: Sequence[Row]) -> tuple[Hashable, Hashable]:
         """Return the (weights, program) of a group, or of one row; raises InputError if weights differ in a group."""
         weights = {tuple(w for m in self.of(row) if (w := m.weights(row)) is not None) for row in members}

@@ -31,6 +31,20 @@ def least_bytes(
     The ``branches`` of guidance run together. ``tile`` (latent cells) is that of the decoder, ``encodes`` whether a
     picture of that size is encoded, too.
     """
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts.params["unet"]))
+    return weights + max(_largest_products(parts, hw, tile, encodes, branches))
+
+
+def drawing_bytes(
+    parts: Parts, hw: tuple[int, int], images: int, branches: int, tile: int | None = None, encodes: bool = False
+) -> int:
+    """Return the bytes that a device needs at least to draw several images at a time, with all weights of a model."""
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(dict(parts.params)))
+    return weights + images * max(_largest_products(parts, hw, tile, encodes, branches))
+
+
+def _largest_products(parts: Parts, hw: tuple[int, int], tile: int | None, encodes: bool, branches: int) -> list[int]:
+    """Return the bytes of the largest product of each network for one image."""
     cfg, (h, w) = parts.unet.config, hw
     added = None
     if cfg.addition_embed_type is not None:
@@ -54,8 +68,7 @@ def least_bytes(
         run = functools.partial(parts.vae.apply, method=method)
         traced = jax.make_jaxpr(run)({"params": parts.params["vae"]}, _shape(*shape))
         found.append(_largest(traced.jaxpr))
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts.params["unet"]))
-    return weights + max(found)
+    return found
 
 
 def check_size(

@@ -70,7 +70,7 @@ def test_two_blocks_learn_and_the_file_names_them(runs, one_level):
 
 
 def test_a_resume_with_other_blocks_is_refused(runs, base):
-    with pytest.raises(InputError, match="trained with another style_blocks: found '.up_blocks") as e:
+    with pytest.raises(InputError, match=r"trained with another style_blocks: found '.up_blocks") as e:
         b_lora.main(shrunk(base, runs / "whole", style_blocks=r"up_blocks\.0\.attentions\.0"))
     assert "\n" not in str(e.value) and len(str(e.value)) < 300
 
