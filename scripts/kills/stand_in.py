@@ -27,6 +27,10 @@ class StandIn:
     def check_size(self, *arguments: Any) -> None:
         """Find room for any size."""
 
+    def has_layers(self, text: str) -> bool:
+        """Know no learnt word."""
+        return False
+
     def draw(self, request: Any, methods: Any, mesh: Any, tile: Any, output: str) -> np.ndarray:
         """Return pictures in [0, 1]."""
         noise = [np.random.default_rng(seed).random((8, 8, 3), np.float32) for seed in request.seeds]

@@ -55,6 +55,9 @@ class StandIn:
     def check_size(self, h, w, tile, encodes, guided):
         pass
 
+    def has_layers(self, text):
+        return False
+
     def decode(self, latents):
         return np.repeat(latents.repeat(4, 1).repeat(4, 2)[..., :1], 3, axis=-1) / np.float32(255)
 
