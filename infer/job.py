@@ -72,9 +72,9 @@ def make_engine(config: Config) -> Any:
     """Return what draws in place of this process, None if nothing does."""
     if not config.on_ray:
         return None
-    from infer.on_ray import Cluster
+    from infer.on_ray import Cluster, Opening
 
-    return Cluster(config)
+    return Cluster(config, Opening(choose_mesh, open_model, prepare))
 
 
 def open_model(config: Config) -> Any:
@@ -157,6 +157,8 @@ def draw(
     refuse(config, rows, bad)
     folder = open_folder(config, methods, rows, hosts)
     rows = folder.seeded(rows)
+    if engine is not None:
+        engine.rows = rows
     cache = enable_compilation_cache()
     clock = CompileClock()
     with clock, warnings.catch_warnings(), contextlib.ExitStack() as stack:
