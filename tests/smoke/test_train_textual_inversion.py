@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +14,8 @@ from infer.png import read_settings
 from jaxmix import InputError, LayerPrompts, Request
 from jaxmix.command import parse
 from jaxmix.pipeline.blocks import layer_names
+from jaxmix.tuning.fit import fit
+from jaxmix.weights import names
 from jaxmix.weights.embedding_files import read_embedding
 from tests.data.made import encoded, make_folder, picture
 from tests.jobs import TWO_STEPS, killed_after, only
@@ -50,11 +50,29 @@ def shrunk(base, folder, **changes):
     return dataclasses.replace(cfg, **{**small, **changes})
 
 
+def leaves(tree):
+    """Return the leaves of a tree by their path, as copies."""
+    return {".".join(path): np.array(leaf) for path, leaf in names.flatten(tree)}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base):
-    """Return a folder with runs of two steps: `whole`, `parts`, killed after the first and resumed, and `layers`."""
+    """Return a folder with runs of two steps: `whole`, `parts`, killed after the first and resumed, and `layers`.
+
+    Of `whole` what was frozen is kept as it was before and after the steps, and what was not.
+    """
     root = tmp_path_factory.mktemp("runs")
-    assert ti.main(shrunk(base, root / "whole")) == 0
+
+    def watched(cfg, state, update, frozen, *more):
+        np.savez(root / "before.npz", **leaves(frozen))
+        done = fit(cfg, state, update, frozen, *more)
+        np.savez(root / "after.npz", **leaves(frozen))
+        np.savez(root / "learns.npz", **leaves(done[0].params))
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.diffusion.fit", watched)
+        assert ti.main(shrunk(base, root / "whole")) == 0
     killed_after(1, root / "whole", root / "parts", exported=ti.FILE)
     assert ti.main(shrunk(base, root / "parts", resume_from_checkpoint="1")) == 0
     assert ti.main(shrunk(base, root / "layers", per_layer=True, validation_steps=2)) == 0
@@ -73,34 +91,24 @@ def test_two_vectors_learn_and_a_resumed_run_writes_the_same_file(runs, one_leve
     np.testing.assert_array_equal(pipe.embeddings[0].vectors[0], vectors)
 
 
-def test_all_other_rows_of_the_table_and_all_weights_stay_bit_for_bit(one_level, base, tmp_path, monkeypatch):
-    """The step itself is watched: nothing but the vectors is in its state, and what is frozen comes back unchanged."""
-    seen = {}
-
-    def fit(cfg, state, update, frozen, batches, *more):
-        before = jax.tree.map(np.array, frozen)
-        for _, batch in zip(range(2), batches(0), strict=False):
-            rows = {name: jnp.asarray(x) for name, x in batch.items() if name != "id"}
-            state, _ = update(state, frozen, rows, jax.random.key(0))
-        seen.update(state=state, before=before, frozen=frozen)
-        return state, None
-
-    monkeypatch.setattr("train.diffusion.fit", fit)
-    ti.main(shrunk(base, tmp_path))
-    assert [x.shape for x in jax.tree.leaves(seen["state"].params)] == [(2, 16)]
-    jax.tree.map(np.testing.assert_array_equal, seen["before"], seen["frozen"])
-    jax.tree.map(np.testing.assert_array_equal, seen["frozen"]["text_encoder"], one_level.params["text_encoder"])
-    assert seen["frozen"].keys() == {"unet", "vae", "text_encoder"}
+def test_all_other_rows_of_the_table_and_all_weights_stay_bit_for_bit(runs, one_level):
+    before, after, learns = (dict(np.load(runs / f"{name}.npz")) for name in ("before", "after", "learns"))
+    assert {name: x.shape for name, x in learns.items()} == {"text_encoder": (2, 16)}
+    assert {name.split(".")[0] for name in after} == {"unet", "vae", "text_encoder"}
+    for expected in (before, leaves({name: one_level.params[name] for name in ("unet", "vae", "text_encoder")})):
+        assert after.keys() == expected.keys()
+        for name, x in expected.items():
+            np.testing.assert_array_equal(after[name], x)
 
 
 def test_each_layer_draws_with_its_own_vectors_of_a_file_of_layers(runs, one_level):
     path = runs / "layers" / ti.FILE
-    names = list(layer_names(one_level))
+    layers = list(layer_names(one_level))
     found = load_file(path)
-    assert found.keys() == set(names) and {x.shape for x in found.values()} == {(2, 16)}
-    assert np.abs(found[names[0]] - found[names[1]]).max() > 1e-3  # the layers learn different things
+    assert found.keys() == set(layers) and {x.shape for x in found.values()} == {(2, 16)}
+    assert np.abs(found[layers[0]] - found[layers[1]]).max() > 1e-3  # the layers learn different things
     held = read_embedding(path)
-    assert held.token == "<duck>" and list(held.layers) == sorted(names)
+    assert held.token == "<duck>" and list(held.layers) == sorted(layers)
     np.testing.assert_allclose(held.vectors[0], np.mean(list(found.values()), 0), rtol=1e-6)
     pipe = one_level.with_embedding(path)
     prompt = "a <duck> by the sea"
@@ -112,10 +120,10 @@ def test_each_layer_draws_with_its_own_vectors_of_a_file_of_layers(runs, one_lev
     own = drawn(pipe, LayerPrompts([{".": prompt}]))
     # As if each layer had a word of its own, which is a prompt of its own.
     words = one_level
-    for i, name in enumerate(names):
+    for i, name in enumerate(layers):
         words = words.with_embedding({f"<w-{i}>": found[name]})
     words = words.with_embedding({"<duck>": held.vectors[0]})
-    told = {name: f"a <w-{i}> by the sea" for i, name in enumerate(names)}
+    told = {name: f"a <w-{i}> by the sea" for i, name in enumerate(layers)}
     np.testing.assert_allclose(own, drawn(words, LayerPrompts([told])), atol=1e-4)
     # Without layer prompts the word is the mean of its vectors.
     np.testing.assert_allclose(drawn(pipe), drawn(words), atol=1e-4)
