@@ -1,10 +1,12 @@
-"""Measure DreamBooth: a subject that the model never saw, in new scenes, beside the class that it was named by.
+"""Measure DreamBooth and textual inversion: a subject that the model never saw, in new scenes, beside its class.
 
 The subject is the object of configs/dreambooth_mini.yaml. Each model draws the same prompts from the same noise: the
 subject before known backgrounds and in known styles, its class without the word for it, and other objects.
 
     python -m train.dreambooth --config configs/dreambooth_mini.yaml --output_dir runs/duck
     python -m scripts.effects.subjects --models "prior=runs/duck/pipeline" --steps 10 --out runs/effects_subjects
+    python -m train.textual_inversion --config configs/textual_inversion_mini.yaml --output_dir runs/word
+    python -m scripts.effects.subjects --words "one vector=runs/word/learned_embeds.safetensors" --steps 10
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ class Config:
 
     Attributes:
         models: names of experts, each with its folder or LoRA file, as in "prior=runs/duck/pipeline".
+        words: names of learnt words, each with its file of vectors; they are measured where the subject is asked for,
+            since other prompts draw what the model itself does.
         model: "mini" or a diffusers folder of 64 px images, which the experts were made from.
         image_encoder: the CLIP that compares pictures.
         subject: the object that they learnt.
@@ -55,6 +59,7 @@ class Config:
     """
 
     models: list[str] = dataclasses.field(default_factory=list)
+    words: list[str] = dataclasses.field(default_factory=list)
     model: str = "mini"
     image_encoder: str = "mini-clip"
     subject: str = "duck"
@@ -72,9 +77,10 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
         check_counts(self, cases=SPREAD, steps=2, grid_rows=1, batch_size=1, subject_pictures=2)
-        for named in self.models:
+        for named in [*self.models, *self.words]:
             if not named.partition("=")[2]:
-                raise InputError(f"models: found {named!r}, expected NAME=FOLDER or NAME=LORA.safetensors")
+                key, such = ("models", "FOLDER or NAME=LORA") if named in self.models else ("words", "EMBEDDING")
+                raise InputError(f"{key}: found {named!r}, expected NAME={such}.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +133,8 @@ def main(cfg: Config) -> int:
         "Its class, without the word": prompts_of(cfg.known, cfg.cases, cfg.seed + 1),
         "Other objects": prompts_of("", cfg.cases, cfg.seed + 2),
     }
+    if cfg.words and not cfg.models:  # nothing else would differ
+        asked = dict(list(asked.items())[:1])
     found: dict[str, Any] = {}
     for title, some in asked.items():
         drawn = {}
@@ -138,6 +146,8 @@ def main(cfg: Config) -> int:
             weights = digest([expert.params, *(m.lora.parts for m in methods)])
             key = ["subjects", weights, cfg.steps, [x.prompt for x in some]]
             drawn[name] = studio.draw(key, len(some), filled(each, cfg.batch_size), cfg.batch_size, f"{title}: {name}")
+        for name, _, path in (named.partition("=") for named in cfg.words if title.startswith("The subject")):
+            drawn[name] = _with_word(cfg, studio, pipe, path, name, some)
         found[title] = {name: _measure(judges, images, some, subject) for name, images in drawn.items()}
         if title.startswith("The subject"):
             real = judges.see(unseen) @ subject.T
@@ -165,6 +175,23 @@ def main(cfg: Config) -> int:
     (out / "effects.json").write_text(json.dumps(numbers | {"config": dataclasses.asdict(cfg)}, indent=1) + "\n")
     (out / "effects.md").write_text(told + "\n", encoding="utf-8")
     return 0
+
+
+def _with_word(
+    cfg: Config, studio: Studio, pipe: jaxmix.Pipeline, path: str, name: str, some: Sequence[Asked]
+) -> np.ndarray:
+    """Draw prompts with a learnt word in place of the subject's, in every layer its own vectors if it has them."""
+    knows = pipe.with_embedding(path)
+    word = knows.embeddings[-1]
+    texts = [x.prompt.replace(with_article(cfg.word), with_article(word.token)) for x in some]
+
+    def each(index: list[int], seeds: list[int]) -> np.ndarray:
+        told = [texts[i] for i in index]
+        methods = (jaxmix.LayerPrompts([{".": text} for text in told]),) if word.layers else ()
+        return knows.generate(told, seeds, cfg.steps, methods=methods)
+
+    key = ["words", digest([word.vectors, word.layers]), cfg.steps, texts]
+    return studio.draw(key, len(some), filled(each, cfg.batch_size), cfg.batch_size, f"Words: {name}")
 
 
 def _beside(

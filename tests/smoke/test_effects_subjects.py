@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmix.types import InputError
+from jaxmix.weights.embedding_write import write_embedding
 from scripts.effects import subjects as script
 
 
@@ -30,7 +31,21 @@ def test_a_run_of_four_cases_writes_tables_and_pictures(tmp_path):
     assert np.isfinite(others["variety"])
 
 
+def test_a_word_is_drawn_where_the_subject_is_asked_for(tmp_path):
+    mini = script.jaxmix.load("mini")
+    table = np.asarray(mini.params["text_encoder"]["text_model"]["embeddings.token_embedding"]["embedding"])
+    write_embedding(tmp_path / "w.safetensors", "<duck>", [table[mini.token_ids("penguin")]])
+    told = {"cases": 4, "steps": 2, "batch_size": 4, "grid_rows": 1, "word": "penguin"}
+    assert script.main(script.Config(words=[f"it={tmp_path / 'w.safetensors'}"], out=str(tmp_path), **told)) == 0
+    (title, found), _ = json.loads((tmp_path / "effects.json").read_text()).items()
+    assert title == "The subject in new scenes" and found["it"].keys() == found[script.BASE].keys()
+    for key, value in found["it"].items():  # the word is the penguin's own vector
+        np.testing.assert_allclose(value, found[script.BASE][key], atol=1e-2)
+
+
 def test_a_mistake_is_one_line():
+    with pytest.raises(InputError, match=r"words: found 'duck', expected NAME=EMBEDDING\.safetensors"):
+        script.Config(words=["duck"])
     with pytest.raises(InputError, match="models: found 'duck', expected NAME=FOLDER or"):
         script.Config(models=["duck"])
     with pytest.raises(InputError, match="cases: found 2, expected 4 or more"):

@@ -1,4 +1,4 @@
-"""The trainer of B-LoRAs on a tiny base: two blocks alone, halves that the file names, resuming, refusals."""
+"""The trainer of B-LoRAs on a tiny base: two blocks alone, halves that the file names, refusals."""
 
 import dataclasses
 from pathlib import Path
@@ -14,7 +14,7 @@ from scripts.bench.train_memory import Config as Memory
 from scripts.bench.train_memory import count, trainer_config
 from scripts.bench.train_shapes import abstract_pipeline, b_lora_pieces
 from tests.data.made import encoded, picture
-from tests.jobs import TWO_STEPS, killed_after
+from tests.jobs import TWO_STEPS
 from train import b_lora
 from train.low_rank import FILE, KOHYA_FILE
 
@@ -48,17 +48,14 @@ def shrunk(base, folder, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base):
-    """Return a folder with two runs of two steps: `whole`, and `parts`, killed after the first and resumed."""
+    """Return a folder with a run of two steps; that a stopped run ends in the same file is tested of `train.lora`."""
     root = tmp_path_factory.mktemp("runs")
     assert b_lora.main(shrunk(base, root / "whole", validation_steps=2)) == 0
-    killed_after(1, root / "whole", root / "parts", exported=FILE)
-    assert b_lora.main(shrunk(base, root / "parts", resume_from_checkpoint="1")) == 0
     return root
 
 
 def test_two_blocks_learn_and_the_file_names_them(runs, one_level):
     for name in (FILE, KOHYA_FILE):
-        assert (runs / "whole" / name).read_bytes() == (runs / "parts" / name).read_bytes()
         made = jaxmix.LoRA.load(runs / "whole" / name, one_level)
         assert made.blocks == {"style": BLOCKS["style_blocks"], "content": BLOCKS["content_blocks"]}
         halves = {key: set(made.only(key).parts["unet"]) for key in ("style", "content")}

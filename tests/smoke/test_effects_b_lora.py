@@ -1,0 +1,54 @@
+"""The effects script of B-LoRA: its prompts, its measures, its mistakes, and a run of both halves on four cases."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmix
+from jaxmix.testing import moved
+from jaxmix.tuning import lora
+from jaxmix.types import InputError
+from scripts.effects import b_lora as script
+from scripts.effects.subjects import prompts_of
+
+
+def test_a_block_is_told_another_object_in_another_style_before_the_same_background():
+    some = prompts_of("", 8, 3)
+    other = script.told_otherwise(some, 4)
+    for one, x in zip(some, other, strict=True):
+        assert one.object != x.object and one.style != x.style and one.background == x.background
+        assert x.object in x.prompt and x.prompt != one.prompt
+
+
+def test_a_palette_is_the_shares_of_colours():
+    pictures = np.zeros((2, 4, 4, 3), np.uint8)
+    pictures[1, :2] = 255
+    first, second = script.palette(pictures)
+    assert first[0] == 1 and second[0] == second[-1] == 0.5
+    assert np.minimum(first, second).sum() == 0.5
+
+
+def test_a_run_of_four_cases_writes_tables_and_pictures(tmp_path):
+    mini = jaxmix.load("mini")
+    fresh = lora.init(jax.random.key(0), mini.params["unet"], r"(up_blocks\.2\.attentions\.0|up_blocks\.1)\..*to_q", 2)
+    made = lora.with_alpha(moved(lora.without_alpha(fresh), jax.random.key(1), 0.3))
+    jaxmix.LoRA({"unet": made}, blocks={"style": r"up_blocks\.2", "content": r"up_blocks\.1"}).save(
+        tmp_path / "one.safetensors"
+    )
+    told = {"cases": 4, "steps": 2, "batch_size": 4, "grid_rows": 1, "adapter": "", "parts": "halves"}
+    files = [str(tmp_path / "one.safetensors")]
+    assert script.main(script.Config(loras=files, out=str(tmp_path), **told)) == 0
+    written = json.loads((tmp_path / "effects.json").read_text())
+    for title in ("The picture's style for known objects", "The picture's content in known styles"):
+        assert set(written[title]) == {script.BASE, "both halves", "style half", "content half"}
+        assert len({json.dumps(found) for found in written[title].values()}) == 4, "each half draws something else"
+    assert {path.name for path in tmp_path.glob("*.png")} == {"style.png", "content.png"}
+
+
+def test_a_mistake_is_one_line():
+    with pytest.raises(InputError, match="parts: found 'half', expected some of blocks, halves"):
+        script.Config(parts="half")
+    with pytest.raises(InputError, match="cases: found 2, expected 4 or more"):
+        script.Config(cases=2)
