@@ -20,6 +20,7 @@ from jaxmix.types import InputError, in_one_line
 FIRST_ANSWER = 27.0
 """Seconds in which a bucket must answer for the first time, credentials found and connections tried again."""
 _ATTEMPTS = 4
+_SILENT = 60.0  # seconds for which a bucket that gave no answer is not asked again
 _SCHEME = re.compile(r"(gs|gcs|s3|s3a|hf|memory):/{1,2}(?=[^/\s])")
 _ALIASES = {"gcs": "gs", "s3a": "s3"}
 _LOGGERS = {"gs": ("gcsfs",), "s3": ("s3fs", "aiobotocore"), "hf": ("huggingface_hub",)}
@@ -30,10 +31,15 @@ _CREDENTIALS = {
     "memory": "none",
 }
 _answered: set[str] = set()
+_silent: dict[str, tuple[float, str]] = {}  # when a bucket gave no answer, and why
 _clients: dict[str, Any] = {}
 _looking: dict[str, float] = {}  # seconds that clients took to look for credentials
 _making = threading.Lock()
 T = TypeVar("T")
+
+
+class MissingError(InputError):
+    """There is no such bucket, file or folder."""
 
 
 def url_of(name: Any) -> str | None:
@@ -57,8 +63,18 @@ def answered(url: str, ask: Callable[[], T]) -> T:
     bucket = "/".join(url.split("/")[:3])
     if bucket in _answered:
         return tried(url, ask)
+    since, reason = _silent.get(bucket, (0.0, ""))
+    if reason and time.monotonic() - since < _SILENT:
+        raise InputError(f"{url}: {reason}")
     left = max(FIRST_ANSWER - _looking.pop(bucket.partition(":")[0], 0.0), FIRST_ANSWER / 3)
-    found = _in_time(url, lambda: tried(url, ask), left)
+    try:
+        found = _in_time(url, lambda: tried(url, ask), left)
+    except MissingError:
+        _answered.add(bucket)
+        raise
+    except InputError as error:  # of all pictures of a job only the first ones wait for it
+        _silent[bucket] = time.monotonic(), str(error).removeprefix(f"{url}: ")
+        raise
     _answered.add(bucket)
     return found
 
@@ -109,7 +125,7 @@ def tried(url: str, ask: Callable[[], T], missing: bool = False) -> T:
     except FileNotFoundError:
         if missing:
             raise
-        raise InputError(f"{url}: no such bucket, file or folder") from None
+        raise MissingError(f"{url}: no such bucket, file or folder") from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _LOCAL:
             raise

@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import hashlib
+import mimetypes
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ from jaxmix.copies import cache_folder
 from jaxmix.types import InputError
 
 READ_ONLY = ("hf",)
+_TYPE = {"gs": "content_type", "s3": "ContentType"}  # what clients call the type of an object
 _AT_ONCE = 16
 _TOLD = 100 << 20  # bytes from which a download shows its progress
 _VERSION = ("etag", "ETag", "generation", "md5Hash", "blob_id", "lfs", "created", "LastModified", "mtime", "size")
@@ -153,8 +155,10 @@ def _copy(fs: Any, url: str, files: Mapping[str, tuple[Mapping[str, Any], Path]]
 def write(path: Any, content: bytes, create: bool = False) -> None:
     """Write an object of a bucket, whole, by one request; with ``create`` raises FileExistsError if it is there."""
     fs, key = client(path)
-    mode = {"mode": "create"} if create else {}
-    tried(str(path), lambda: fs.pipe_file(key, content, **mode))
+    told = {"mode": "create"} if create else {}
+    if (kind := mimetypes.guess_type(path.name)[0]) and (name := _TYPE.get(str(path).partition(":")[0])):
+        told[name] = kind  # so that a browser shows a gallery, and does not save it
+    tried(str(path), lambda: fs.pipe_file(key, content, **told))
 
 
 def read(path: Any) -> bytes | None:

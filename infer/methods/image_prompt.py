@@ -269,8 +269,11 @@ def check_there(flag: str, path: str, what: str, kind: str | None = None) -> Non
         "--vmix": vmix.EMBEDDED,
     }
     names = embedded[kind or flag]
-    if path in names or exists(user_path(path)):
-        return
+    try:
+        if path in names or exists(user_path(path)):
+            return
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
     expected = " or ".join([what, *names])
     found = next((f"it is for {other}" for other, held in embedded.items() if path in held), "no such file or folder")
     raise InputError(f"{flag}: {path}: {found}, expected {expected}")

@@ -12,7 +12,7 @@ def forgotten(tmp_path, monkeypatch):
     """Begin without clients and fetched files, as a process does."""
     monkeypatch.setenv("JAXMIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(paths, "_fetched", {})
-    for name in ("_answered", "_clients", "_looking"):
+    for name in ("_answered", "_silent", "_clients", "_looking"):
         monkeypatch.setattr(clients, name, type(getattr(clients, name))())
     fsspec.filesystem("memory").store.clear()
 

@@ -1,8 +1,11 @@
 """What is read from buckets and the hub: fetched once, whole, and under the name that a user gave in messages."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+import time
 
 import fsspec
 import jax
@@ -12,8 +15,13 @@ from PIL import Image
 
 import jaxmix
 from infer.checks import check_file
+from infer.flags import Config
+from infer.job import collect_rows
 from infer.methods.lora import check_loras
+from infer.methods.registry import Methods
 from infer.pictures import open_picture, pictures_in
+from infer.preprocess import Config as Preprocess
+from infer.preprocess import main as preprocess
 from infer.rows import BadRow
 from jaxmix import clients, paths
 from jaxmix.copies import cache_folder, named
@@ -27,8 +35,6 @@ def put(url, content):
 
 
 def png(shade=10):
-    import io
-
     held = io.BytesIO()
     Image.new("RGB", (8, 8), (shade, 0, 0)).save(held, format="PNG")
     return held.getvalue()
@@ -121,6 +127,7 @@ from jaxmix import clients, paths
 from jaxmix.copies import cache_folder, named
 from jaxmix.types import InputError
 from jaxmix.weights.files import user_path
+from infer.methods.registry import Methods
 from infer.pictures import pictures_in
 print(user_path("hf://owner/name/in/a.png").read_bytes() == b"picture", pictures_in("hf://owner/name/in"))
 print(sorted(path.name for path in user_path("hf://owner/name@main").rglob("*") if path.is_file()))
@@ -160,3 +167,38 @@ def test_no_credentials_are_one_line_that_says_where_they_are_looked_for(url, mo
     ):
         user_path(url)
     fsspec.get_filesystem_class(url[:2]).clear_instance_cache()
+
+
+def test_a_job_with_rows_and_pictures_in_a_bucket_asks_a_silent_one_once(tmp_path, monkeypatch):
+    put("memory://b/rows.jsonl", b'{"prompt": "a", "image": "memory://b/photo.png"}\n{"prompt": "b", "seed": -7}\n')
+    put("memory://b/photo.png", png())
+    config = Config(prompts="memory://b/rows.jsonl")
+    rows, bad = collect_rows(config, Methods(config))
+    assert [row.image for row in rows] == ["memory://b/photo.png"] and bad[0].where == "rows.jsonl:2"
+    asked = []
+
+    def silent(fs, path, **how):
+        asked.append(path)
+        time.sleep(2)
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", silent)
+    monkeypatch.setattr(clients, "FIRST_ANSWER", 0.3)
+    monkeypatch.setattr(clients, "_answered", set())
+    text = "".join(f'{{"prompt": "a", "image": "memory://silent/{i}.png"}}\n' for i in range(100))
+    (tmp_path / "rows.jsonl").write_text(text)
+    began = time.monotonic()
+    config = Config(prompts=str(tmp_path / "rows.jsonl"))
+    _, bad = collect_rows(config, Methods(config))
+    assert len(bad) == 100 and "image: memory://silent/99.png: no answer within 0.3 s" in bad[-1].reason
+    assert len(asked) <= 16 and time.monotonic() - began < 2
+
+
+def test_maps_are_made_of_and_in_a_bucket(bucket):
+    put(f"{bucket}/photos/one.png", png())
+    for told in ("wrote 1 maps", "1 were there"):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert preprocess(Preprocess(f"{bucket}/photos", "gray", f"{bucket}/maps")) == 0
+        assert told in out.getvalue()
+    fs, key = clients.client(paths.place(f"{bucket}/maps/one.png"))
+    info = fs.info(key)
+    assert info["type"] == "file" and (bucket.startswith("memory") or "image/png" in map(str, info.values()))
