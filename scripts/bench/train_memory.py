@@ -55,7 +55,7 @@ class Config:
 
     Attributes:
         trainer: vmix, ip_adapter (whose pictures CLIP ViT-H/14 reads), style_adapter (CLIP ViT-L/14), controlnet, lora,
-            dreambooth or b_lora.
+            dreambooth, b_lora or textual_inversion.
         model: sd15, sd21 (the 512 px base) or sdxl.
         recipe: YAML file of the trainer; configs/TRAINER_MODEL.yaml if empty (SD 2.1 has that of SD 1.5).
         platform: tpu (compile only), or cpu (this machine).
@@ -77,7 +77,9 @@ class Config:
         out: JSON file for the numbers; none if empty.
     """
 
-    trainer: Literal["vmix", "ip_adapter", "style_adapter", "controlnet", "lora", "dreambooth", "b_lora"] = "vmix"
+    trainer: Literal[
+        "vmix", "ip_adapter", "style_adapter", "controlnet", "lora", "dreambooth", "b_lora", "textual_inversion"
+    ] = "vmix"
     model: Literal["sd15", "sd21", "sdxl"] = "sd15"
     recipe: str = ""
     platform: Literal["tpu", "cpu"] = "tpu"

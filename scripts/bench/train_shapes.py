@@ -22,6 +22,7 @@ from jaxmix.models import (
     VAEConfig,
 )
 from jaxmix.models.controlnet import ControlNetConfig
+from jaxmix.pipeline.blocks import layer_names
 from jaxmix.pipeline.pipeline import Pipeline
 from jaxmix.released import RELEASED
 from jaxmix.schedule import NoiseSchedule
@@ -29,7 +30,7 @@ from jaxmix.tuning import lora
 from jaxmix.types import InputError
 from scripts.bench.adapters import vmix_config
 from scripts.bench.rows import configs
-from train import b_lora, controlnet, dreambooth, ip_adapter, low_rank, style_adapter, vmix
+from train import b_lora, controlnet, dreambooth, ip_adapter, low_rank, style_adapter, textual_inversion, vmix
 from train import lora as train_lora
 from train.diffusion import make_predict
 
@@ -206,6 +207,18 @@ def b_lora_pieces(pipe: Pipeline, cfg: Any, rows: int, side: int, cached: bool, 
     return lora_pieces(pipe, b_lora.within(pipe, cfg, b_lora.find_blocks(pipe, cfg)), rows, side, cached, tiny)
 
 
+def textual_inversion_pieces(pipe: Pipeline, cfg: Any, rows: int, side: int, cached: bool, tiny: bool) -> Pieces:
+    """Return the pieces of `train.textual_inversion`, whose words are read, not cached."""
+    if cached:
+        raise InputError("cached: found true with trainer textual_inversion, which reads pictures, expected false")
+    shape = (len(layer_names(pipe)), cfg.num_vectors) if cfg.per_layer else (cfg.num_vectors,)
+    made = {
+        part: jax.ShapeDtypeStruct((*shape, encoder.config.hidden_size), jnp.float32) for part, encoder in pipe.encoders
+    }
+    predict = textual_inversion.make_predict(pipe, cfg)
+    return Pieces(made, {}, {}, predict, dict(made), textual_inversion.make_weigh(cfg.per_layer))
+
+
 TRAINERS: dict[str, tuple[Any, Callable[..., Pieces]]] = {
     "vmix": (vmix.Config, vmix_pieces),
     "ip_adapter": (ip_adapter.Config, ip_adapter_pieces),
@@ -214,6 +227,7 @@ TRAINERS: dict[str, tuple[Any, Callable[..., Pieces]]] = {
     "lora": (train_lora.Config, lora_pieces),
     "dreambooth": (dreambooth.Config, dreambooth_pieces),
     "b_lora": (b_lora.Config, b_lora_pieces),
+    "textual_inversion": (textual_inversion.Config, textual_inversion_pieces),
 }
 """The configuration and the pieces of every trainer, by its name."""
 

@@ -1,11 +1,14 @@
 """A prompt per layer: which layers hear it, rows by themselves, and what is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from jaxmix import DenseDiffusion, InputError, LayerPrompts, Request, Segment, StructuredDiffusion
 from jaxmix.methods.layer_prompts import _by_layer
-from jaxmix.pipeline.blocks import attn2_names
+from jaxmix.models import UNet2DConditionModel, UNetConfig
+from jaxmix.pipeline.blocks import attn2_names, layer_names
 from jaxmix.weights.embedding_files import PLUS
 
 PROMPTS = ["a cat", "a dog"]
@@ -43,6 +46,16 @@ def test_layers_are_named_by_patterns_and_as_p_plus_names_them(one_level, monkey
     found = {key: list(_by_layer(one_level, {key: "x"}, "")) for key in PLUS}
     assert found["IN01"] == ["down_blocks.0.attentions.0.attn2"] and found["MID"] == [sixteen[-1]]
     assert found["OUT11"] == ["up_blocks.2.attentions.2.attn2"] and len({x[0] for x in found.values()}) == 16
+
+
+def test_the_layers_of_stable_diffusion_are_those_that_sd_scripts_names():
+    """IN04 is the input block 4 of the original UNet: the first of the second level, and so on."""
+    pipe = SimpleNamespace(unet=UNet2DConditionModel(UNetConfig(attention_head_dim=8)), latent_shape=(64, 64, 4))
+    short = {name: layer.split(".transformer_blocks")[0] for name, layer in layer_names(pipe).items()}
+    assert tuple(short) == PLUS
+    assert short["IN01"] == "down_blocks.0.attentions.0" and short["IN05"] == "down_blocks.1.attentions.1"
+    assert short["MID"] == "mid_block.attentions.0"
+    assert short["OUT03"] == "up_blocks.1.attentions.0" and short["OUT11"] == "up_blocks.3.attentions.2"
 
 
 def test_a_mistake_is_one_line(one_level):

@@ -75,14 +75,15 @@ def test_a_controlnet_of_a_real_model_has_the_size_of_the_published_ones(model, 
         ("lora", {"rank": 4}, {"unet": 797_184, "text_encoder": 294_912}),  # as diffusers' scripts print them
         ("dreambooth", {}, {"unet": 859_520_964}),
         ("dreambooth", {"rank": 4}, {"unet": 797_184}),
+        ("textual_inversion", {}, {"text_encoder": 768}),
     ],
 )
-def test_a_lora_and_dreambooth_of_a_real_model_learn_what_they_should(trainer, told, expected):
+def test_trainers_of_a_subject_learn_what_they_should_of_a_real_model(trainer, told, expected):
     config = Config(trainer=trainer, model="sd15", mixed_precision="bf16", **told)
     step = make_step(config, trainer_config(config))
     assert {name: count(tree) for name, tree in step.parts.items()} == expected
     assert count(step.state.params) == sum(expected.values())
-    assert ("unet" in step.frozen) == ("rank" in told or trainer == "lora")
+    assert ("unet" in step.frozen) == ("rank" in told or trainer in ("lora", "textual_inversion"))
     assert {leaf.dtype for leaf in jax.tree.leaves(step.state.params)} == {np.dtype("float32")}
 
 
