@@ -51,7 +51,7 @@ class Config(LowRankConfig, SubjectConfig):
         rank: rank of the additions.
         instance_prompt: what the picture is told to be.
         style_blocks: regular expression over names of the UNet's modules: where the style is learnt; empty for the
-            authors' block for SDXL, and what scripts/README.md says for others.
+            authors' block for SDXL, and a guess for others, see train/README.md.
         content_blocks: the same for what is shown.
         num_instance_images: with scenes: how many pictures; the paper has one.
     """

@@ -40,7 +40,7 @@ HALVES = {
     ),
 }
 """B-LoRA's two blocks (arXiv 2403.14572) for SDXL; for Stable Diffusion 1.5 and 2 those in the same place, which nobody
-has measured; for the three levels of the embedded model see scripts/README.md."""
+has measured; for the three levels of the embedded model a pair whose halves were looked at on one picture alone."""
 
 
 def _family(pipe: Parts) -> int:
