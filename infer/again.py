@@ -14,7 +14,8 @@ from jaxmix.command import command_words
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Defaults)}
 # Flags that say which rows there are, or what becomes of the folder; a row says the first, and the second is new.
-_NOT_AGAIN = ("prompts", "out", "seeds", "num_images", "resume", "overwrite", "strict", "dry_run")
+_NOT_AGAIN = ("prompts", "out", "seeds", "num_images", "set", "resume", "overwrite", "strict", "dry_run")
+_NOT_AGAIN += ("distributed", "worker", "workers", "engine", "resources")
 _OF_GROUPS = ("group_size", "reference_prompt", "content", "style")
 
 

@@ -29,6 +29,7 @@ from infer.pictures import open_picture
 from infer.png import png_bytes, setting_chunks, write_whole
 from infer.report import Times
 from infer.rows import BadRow, Row
+from infer.thumbnails import write_beside
 from jaxmix.command import format_seconds, progress
 from jaxmix.pipeline.batching import start_bytes
 from jaxmix.types import NOT_FINITE
@@ -205,6 +206,7 @@ class Drawing:
         extra: dict[str, Any] = {"width": width, "height": height, "latents": shape, "bytes": len(content)}
         extra |= {"seconds": round(took, 4), "devices": devices_of(self.times.devices)}
         self._keep(row, content, extra, bar)
+        write_beside(self.out, row.file_name, image)
         with self._lock:
             self.times.images += 1
             self.times.png += time.monotonic() - began

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from infer.captions import font, wrapped
 from infer.png import write_whole
-from infer.thumbnails import SIDE, make_thumbnails, there, thumbnail_of
+from infer.thumbnails import SIDE, make_thumbnails, opened, there, thumbnail_of
 
 CELL = 208  # pixels: the width at which pictures are shown; small ones are enlarged to the nearest whole multiple
 SHEET_LIMIT = 120
@@ -160,7 +160,7 @@ def scaled(folder: Path, picture: Picture) -> Image.Image:
     names = [small] if max(picture.width, picture.height) > SIDE else []
     for path in (*names, folder / picture.file):
         try:
-            with path.open("rb") as file, Image.open(file) as image:
+            with opened(path) as image:
                 how = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
                 return image.convert("RGB").resize(size, how)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

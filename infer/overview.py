@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from infer.again import without_rows
 from infer.flags import Config as Job
 from infer.gallery import Item, Picture, write_contact_sheet, write_gallery
@@ -25,12 +23,14 @@ from infer.manifest import manifest_files
 from infer.methods.registry import Methods
 from infer.png import read_settings
 from infer.rows import FIELDS
+from infer.thumbnails import opened
+from jaxmix import paths
 from jaxmix.command import run
 from jaxmix.types import InputError
 
 _OF_THE_PICTURE = ("file", "status", "row", "where", "latents", "bytes", "group_mark", "chunks", "model", "dtype")
 _OF_THE_PICTURE += ("prompt", "method", "seed", "steps", "sampler", "spacing", "eta", "guidance_scale")
-_OF_THE_PICTURE += ("height", "width")
+_OF_THE_PICTURE += ("height", "width", "seconds", "devices")
 _WORDS = {"negative_prompt": "negative", "image": "from"}
 _LONGEST = 120  # letters of a setting
 
@@ -40,7 +40,7 @@ class Config:
     """Which folder.
 
     Attributes:
-        folder: what a job wrote, its --out
+        folder: what a job wrote, its --out, here or in a bucket
     """
 
     folder: str = "gallery"
@@ -49,10 +49,14 @@ class Config:
 def lines_of(folder: Path) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
     """Yield (where, record, fault) for each line of a folder's manifests; a damaged one has no record, but a fault."""
     for path in manifest_files(folder):
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(_content(path).split(b"\n"), 1):
             if line.strip():
                 record, fault = _read(line)
                 yield f"{path.name}:{number}", record, fault
+
+
+def _content(path: Path) -> bytes:
+    return (paths.read(path) or b"") if paths.remote(path) else path.read_bytes()
 
 
 def _read(line: bytes) -> tuple[dict[str, Any] | None, str]:
@@ -79,8 +83,8 @@ def _read(line: bytes) -> tuple[dict[str, Any] | None, str]:
 
 def main(config: Config) -> int:
     """Read what there is, write the gallery; return 2 if anything was damaged or gone, else 0."""
-    folder = Path(config.folder)
-    if not folder.is_dir():
+    folder = paths.place(config.folder)
+    if not paths.remote(folder) and not folder.is_dir():
         raise InputError(f"--folder {config.folder}: no such folder")
     images: dict[str, dict[str, Any]] = {}
     errors: dict[tuple[int, str], str] = {}
@@ -92,10 +96,10 @@ def main(config: Config) -> int:
             images[record["file"]] = record
         else:
             errors[record["row"], record["error"]] = f"{record['where']}: {record['error']}"
-    names = {path.name for path in folder.iterdir()}
+    names = paths.names(folder)
     for name in sorted(names - set(images)):
         if name.endswith(".png") and (settings := read_settings(folder / name)) is not None:
-            with Image.open(folder / name) as image:
+            with opened(folder / name) as image:
                 images[name] = {**settings, "file": name, "width": image.width, "height": image.height}
     damaged += [f"{name}: found it in a manifest, but no such picture" for name in sorted(set(images) - names)]
     kept = sorted((record for name, record in images.items() if name in names), key=_place)
@@ -141,7 +145,7 @@ def _item(record: dict[str, Any], folder: Path, inputs: list[str], known: set[st
     pictures = []
     for name in inputs:
         try:
-            with Image.open(folder / name) as image:
+            with opened(folder / name) as image:
                 label = name.removesuffix(".png").rpartition("_")[2]
                 pictures.append(Picture(name, image.width, image.height, label))
         except (OSError, SyntaxError, ValueError):  # damaged: the result is shown all the same
@@ -174,7 +178,7 @@ def _text(value: Any) -> str:
 def _job(folder: Path) -> dict[str, Any]:
     """Return what job.json holds, nothing if it is missing or damaged."""
     try:
-        held = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        held = json.loads(_content(folder / "job.json").decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return held if isinstance(held, dict) and isinstance(held.get("command", ""), str) else {}

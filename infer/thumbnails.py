@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -10,10 +11,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from infer.png import write_whole
+from jaxmix import paths
 from jaxmix.command import progress
+from jaxmix.types import InputError
 
 FOLDER = "thumbs"
 SIDE = 416  # pixels of the longer side: twice the width at which pictures are shown, for dense screens
@@ -31,7 +35,7 @@ def make_thumbnails(folder: Path, files: Iterable[str]) -> dict[str, str]:
     made = there(folder, files)
     missing = [file for file in files if file not in made]
     if missing:
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        begin(folder)
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow and zlib let other threads run
         try:
             with progress(len(missing), "thumbnails", "pictures") as bar:
@@ -46,18 +50,33 @@ def make_thumbnails(folder: Path, files: Iterable[str]) -> dict[str, str]:
 def there(folder: Path, files: Sequence[str]) -> dict[str, str]:
     """Return where the small copies are that `files` have and that are up to date; remove those of no picture."""
     place = folder / FOLDER
-    held = {path.name: path for path in place.iterdir()} if place.is_dir() else {}
+    held = paths.names(place) if paths.remote(place) or place.is_dir() else set()
     if not held:
         return {}
-    pictures = {Path(path.name).stem for path in folder.iterdir()}
+    pictures = {Path(name).stem for name in paths.names(folder)}
     for name in [name for name in held if _OURS.fullmatch(name) and Path(name).stem not in pictures]:
-        held.pop(name).unlink(missing_ok=True)  # of a picture that --overwrite has removed
-    copies = {file: held.get(Path(thumbnail_of(file)).name) for file in files}
-    return {
-        file: thumbnail_of(file)
-        for file, copy in copies.items()
-        if copy is not None and not _older(copy, folder / file)
-    }
+        held.remove(name)
+        _remove(place / name)  # of a picture that --overwrite has removed
+    kept = [file for file in files if Path(thumbnail_of(file)).name in held]
+    return {file: thumbnail_of(file) for file in kept if not _older(folder / thumbnail_of(file), folder / file)}
+
+
+def begin(folder: Path) -> None:
+    """Make the folder of small copies; a bucket has none."""
+    if not paths.remote(folder):
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+
+
+def opened(path: Path) -> Image.Image:
+    """Return a picture of a folder here or in a bucket."""
+    return Image.open(io.BytesIO(paths.read(path) or b"") if paths.remote(path) else path)
+
+
+def _remove(path: Path) -> None:
+    if paths.remote(path):
+        paths.remove(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def thumbnail_of(file: str) -> str:
@@ -67,7 +86,7 @@ def thumbnail_of(file: str) -> str:
 
 def _older(copy: Path, picture: Path) -> bool:
     """Return whether a copy is older than its picture; asked of local files alone, a bucket takes long to answer."""
-    if type(copy) is not type(Path()):
+    if paths.remote(copy):
         return False
     try:
         return copy.stat().st_mtime_ns < picture.stat().st_mtime_ns
@@ -78,7 +97,7 @@ def _older(copy: Path, picture: Path) -> bool:
 def _make(folder: Path, file: str) -> bool:
     """Write the small copy of a picture; return whether that could be read."""
     try:
-        with (folder / file).open("rb") as opened, Image.open(opened) as image:
+        with opened(folder / file) as image:
             write_thumbnail(folder, file, image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -94,3 +113,14 @@ def write_thumbnail(folder: Path, file: str, image: Image.Image) -> None:
     content = io.BytesIO()
     small.save(content, format="WEBP", quality=_QUALITY, method=3)
     write_whole(folder / thumbnail_of(file), content.getvalue())
+
+
+def write_beside(folder: Path, file: str, image: np.ndarray) -> None:
+    """Write the small copy of a picture (H, W, 3) uint8 that has just been drawn, if it is large.
+
+    What goes wrong here costs nothing: the end of the job makes what is missing.
+    """
+    if max(image.shape[:2]) > SIDE:
+        with contextlib.suppress(OSError, InputError):
+            begin(folder)
+            write_thumbnail(folder, file, Image.fromarray(image))

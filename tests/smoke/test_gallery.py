@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from infer import overview
+from infer import gallery, overview, thumbnails
 from infer.again import command_of, row_lines, without_rows
 from infer.flags import Config
 from infer.gallery import PAGE, Item, Picture, write_contact_sheet, write_gallery
@@ -17,6 +17,7 @@ from infer.job import complete
 from infer.methods.registry import Methods
 from infer.rows import Defaults, rows_of_objects
 from infer.thumbnails import SIDE, make_thumbnails
+from jaxmix import paths
 from jaxmix.types import InputError
 from tests.browser import CHROMIUM, opened
 from tests.smoke.test_generate import StandIn, job, lines_of
@@ -181,6 +182,22 @@ def test_small_pictures_have_no_copies_and_large_ones_are_shown_by_theirs(tmp_pa
     assert '<a href="1.png" aria-label="Enlarge: picture 1"><img src="thumbs/1.webp"' in text and 'src="0.png"' in text
     write_contact_sheet(tmp_path, items, "t")  # from the copy
     assert "No such" not in text and "http" not in text
+
+
+def test_a_drawn_picture_has_its_copy_at_once_and_a_bucket_has_copies_too(tmp_path, monkeypatch):
+    for module in (thumbnails, gallery):
+        monkeypatch.setattr(module, "SIDE", 8)  # of the stand-in's 16 px
+    folder = paths.place("memory://gallery/out")
+    status, _, out = job(tmp_path, "a\nb\n", name="p.txt")
+    drawn = sorted(path.name for path in out.glob("0*.png"))
+    assert status == 0 and sorted(path.stem for path in (out / "thumbs").iterdir()) == [name[:-4] for name in drawn]
+    for name in drawn:
+        paths.write(folder / name, (out / name).read_bytes())
+    paths.write(folder / "thumbs" / "0007_seed1_01234567.webp", b"of a picture that is gone")
+    assert overview.main(overview.Config(folder=str(folder))) == 0
+    assert paths.names(folder / "thumbs") == {f"{name[:-4]}.webp" for name in drawn}
+    text = paths.read(folder / "gallery.html").decode()
+    assert text.count("<article>") == 2 and f"thumbs/{drawn[0][:-4]}.webp" in text
 
 
 def test_without_scripts_the_first_page_is_there_and_the_number_of_the_others(tmp_path):
