@@ -65,7 +65,7 @@ class Folder:
         self._claimed = False
         self._fresh = secrets.randbits(64)
         if identity is not None:
-            self.path = Path(identity[0])
+            self.path = paths.place(identity[0])
             self.follow(identity)
             return
         if config.out is not None:
@@ -116,7 +116,7 @@ class Folder:
     def follow(self, identity: Sequence[Any]) -> None:
         """Take the folder of another process of this job, which has claimed it."""
         if self._config.out is None:
-            self.path = Path(identity[0])
+            self.path = paths.place(identity[0])
         self._fresh, self._claimed = identity[1], True
 
     def check_seen(self, seconds: float = 30.0) -> None:

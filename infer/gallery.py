@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 
 from infer.captions import font, wrapped
 from infer.png import write_whole
-from infer.thumbnails import SIDE, make_thumbnails, opened, there, thumbnail_of
+from infer.thumbnails import SIDE, make_thumbnails, there, thumbnail_of
+from jaxmix import paths
 
 CELL = 208  # pixels: the width at which pictures are shown; small ones are enlarged to the nearest whole multiple
 SHEET_LIMIT = 120
@@ -73,7 +74,9 @@ def write_gallery(
         write_whole(path, page.encode("utf-8", "replace"))
 
     write()
-    if len(thumbs) < len(set(large)):  # thousands take minutes, and whoever ends the job now has a page all the same
+    if len(thumbs) < len(set(large)) and not paths.remote(
+        folder
+    ):  # thousands take minutes, and whoever ends the job now has a page all the same
         thumbs = make_thumbnails(folder, large)
         write()
     return path
@@ -160,7 +163,7 @@ def scaled(folder: Path, picture: Picture) -> Image.Image:
     names = [small] if max(picture.width, picture.height) > SIDE else []
     for path in (*names, folder / picture.file):
         try:
-            with opened(path) as image:
+            with paths.opened(path) as file, Image.open(file) as image:
                 how = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
                 return image.convert("RGB").resize(size, how)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

@@ -13,7 +13,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from infer.leftovers import temporary_name
+from jaxmix import paths
 from jaxmix.types import InputError
 
 T = TypeVar("T")
@@ -170,8 +171,12 @@ class Presence:
     def _beat(self) -> None:
         """Write the file anew, whole: who reads it takes half a file for a change, and none for an end."""
         self._beats += 1
-        with contextlib.suppress(OSError):  # a disk that is full: that is said elsewhere
-            self.path.write_text(json.dumps({"beat": self._beats, "ended": self._ended.is_set()}))
+        text = json.dumps({"beat": self._beats, "ended": self._ended.is_set()})
+        with contextlib.suppress(OSError, InputError):  # a disk that is full: that is said elsewhere
+            if paths.remote(self.path):
+                paths.write(self.path, text.encode())
+            else:
+                self.path.write_text(text)
 
     def end(self) -> None:
         """Tell the others that this process draws no more."""
@@ -205,10 +210,19 @@ class Presence:
         """Return the signs of life of all processes."""
         found = {}
         for number in range(self.hosts.count):
-            for path in self.folder.glob(f".{self._stem(number)}.*.tmp"):
-                with contextlib.suppress(OSError):
-                    found[number] = path.read_text() or "being written"
+            for path in self._files(number):
+                with contextlib.suppress(OSError, InputError), paths.opened(path) as file:
+                    found[number] = file.read().decode() or "being written"
         return found
+
+    def _files(self, number: int) -> list[Path]:
+        """Return the file of a process, if it is there."""
+        if not paths.remote(self.folder):
+            return list(self.folder.glob(f".{self._stem(number)}.*.tmp"))
+        names: Iterable[str] = ()
+        with contextlib.suppress(InputError):
+            names = paths.names(self.folder)
+        return [self.folder / name for name in names if name.startswith(f".{self._stem(number)}.")]
 
     def __enter__(self) -> Presence:
         return self
@@ -220,9 +234,12 @@ class Presence:
         """Remove the files of all processes that have ended."""
         for number, text in self._found().items():
             if '"ended": true' in text or number == self.hosts.index:
-                for path in self.folder.glob(f".{self._stem(number)}.*.tmp"):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+                for path in self._files(number):
+                    with contextlib.suppress(OSError, InputError):
+                        if paths.remote(path):
+                            paths.remove(path)
+                        else:
+                            path.unlink()
 
     def close(self) -> None:
         """Give no more signs of life."""

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from infer.pictures import picture_size
 from infer.report import summary, write_overview
 from infer.rows import BadRow, Defaults, Fields, Row, read_rows, rows_of_objects, rows_of_prompts
 from infer.wording import chunks_of, with_embeddings
+from jaxmix import paths
 from jaxmix.command import enable_compilation_cache
 from jaxmix.samplers import image_to_image_start, make_solver, split_sampler
 from jaxmix.types import InputError, NotFiniteWarning
@@ -204,7 +205,7 @@ def draw(
         leaving = stack.enter_context(Leaving(last).watched())
         try:
             interrupted = drawing.run(batches, mine, clock, leaving)
-        except OSError:
+        except (OSError, InputError):
             print(left().format(" are written"), file=sys.stderr)
             raise
         manifest.close()
@@ -229,7 +230,8 @@ def draw(
         if interrupted:
             print(f"interrupted after {left().format('')}", file=sys.stderr)
             return 130
-        missing = [row for row in rows if row.number not in failed_rows and not there(row, manifest)]
+        names = paths.names(folder.path)
+        missing = [row for row in rows if row.number not in failed_rows and not there(row, manifest, names)]
         if missing and hosts.count > 1:
             print(hosts.still_left([row.number for row in missing], dead, folder.again()), file=sys.stderr)
         return 1 if missing and hosts.together else 2 if bad else 0
@@ -295,9 +297,9 @@ def undone(
     return [row for row in rows if row.number in left]
 
 
-def there(row: Row, manifest: Manifest) -> bool:
-    """Return whether a row's picture is there, with its line."""
-    return manifest.record(row.file_name) is not None and (manifest.folder / row.file_name).is_file()
+def there(row: Row, manifest: Manifest, names: Collection[str]) -> bool:
+    """Return whether a row's picture is there, among the names of the folder's files, with its line."""
+    return manifest.record(row.file_name) is not None and row.file_name in names
 
 
 def complete(

@@ -10,6 +10,8 @@ import socket
 import time
 from pathlib import Path
 
+from jaxmix import paths
+
 _OURS = re.compile(r"\..+\.(?P<host>[A-Za-z0-9]+)-(?P<pid>\d+)-[0-9a-f]{6}\.tmp")
 _OLD = 3600.0
 """Seconds after which a temporary file of a process elsewhere is left over: writing one takes seconds."""
@@ -30,6 +32,8 @@ def sweep(folder: Path, own: bool = False) -> None:
 
     Of a process on another machine only those are removed that nobody has touched for an hour.
     """
+    if paths.remote(folder):  # objects have no temporary names
+        return
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
             found = _OURS.fullmatch(path.name)

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from infer.again import without_rows
 from infer.flags import Config as Job
 from infer.gallery import Item, Picture, write_contact_sheet, write_gallery
@@ -23,7 +25,6 @@ from infer.manifest import manifest_files
 from infer.methods.registry import Methods
 from infer.png import read_settings
 from infer.rows import FIELDS
-from infer.thumbnails import opened
 from jaxmix import paths
 from jaxmix.command import run
 from jaxmix.types import InputError
@@ -49,14 +50,12 @@ class Config:
 def lines_of(folder: Path) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
     """Yield (where, record, fault) for each line of a folder's manifests; a damaged one has no record, but a fault."""
     for path in manifest_files(folder):
-        for number, line in enumerate(_content(path).split(b"\n"), 1):
+        with paths.opened(path) as file:
+            lines = file.read().split(b"\n")
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 record, fault = _read(line)
                 yield f"{path.name}:{number}", record, fault
-
-
-def _content(path: Path) -> bytes:
-    return (paths.read(path) or b"") if paths.remote(path) else path.read_bytes()
 
 
 def _read(line: bytes) -> tuple[dict[str, Any] | None, str]:
@@ -99,7 +98,7 @@ def main(config: Config) -> int:
     names = paths.names(folder)
     for name in sorted(names - set(images)):
         if name.endswith(".png") and (settings := read_settings(folder / name)) is not None:
-            with opened(folder / name) as image:
+            with paths.opened(folder / name) as file, Image.open(file) as image:
                 images[name] = {**settings, "file": name, "width": image.width, "height": image.height}
     damaged += [f"{name}: found it in a manifest, but no such picture" for name in sorted(set(images) - names)]
     kept = sorted((record for name, record in images.items() if name in names), key=_place)
@@ -145,7 +144,7 @@ def _item(record: dict[str, Any], folder: Path, inputs: list[str], known: set[st
     pictures = []
     for name in inputs:
         try:
-            with opened(folder / name) as image:
+            with paths.opened(folder / name) as file, Image.open(file) as image:
                 label = name.removesuffix(".png").rpartition("_")[2]
                 pictures.append(Picture(name, image.width, image.height, label))
         except (OSError, SyntaxError, ValueError):  # damaged: the result is shown all the same
@@ -178,7 +177,8 @@ def _text(value: Any) -> str:
 def _job(folder: Path) -> dict[str, Any]:
     """Return what job.json holds, nothing if it is missing or damaged."""
     try:
-        held = json.loads(_content(folder / "job.json").decode("utf-8"))
+        with paths.opened(folder / "job.json") as file:
+            held = json.loads(file.read().decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return held if isinstance(held, dict) and isinstance(held.get("command", ""), str) else {}

@@ -101,13 +101,13 @@ def setting_chunks(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[s
     return {"parameters": "\n".join(lines), "jaxmix": json.dumps(settings, ensure_ascii=False)}
 
 
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """Return the settings in a PNG's `jaxmix` chunk, or None if the file is missing, damaged or not ours."""
+def read_settings(path: Path, chunk: str = "jaxmix") -> dict[str, Any] | None:
+    """Return the settings in a chunk of a PNG, or None if the file is missing, damaged or not ours."""
     try:
         with warnings.catch_warnings(), _opened(path) as image:
             warnings.simplefilter("ignore")  # of decoders, about a file that may be anything
             image.load()  # the chunk may be anywhere, and a truncated file must not count as drawn
-            held = json.loads(image.info["jaxmix"])
+            held = json.loads(image.info[chunk])
     except Exception:  # whatever a decoder raises, and JSON that is nested too deeply
         return None
     return held if isinstance(held, dict) else None

@@ -20,6 +20,7 @@ from infer.rows import Row
 
 PICTURES = 400
 """Most pictures of a sheet: rows are left out, never cells."""
+_CHUNK = "jaxmix_sheet"
 _GAP, _LINE = 10, 17
 _WIDE = 12_000  # pixels
 _LEAST = 48  # pixels that a picture is made smaller to
@@ -60,7 +61,7 @@ def write_sheets(
         keys = [axis.key for axis in (across, down) if axis is not None]
         name = f"sheet_{'_'.join(re.sub(r'[^A-Za-z0-9]+', '-', key) for key in keys)}.png"
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_text("jaxmix", json.dumps({"sheet": keys}))
+        chunks.add_text(_CHUNK, json.dumps({"keys": keys}))
         content = io.BytesIO()
         _draw(out, blocks, across, down).save(content, format="PNG", pnginfo=chunks)
         write_whole(out / name, content.getvalue())
@@ -70,7 +71,7 @@ def write_sheets(
 
 def sheets_in(folder: Path, names: Collection[str]) -> list[str]:
     """Return which of the names of files in a folder are sheets that a job wrote there."""
-    return [name for name in names if name.startswith("sheet_") and "sheet" in (read_settings(folder / name) or {})]
+    return [name for name in names if name.startswith("sheet_") and read_settings(folder / name, _CHUNK)]
 
 
 def _blocks(

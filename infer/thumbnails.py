@@ -49,6 +49,8 @@ def make_thumbnails(folder: Path, files: Iterable[str]) -> dict[str, str]:
 
 def there(folder: Path, files: Sequence[str]) -> dict[str, str]:
     """Return where the small copies are that `files` have and that are up to date; remove those of no picture."""
+    if paths.remote(folder):  # which has none: each would have to be fetched to be made
+        return {}
     place = folder / FOLDER
     held = paths.names(place) if paths.remote(place) or place.is_dir() else set()
     if not held:
@@ -65,11 +67,6 @@ def begin(folder: Path) -> None:
     """Make the folder of small copies; a bucket has none."""
     if not paths.remote(folder):
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-
-
-def opened(path: Path) -> Image.Image:
-    """Return a picture of a folder here or in a bucket."""
-    return Image.open(io.BytesIO(paths.read(path) or b"") if paths.remote(path) else path)
 
 
 def _remove(path: Path) -> None:
@@ -97,7 +94,7 @@ def _older(copy: Path, picture: Path) -> bool:
 def _make(folder: Path, file: str) -> bool:
     """Write the small copy of a picture; return whether that could be read."""
     try:
-        with opened(folder / file) as image:
+        with paths.opened(folder / file) as held, Image.open(held) as image:
             write_thumbnail(folder, file, image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

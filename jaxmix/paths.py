@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
+import io
 import mimetypes
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from jaxmix.clients import answered, client, filesystem, key_of, options_of, tried, url_of
 from jaxmix.command import progress
@@ -168,6 +170,16 @@ def read(path: Any) -> bytes | None:
         return cast(bytes, tried(str(path), lambda: fs.cat_file(key), missing=True))
     except FileNotFoundError:
         return None
+
+
+def opened(path: Any) -> BinaryIO:
+    """Open a file to read, here or in a bucket, whose content is fetched; raises OSError for one that is not there."""
+    if not remote(path):
+        return cast(BinaryIO, path.open("rb"))
+    content = read(path)
+    if content is None:
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    return io.BytesIO(content)
 
 
 def size(path: Any) -> int | None:

@@ -6,8 +6,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from infer.flags import Config
+from infer.hosts import Hosts, Presence
 from infer.job import collect_rows, draw
 from infer.methods.registry import Methods
+from infer.overview import Config as Overview
+from infer.overview import main as overview
 from jaxmix import paths
 from jaxmix.types import InputError
 from tests.jobs import unmarked
@@ -96,3 +99,19 @@ def test_a_bucket_that_cannot_be_written_is_one_line_before_a_model_is_loaded(tm
         methods = Methods(config := Config(prompt="a", out=nowhere, dry_run=dry))
         with pytest.raises(InputError, match=rf"^--out: {nowhere}: (no such bucket|found a place that is only read)"):
             draw(config, *collect_rows(config, methods), lambda: 1 / 0, None, methods)
+
+
+def test_an_overview_of_a_bucket_and_signs_of_life_in_it_are_those_of_a_folder(tmp_path, bucket):
+    out = f"{bucket}/overview"
+    go(tmp_path, out, set="steps=2,4")
+    place = paths.place(out)
+    paths.remove(place / "gallery.html")
+    assert overview(Overview(out)) == 0
+    assert paths.read(place / "gallery.html") is not None and "sheet_steps.png" in paths.names(place)
+    hosts = [Hosts(k, 2, together=True) for k in range(2)]
+    first, second = (Presence(place, one, "run") for one in hosts)
+    assert set(first._found()) == {0, 1}
+    second.end()
+    assert first.wait() == []
+    second.close(), first.close(), first.clear()
+    assert not [name for name in paths.names(place) if name.endswith(".tmp")]

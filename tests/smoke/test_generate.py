@@ -52,11 +52,11 @@ class StandIn:
         latents = np.array([np.full((4, 4, 2), (seed * 7 + request.steps) % 256) for seed in request.seeds], np.float32)
         return self.decode(latents)
 
-    def check_size(self, h, w, tile, encodes, guided):
-        pass
-
     def has_layers(self, text):
         return False
+
+    def check_size(self, h, w, tile, encodes, guided):
+        pass
 
     def decode(self, latents):
         return np.repeat(latents.repeat(4, 1).repeat(4, 2)[..., :1], 3, axis=-1) / np.float32(255)

@@ -201,7 +201,7 @@ def test_a_labelled_sheet_for_each_two_keys_shows_each_cell_in_its_place(tmp_pat
     tops = {grey: tuple(int(x) for x in _square(seen, grey)) for grey in greys}
     (top, left), (top_4, _), (_, left_9) = tops[3 * 7 + 2], tops[3 * 7 + 4], tops[9 * 7 + 2]
     assert top_4 > top and left_9 > left and tops[9 * 7 + 4] == (top_4, left_9) and tops[0xDD][0] > top_4
-    assert read_settings(out / "sheet_seed_steps.png") == {"sheet": ["seed", "steps"]}
+    assert read_settings(out / "sheet_seed_steps.png", "jaxmix_sheet") == {"keys": ["seed", "steps"]}
     (out / "sheet_mine.png").write_bytes(b"mine")
     go(tmp_path, text, set="steps=2", overwrite=True)
     assert {path.name for path in out.glob("sheet_*.png")} == {"sheet_steps.png", "sheet_mine.png"}

@@ -27,7 +27,7 @@ def test_the_plan_says_what_a_job_takes_and_a_second_run_how_long(tmp_path, tiny
     config = dataclasses.replace(config, out=None)
     methods = Methods(config)
     whole, _ = complete(collect_rows(config, methods)[0], tiny_pipeline, methods)
-    batches = plan(config, tmp_path, whole, whole, None, methods, tiny_pipeline)
+    batches = plan(config, tmp_path, whole, whole, 1, methods, tiny_pipeline)
 
     class Before:
         def images(self):
