@@ -28,6 +28,8 @@ except ImportError:  # Windows: files of other processes are read, and stay
     fcntl = None  # type: ignore[assignment]
 
 MERGED = "manifest.jsonl"
+MERGES = 5
+"""How often what several processes have written into a bucket is put together, if others end meanwhile."""
 _LARGEST = 1 << 20  # pixels of a side
 
 
@@ -181,8 +183,12 @@ def merge(folder: Path, own: Path | None = None) -> None:
     are: together they say the same. In a bucket they always stay.
     """
     if paths.remote(folder):
-        if own is not None and (held := [*read_records(folder)]):
-            paths.write(folder / MERGED, _merged(held))
+        for _ in range(MERGES if own is not None else 0):
+            files = [*manifest_files(folder)]
+            if held := [record for content in contents(files) for record in _records(content)]:
+                paths.write(folder / MERGED, _merged(held))
+            if {*manifest_files(folder)} <= {*files, folder / MERGED}:  # else another process has ended meanwhile
+                break
         return
     with _locked(folder) as alone, contextlib.ExitStack() as opened:
         ended = []

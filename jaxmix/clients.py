@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from jaxmix.types import InputError, in_one_line
 
-FIRST_ANSWER = 27.0
+FIRST_ANSWER = 20.0
 """Seconds in which a bucket must answer for the first time, credentials found and connections tried again."""
 _ATTEMPTS = 4
 _SILENT = 60.0  # seconds for which a bucket that gave no answer is not asked again
@@ -195,7 +195,7 @@ def filesystem(url: str) -> Any:
                     logging.getLogger(name).addHandler(logging.NullHandler())
                 began = time.monotonic()
                 make = functools.partial(fsspec.filesystem, scheme, **options_of(scheme))
-                _clients[scheme] = _in_time(url, make, FIRST_ANSWER * 2 / 3)
+                _clients[scheme] = _in_time(url, make, FIRST_ANSWER)
                 _looking[scheme] = time.monotonic() - began
             except ImportError:
                 raise InputError(

@@ -8,6 +8,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from infer.flags import Config
 from infer.hosts import Hosts, Presence
 from infer.job import collect_rows, draw
+from infer.manifest import Manifest
 from infer.methods.registry import Methods
 from infer.overview import Config as Overview
 from infer.overview import main as overview
@@ -115,3 +116,24 @@ def test_an_overview_of_a_bucket_and_signs_of_life_in_it_are_those_of_a_folder(t
     assert first.wait() == []
     second.close(), first.close(), first.clear()
     assert not [name for name in paths.names(place) if name.endswith(".tmp")]
+
+
+def test_processes_that_end_at_once_are_all_in_the_manifest(monkeypatch):
+    place = paths.place("memory://b/many")
+    made = [Manifest(place) for _ in range(4)]
+    extra = {"width": 1, "height": 1, "bytes": 1}
+    for k, one in enumerate(made):
+        one.add_image(f"{k:04d}_seed0.png", {"row": k}, extra)
+    real = paths.write
+
+    def late(path, content, create=False):
+        if path.name == "manifest.jsonl" and made:
+            made.pop().close()  # another ends after this one has looked, and before it writes
+        real(path, content, create)
+
+    monkeypatch.setattr(paths, "write", late)
+    made.pop().close()
+    while made:
+        made.pop().close()
+    lines = [json.loads(line) for line in paths.read(place / "manifest.jsonl").decode().splitlines()]
+    assert [line["row"] for line in lines] == [0, 1, 2, 3]
