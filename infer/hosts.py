@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,7 +173,7 @@ class Presence:
         """Write the file anew, whole: who reads it takes half a file for a change, and none for an end."""
         self._beats += 1
         text = json.dumps({"beat": self._beats, "ended": self._ended.is_set()})
-        with contextlib.suppress(OSError, InputError):  # a disk that is full: that is said elsewhere
+        with contextlib.suppress(OSError, InputError):  # a disk that is full, a bucket that is away: said elsewhere
             if paths.remote(self.path):
                 paths.write(self.path, text.encode())
             else:
@@ -209,20 +210,19 @@ class Presence:
     def _found(self) -> dict[int, str]:
         """Return the signs of life of all processes."""
         found = {}
-        for number in range(self.hosts.count):
-            for path in self._files(number):
-                with contextlib.suppress(OSError, InputError), paths.opened(path) as file:
-                    found[number] = file.read().decode() or "being written"
+        for number, path in self._files():
+            with contextlib.suppress(OSError, InputError):
+                text = (paths.read(path) or b"").decode() if paths.remote(path) else path.read_text()
+                found[number] = text or "being written"
         return found
 
-    def _files(self, number: int) -> list[Path]:
-        """Return the file of a process, if it is there."""
-        if not paths.remote(self.folder):
-            return list(self.folder.glob(f".{self._stem(number)}.*.tmp"))
-        names: Iterable[str] = ()
-        with contextlib.suppress(InputError):
-            names = paths.names(self.folder)
-        return [self.folder / name for name in names if name.startswith(f".{self._stem(number)}.")]
+    def _files(self) -> list[tuple[int, Path]]:
+        """Return the files of all processes of this run."""
+        pattern = re.compile(rf"\.{self._stem(0).removesuffix('0')}(\d+)\..*\.tmp")
+        with contextlib.suppress(OSError, InputError):
+            found = {name: pattern.fullmatch(name) for name in paths.names(self.folder)}
+            return [(int(match[1]), self.folder / name) for name, match in found.items() if match is not None]
+        return []
 
     def __enter__(self) -> Presence:
         return self
@@ -232,14 +232,11 @@ class Presence:
 
     def clear(self) -> None:
         """Remove the files of all processes that have ended."""
-        for number, text in self._found().items():
-            if '"ended": true' in text or number == self.hosts.index:
-                for path in self._files(number):
-                    with contextlib.suppress(OSError, InputError):
-                        if paths.remote(path):
-                            paths.remove(path)
-                        else:
-                            path.unlink()
+        found = self._found()
+        for number, path in self._files():
+            if '"ended": true' in found.get(number, "") or number == self.hosts.index:
+                with contextlib.suppress(OSError, InputError):
+                    paths.remove(path) if paths.remote(path) else path.unlink()
 
     def close(self) -> None:
         """Give no more signs of life."""

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +230,8 @@ def draw(
         if interrupted:
             print(f"interrupted after {left().format('')}", file=sys.stderr)
             return 130
-        names = paths.names(folder.path)
-        missing = [row for row in rows if row.number not in failed_rows and not there(row, manifest, names)]
+        there = {name for name in paths.names(folder.path) if manifest.record(name) is not None}
+        missing = [row for row in rows if row.number not in failed_rows and row.file_name not in there]
         if missing and hosts.count > 1:
             print(hosts.still_left([row.number for row in missing], dead, folder.again()), file=sys.stderr)
         return 1 if missing and hosts.together else 2 if bad else 0
@@ -295,11 +295,6 @@ def undone(
 
     left = set(hosts.from_first(first))
     return [row for row in rows if row.number in left]
-
-
-def there(row: Row, manifest: Manifest, names: Collection[str]) -> bool:
-    """Return whether a row's picture is there, among the names of the folder's files, with its line."""
-    return manifest.record(row.file_name) is not None and row.file_name in names
 
 
 def complete(

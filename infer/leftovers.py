@@ -30,9 +30,13 @@ def temporary_name(name: str) -> str:
 def sweep(folder: Path, own: bool = False) -> None:
     """Remove the temporary files of processes that were killed, and with `own` those of this process, too.
 
-    Of a process on another machine only those are removed that nobody has touched for an hour.
+    Of a process on another machine only those are removed that nobody has touched for an hour. In a bucket, where
+    objects appear whole, such names are signs of life (`infer.hosts`) of earlier runs.
     """
-    if paths.remote(folder):  # objects have no temporary names
+    if paths.remote(folder):
+        if not own:  # at the end of a process others may be alive
+            names = [name for name in paths.names(folder) if (found := _OURS.fullmatch(name)) and not _is_own(found)]
+            paths.remove_all([folder / name for name in names])
         return
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):

@@ -20,6 +20,7 @@ from infer.folder import Folder
 from infer.job import collect_rows, draw
 from infer.methods.registry import Methods
 from infer.rows import Defaults, rows_of_objects
+from jaxmix import paths
 from jaxmix.types import InputError
 from tests.smoke.test_generate import StandIn, lines_of
 
@@ -130,7 +131,9 @@ def test_a_folder_that_hosts_do_not_share_is_one_line(tmp_path):
         Folder(config, identity=(str(tmp_path), first.identity[1] + 1)).check_seen(0.0)
 
 
-def test_who_is_still_at_work_is_seen_in_the_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_who_is_still_at_work_is_seen_in_the_folder(tmp_path, monkeypatch, place):
+    tmp_path = tmp_path if place == "folder" else paths.place(f"memory://{tmp_path.name}/run")
     monkeypatch.setattr(hosts, "DEAD_AFTER", 0.3)
     one, two, three = (hosts.Presence(tmp_path, hosts.Hosts(k, 4, True), "run") for k in range(3))
     two._over.set()  # it dies; the fourth was never there
@@ -140,7 +143,7 @@ def test_who_is_still_at_work_is_seen_in_the_folder(tmp_path, monkeypatch):
     began = time.monotonic()
     assert one.wait() == [1, 3] and time.monotonic() - began < 5
     one.clear()
-    assert [path.name.split(".")[1] for path in tmp_path.iterdir()] == ["process-run-1"]
+    assert [name.split(".")[1] for name in paths.names(tmp_path)] == ["process-run-1"]
     assert three.wait(lambda: not three._seen) == [1, 3]  # the first has ended, and gone
     one.close()
     assert hosts.Hosts(0, 4, True).still_left([3, 5, 6, 7], [1], "CMD") == (
