@@ -7,6 +7,7 @@ subject before known backgrounds and in known styles, its class without the word
     python -m scripts.effects.subjects --models "prior=runs/duck/pipeline" --steps 10 --out runs/effects_subjects
     python -m train.textual_inversion --config configs/textual_inversion_mini.yaml --output_dir runs/word
     python -m scripts.effects.subjects --words "one vector=runs/word/learned_embeds.safetensors" --steps 10
+    python -m scripts.effects.subjects --experts runs/experts --cases 50 --steps 10     # of scripts.effects.experts
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import jaxmix
 from jaxmix import command
 from jaxmix.types import InputError
 from scripts.effects.draw import digest
+from scripts.effects.experts import PLAN, RECIPES, folder_of
+from scripts.effects.fusion import Fused, average
 from scripts.effects.image_prompts import Judges
 from scripts.effects.pictures import labelled_grid
 from scripts.effects.studio import Studio, check_counts, filled, means, table
@@ -43,6 +46,8 @@ class Config:
         models: names of experts, each with its folder or LoRA file, as in "prior=runs/duck/pipeline".
         words: names of learnt words, each with its file of vectors; they are measured where the subject is asked for,
             since other prompts draw what the model itself does.
+        experts: instead of both, a folder by `scripts.effects.experts`; the tables then pool its subjects, each with as
+            many cases, and what follows about the subject is read there.
         model: "mini" or a diffusers folder of 64 px images, which the experts were made from.
         image_encoder: the CLIP that compares pictures.
         subject: the object that they learnt.
@@ -60,6 +65,7 @@ class Config:
 
     models: list[str] = dataclasses.field(default_factory=list)
     words: list[str] = dataclasses.field(default_factory=list)
+    experts: str = ""
     model: str = "mini"
     image_encoder: str = "mini-clip"
     subject: str = "duck"
@@ -77,6 +83,8 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
         check_counts(self, cases=SPREAD, steps=2, grid_rows=1, batch_size=1, subject_pictures=2)
+        if self.experts and (self.models or self.words):
+            raise InputError("experts: found it with models or words, expected one of the two")
         for named in [*self.models, *self.words]:
             if not named.partition("=")[2]:
                 key, such = ("models", "FOLDER or NAME=LORA") if named in self.models else ("words", "EMBEDDING")
@@ -117,11 +125,61 @@ def opened(pipe: jaxmix.Pipeline, path: str) -> tuple[jaxmix.Pipeline, tuple[Any
 def main(cfg: Config) -> int:
     """Draw, measure, print; write effects.json, effects.md and the pictures."""
     command.enable_compilation_cache()
-    pipe, out = load_model(cfg.model), Path(cfg.out)
+    each = each_subject(cfg) if cfg.experts else []
+    pipe = load_model(cfg.model)
+    judges = Judges(jaxmix.ImageEncoder.load(cfg.image_encoder))
+    found = pooled([measure(one, pipe, judges) for one in each]) if each else measure(cfg, pipe, judges)
+    out = Path(cfg.out)
+    told = "\n\n".join(table(title, measured, BASE, {}) for title, measured in found.items())
+    print(told)
+    numbers = {title: means(measured) for title, measured in found.items()}
+    (out / "effects.json").write_text(json.dumps(numbers | {"config": dataclasses.asdict(cfg)}, indent=1) + "\n")
+    (out / "effects.md").write_text(told + "\n", encoding="utf-8")
+    return 0
+
+
+def each_subject(cfg: Config) -> list[Config]:
+    """Return what to measure of each subject of a folder of experts."""
+    path = Path(cfg.experts) / PLAN
+    if not path.is_file():
+        raise InputError(f"experts: found no {path}, expected a folder by scripts.effects.experts")
+    held, some = json.loads(path.read_text()), []
+    for subject, about in held["subjects"].items():
+        models: list[str] = []
+        words: list[str] = []
+        for name, recipe in RECIPES.items():
+            folder = folder_of(cfg.experts, subject, name)
+            for steps in sorted(int(kept.name) for kept in folder.glob("[0-9]*")):
+                named = f"{name}, {steps} steps={folder / str(steps) / recipe.made}"
+                (words if recipe.trainer == "textual_inversion" else models).append(named)
+        how: dict[str, Any] = {"subject": subject, "known": about["known"], "word": f"sks {about['known']}"}
+        how |= {"models": models, "words": words}
+        how |= {"subject_style": held["style"], "subject_pictures": held["pictures"]}
+        how |= {"out": str(Path(cfg.out) / subject.replace(" ", "_"))}
+        some.append(dataclasses.replace(cfg, experts="", **how))
+    return some
+
+
+def pooled(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the tables of several subjects as one: of what every subject has, all cases one after the other."""
+    tables: dict[str, Any] = {}
+    for title, first in found[0].items():
+        if all(title in one for one in found):
+            names = [name for name in first if all(name in one[title] for one in found)]
+            tables[title] = {
+                name: {key: np.concatenate([one[title][name][key] for one in found]) for key in first[name]}
+                for name in names
+            }
+    return tables
+
+
+def measure(cfg: Config, pipe: jaxmix.Pipeline, judges: Judges) -> dict[str, Any]:
+    """Draw and measure one subject; return the tables, and write the pictures."""
+    out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    judges, studio = Judges(jaxmix.ImageEncoder.load(cfg.image_encoder)), Studio(out, pipe, cfg.seed)
-    plain = {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0, "styles": (cfg.subject_style,)}
-    scenes = Scenes(split="held_out_objects", **plain)
+    studio = Studio(out, pipe, cfg.seed)
+    plain: dict[str, Any] = {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0, "styles": (cfg.subject_style,)}
+    scenes = Scenes(judges.scorer.size, split="held_out_objects", **plain)
     shown = SubjectScenes(scenes, cfg.subject, 8 * cfg.subject_pictures)
     pictures = np.stack([row["image"] for row in shown.rows])
     subject, unseen = judges.see(pictures[: cfg.subject_pictures]), pictures[cfg.subject_pictures :]
@@ -148,33 +206,30 @@ def main(cfg: Config) -> int:
             drawn[name] = studio.draw(key, len(some), filled(each, cfg.batch_size), cfg.batch_size, f"{title}: {name}")
         for name, _, path in (named.partition("=") for named in cfg.words if title.startswith("The subject")):
             drawn[name] = _with_word(cfg, studio, pipe, path, name, some)
-        found[title] = {name: _measure(judges, images, some, subject) for name, images in drawn.items()}
+        found[title] = {name: _measure(judges, images, some, subject, cfg.subject) for name, images in drawn.items()}
         if title.startswith("The subject"):
-            real = judges.see(unseen) @ subject.T
+            real = _measure(judges, unseen, [Asked("", "", "", "")] * len(unseen), subject, cfg.subject)
             found[title]["real scenes of the subject"] = {
-                key: real.mean(1) if key == "CLIP-I subject" else np.full(len(unseen), np.nan)
-                for key in found[title][BASE]
+                key: values if "subject" in key else np.full(len(unseen), np.nan) for key, values in real.items()
             }
         rows = slice(0, cfg.grid_rows)
         file = title.lower().replace(",", "").split()[1] + ".png"
         columns = [("shown", pictures[: cfg.grid_rows])] if title.startswith("The subject") else []
         columns += [(name, images[rows]) for name, images in drawn.items()]
-        path = labelled_grid(out / file, columns, [x.prompt for x in some[rows]], 2)
-        print(f"wrote {path}, {path.stat().st_size / 1e3:.0f} kB", flush=True)
+        _show(out / file, columns, [x.prompt for x in some[rows]])
     whole = [(name, expert) for name, (expert, methods) in experts.items() if name != BASE and not methods]
     if whole:
         title, some = "Beside another object", prompts_of("", cfg.cases, cfg.seed + 3)
         drawn = _beside(cfg, studio, pipe, *whole[0], some)
-        found[title] = {name: _measure(judges, images, some, subject, 2) for name, images in drawn.items()}
+        found[title] = {name: _measure(judges, images, some, subject, cfg.subject, 2) for name, images in drawn.items()}
         columns = [(name, images[: cfg.grid_rows]) for name, images in drawn.items()]
-        path = labelled_grid(out / "beside.png", columns, [x.prompt for x in some[: cfg.grid_rows]], 2)
-        print(f"wrote {path}, {path.stat().st_size / 1e3:.0f} kB", flush=True)
-    told = "\n\n".join(table(title, measured, BASE, {}) for title, measured in found.items())
-    print(told)
-    numbers = {title: means(measured) for title, measured in found.items()}
-    (out / "effects.json").write_text(json.dumps(numbers | {"config": dataclasses.asdict(cfg)}, indent=1) + "\n")
-    (out / "effects.md").write_text(told + "\n", encoding="utf-8")
-    return 0
+        _show(out / "beside.png", columns, [x.prompt for x in some[: cfg.grid_rows]])
+    return found
+
+
+def _show(path: Path, columns: Sequence[tuple[str, np.ndarray]], captions: Sequence[str]) -> None:
+    labelled_grid(path, columns, captions, 2)
+    print(f"wrote {path}, {path.stat().st_size / 1e3:.0f} kB", flush=True)
 
 
 def _with_word(
@@ -211,31 +266,40 @@ def _beside(
         key = ["beside", title, cfg.steps, list(texts), alone, digest(expert.params)]
         return studio.draw(key, len(some), filled(each, cfg.batch_size), cfg.batch_size, f"Beside: {title}")
 
+    def mean(index: list[int], seeds: list[int]) -> np.ndarray:
+        pairs = [Fused(some[i].prompt, alone[i], (0, 0)) for i in index]
+        return average(dataclasses.replace(pipe, default_steps=cfg.steps), expert, pairs, seeds)
+
+    key = ["mean", cfg.steps, [x.prompt for x in some], alone, digest(expert.params)]
+    both_means = studio.draw(key, len(some), filled(mean, cfg.batch_size), cfg.batch_size, "Beside: the mean")
     return {
         BASE: draw(BASE, pipe, both),
         f"{name}, both in the prompt": draw(name, expert, both),
+        f"the mean of the model and {name}": both_means,
         f"MagicFusion with {name}": draw("MagicFusion", pipe, [x.prompt for x in some], True),
     }
 
 
 def _measure(
-    judges: Judges, images: np.ndarray, some: Sequence[Asked], subject: np.ndarray, first: int = 1
+    judges: Judges, images: np.ndarray, some: Sequence[Asked], subject: np.ndarray, name: str, first: int = 1
 ) -> dict[str, np.ndarray]:
     """Measure how like the subject pictures are, whether they are what was asked for, and how much they vary.
 
-    The object that is asked for must be among the ``first`` of the judge's.
+    The subject, for a judge that knows it, and the object that is asked for must be among the ``first`` that it names.
     """
     seen, said = judges.see(images), judges.scorer(images)
-    right = {}
+    right, named = {}, np.full(len(images), np.nan)
     for kind in ("object", "style", "background"):
         known, most = getattr(judges.scorer, f"{kind}s"), first if kind == "object" else 1
         found = [[known[k] for k in row] for row in np.argsort(-said[kind], -1)[:, :most]]
         right[kind] = np.asarray([getattr(x, kind) in names for names, x in zip(found, some, strict=True)], float)
+        if name in known:
+            named = np.asarray([name in names for names in found], float)
     groups = [range(i, i + SPREAD) for i in range(0, len(seen) - SPREAD + 1, SPREAD)]
     apart = [1 - (seen[list(g)] @ seen[list(g)].T)[np.triu_indices(SPREAD, 1)].mean() for g in groups]
     variety = np.full(len(seen), np.nan)
     variety[: len(apart)] = apart
-    return {"CLIP-I subject": (seen @ subject.T).mean(1), **right, "variety": variety}
+    return {"CLIP-I subject": (seen @ subject.T).mean(1), "subject": named, **right, "variety": variety}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """The effects script of DreamBooth: its prompts, its mistakes, and a run on four cases."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxmix.types import InputError
 from jaxmix.weights.embedding_write import write_embedding
+from scripts.effects import experts
 from scripts.effects import subjects as script
 
 
@@ -50,3 +53,42 @@ def test_a_mistake_is_one_line():
         script.Config(models=["duck"])
     with pytest.raises(InputError, match="cases: found 2, expected 4 or more"):
         script.Config(cases=2)
+
+
+def test_experts_are_found_by_subject_recipe_and_steps_and_their_tables_pooled(tmp_path):
+    for subject in ("duck", "teddy bear"):
+        for name, steps in (("prior", 100), ("prior", 200), ("one vector", 100)):
+            (experts.folder_of(tmp_path, subject, name) / str(steps)).mkdir(parents=True)
+    about = {"duck": {"known": "penguin"}, "teddy bear": {"known": "cat"}}
+    held = {"pictures": 4, "style": "3d", "size": 64, "model": "mini", "subjects": about}
+    (tmp_path / experts.PLAN).write_text(json.dumps(held))
+    duck, bear = script.each_subject(script.Config(experts=str(tmp_path), out=str(tmp_path / "out")))
+    assert (bear.subject, bear.known, bear.word, bear.subject_pictures) == ("teddy bear", "cat", "sks cat", 4)
+    assert [named.partition("=")[0] for named in duck.models] == ["prior, 100 steps", "prior, 200 steps"]
+    assert duck.words == [f"one vector, 100 steps={tmp_path / 'duck/one_vector/100/learned_embeds.safetensors'}"]
+    both = script.pooled([{"t": {"a": {"x": np.ones(2)}, "b": {"x": np.ones(2)}}}, {"t": {"a": {"x": np.zeros(3)}}}])
+    assert list(both["t"]) == ["a"] and both["t"]["a"]["x"].tolist() == [1, 1, 0, 0, 0]
+    with pytest.raises(InputError, match=r"experts: found no .*plan\.json"):
+        script.each_subject(script.Config(experts=str(tmp_path / "none")))
+
+
+def test_a_training_of_an_expert_goes_on_from_fewer_steps(tmp_path, monkeypatch):
+    ran = []
+
+    def run(words):
+        ran.append(words)
+        place = Path(words[words.index("--output_dir") + 1])
+        (place / "pipeline").mkdir(parents=True)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(experts.subprocess, "run", run)
+    cfg = experts.Config(out=str(tmp_path), steps=[2, 5], recipes=["prior"])
+    experts.train(cfg, "prior", "duck", "penguin")
+    assert [words[words.index("--max_train_steps") + 1] for words in ran] == ["2", "5"]
+    assert {p.name for p in experts.folder_of(tmp_path, "duck", "prior").iterdir()} == {"2", "5"}
+    experts.train(cfg, "prior", "duck", "penguin")
+    assert len(ran) == 2, "what is there is not trained again"
+    with pytest.raises(InputError, match="recipes: found 'priors'; did you mean 'prior'"):
+        experts.Config(recipes=["priors"])
+    with pytest.raises(InputError, match=r"steps: found \[200, 100\], expected numbers of 1 or more, ascending"):
+        experts.Config(steps=[200, 100])
