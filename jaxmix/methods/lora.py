@@ -265,7 +265,10 @@ class Merge(Method):
         for part, factors in read.parts.items():
             low_rank.check(_modules(pipe.params, part), factors)
         if isinstance(self.strength, tuple):
-            read.at(dict(self.strength))
+            try:
+                read.at(dict(self.strength))
+            except InputError as error:
+                raise InputError(f"{self.lora.file[0]}: {error}" if self.lora.file else str(error)) from None
 
     def apply(self, pipe: Pipeline, request: Request) -> Request:
         """Add the merge to the edits of the weights."""

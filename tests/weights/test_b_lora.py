@@ -106,7 +106,10 @@ def test_a_job_merges_each_half_at_its_strength(tiny_sdxl, file):
         (lambda f, p: LoRA(LoRA.load(f, p).parts).only("style"), "LoRA: 'style' names none of its 32 modules"),
         (lambda f, p: LoRA.load(f, p).only("content").only("style"), "'style' (^up_blocks"),
         (lambda f, p: LoRA.load(f).on({"style": "1"}).check(p, None), "found strength '1' for 'style', expected a num"),
-        (lambda f, p: LoRA.load(f).on({"attn3": 1.0}).check(p, None), "'attn3' names none of its 32 modules"),
+        (
+            lambda f, p: LoRA.load(f).on({"attn3": 1.0}).check(p, None),
+            "both.safetensors: LoRA: 'attn3' names none of its 32 modules",
+        ),
         (lambda f, p: LoRA.load(f).on(float("inf")).check(p, None), "found strength inf, expected a number"),
     ],
 )
