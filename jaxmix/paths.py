@@ -18,6 +18,7 @@ import hashlib
 import io
 import mimetypes
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -30,6 +31,7 @@ from jaxmix.types import InputError
 READ_ONLY = ("hf",)
 _TYPE = {"gs": "content_type", "s3": "ContentType"}  # what clients call the type of an object
 _AT_ONCE = 16
+_OLD = 3600.0  # seconds
 _TOLD = 100 << 20  # bytes from which a download shows its progress
 _VERSION = ("etag", "ETag", "generation", "md5Hash", "blob_id", "lfs", "created", "LastModified", "mtime", "size")
 _fetched: dict[str, Path] = {}
@@ -135,6 +137,7 @@ def _copy(fs: Any, url: str, files: Mapping[str, tuple[Mapping[str, Any], Path]]
         def one(path: str) -> None:
             info, target = todo[path]
             target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target.parent)
             temporary = target.with_name(f".{secrets.token_hex(6)}.tmp")
             try:
                 tried(url, lambda: fs.get_file(path, str(temporary)))
@@ -149,6 +152,14 @@ def _copy(fs: Any, url: str, files: Mapping[str, tuple[Mapping[str, Any], Path]]
 
         for done in [pool.submit(one, path) for path in todo]:
             done.result()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what downloads that were killed have left; one that goes on is never as old as that."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _OLD:
+                path.unlink()
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

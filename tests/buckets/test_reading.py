@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -78,7 +79,12 @@ def test_a_download_that_breaks_off_is_never_used(monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         user_path("memory://b/photo.png")
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
+    (left,) = [path for path in cache_folder().rglob("*") if path.is_dir() and not any(path.iterdir())]
+    for name, hours in ((".old.tmp", 2), (".new.tmp", 0)):  # of downloads that were killed, or go on
+        (left / name).write_bytes(b"half")
+        os.utime(left / name, (time.time() - 3600 * hours,) * 2)
     assert user_path("memory://b/photo.png").read_bytes() == png()
+    assert {path.name for path in left.iterdir()} == {"photo.png", ".new.tmp"}
 
 
 def test_of_a_model_one_form_of_the_weights_is_fetched_and_no_pickle():
