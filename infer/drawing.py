@@ -206,10 +206,14 @@ class Drawing:
         extra: dict[str, Any] = {"width": width, "height": height, "latents": shape, "bytes": len(content)}
         extra |= {"seconds": round(took, 4), "devices": devices_of(self.times.devices)}
         self._keep(row, content, extra, bar)
-        write_beside(self.out, row.file_name, image)
+        self._beside(row, image)
         with self._lock:
             self.times.images += 1
             self.times.png += time.monotonic() - began
+
+    def _beside(self, row: Row, image: np.ndarray) -> None:
+        """Write the small copy of a picture."""
+        write_beside(self.out, row.file_name, image)
 
     def settings(self, row: Row) -> dict[str, Any]:
         """Return all settings of a row, as its PNG holds them."""

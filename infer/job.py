@@ -31,6 +31,7 @@ from infer.outlook import outlook
 from infer.pictures import picture_size
 from infer.report import summary, write_overview
 from infer.rows import BadRow, Defaults, Fields, Row, read_rows, rows_of_objects, rows_of_prompts
+from infer.thumbnails import FOLDER
 from infer.wording import chunks_of, with_embeddings
 from jaxmix import paths
 from jaxmix.command import enable_compilation_cache
@@ -256,7 +257,8 @@ def claim(folder: Folder, hosts: Hosts) -> str:
 
     def first() -> Any:
         folder.claim()
-        sweep(folder.path)
+        for place in (folder.path, folder.path / FOLDER):
+            sweep(place)
         return folder.identity, secrets.token_hex(4)
 
     identity, run = hosts.from_first(first)

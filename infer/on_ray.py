@@ -221,6 +221,9 @@ class Collected(Drawing):
     def _keep(self, row: Row, content: bytes, extra: Mapping[str, Any], bar: Any) -> None:
         self._made.append((row.number, content, json.dumps(extra)))
 
+    def _beside(self, row: Row, image: np.ndarray) -> None:
+        pass  # made at the end, where the pictures are
+
     def _fail(self, row: Row, reason: str, bar: Any) -> None:
         self._made.append((row.number, b"", reason))
 

@@ -34,7 +34,7 @@ from scripts.kills.moments import KINDS, Kill, watch_writes
 from scripts.kills.rows import mixed_rows
 from scripts.kills.stand_in import StandIn
 
-FINISHED = {"job.json", "manifest.jsonl", "gallery.html", "contact_sheet.png"}
+FINISHED = {"job.json", "manifest.jsonl", "gallery.html", "contact_sheet.png", "thumbs"}
 
 
 @dataclasses.dataclass
@@ -185,6 +185,7 @@ def faults(whole: Path, parts: Path, drawn: Path) -> list[str]:
     found += [f"{name}: differs" for name in one if name in other and one[name] != other[name]]
     found += ["manifest.jsonl differs"] if said_of(whole) != said_of(parts) else []
     found += [f"{path.name}: left over" for path in parts.iterdir() if path.name not in {*one, *FINISHED}]
+    found += [f"{path.name}: left over" for path in (parts / "thumbs").glob(".*")]
     twice = [name for name, count in Counter(drawn.read_text().split()).items() if count > 1] if drawn.exists() else []
     return found + [f"{name}: written twice" for name in twice]
 
