@@ -51,16 +51,19 @@ def line(case: Case, runs: dict[str, dict[str, Any]]) -> list[str] | None:
     program = case.title + (f", weights over {fsdp}" if fsdp > 1 else "")
     lead = [NAMES[case.model], program if case.kind == "decode" else f"{case.kind}: {program}", f"{case.batches[0]}"]
     bytes_ = [f"{first[f'{name}_bytes'] / GIB:.2f}" for name in ("argument", "temp", "peak")]
+    confirmed = best is not None and (best not in case.batches or len(mine) > 2 or guess <= best)
     if run is None or best is None:
         most = "none"
+    elif case.batches[1] not in mine:
+        most, confirmed = "not estimated", False
+    elif not confirmed:
+        most = f"about {guess}, not compiled"
     else:
-        confirmed = best not in case.batches or len(mine) > 2 or guess <= best
-        peak = f" ({run['peak_bytes'] / GIB:.2f})"
-        most = (f"{best}{peak}" if confirmed else f"about {guess}, not compiled") + (" or more" if best == MOST else "")
+        most = f"{best} ({run['peak_bytes'] / GIB:.2f})" + (" or more" if best == MOST else "")
     seconds, bound = roofline(first, case)
     spoken = ", ".join(f"{n} {kind}" for kind, n in sorted(first["collectives"].items())) or "none"
     moved = "" if first["xla_bytes"] is None else f"{first['xla_bytes'] / 1e9:.1f}"
-    at_most = roofline(run, case)[0] if run is not None else 0.0
+    at_most = roofline(run, case)[0] if run is not None and confirmed else 0.0
     cost = [f"{first['flops'] / 1e12:.2f}", moved, f"{1e3 * seconds:.1f} ({bound})" if seconds else ""]
     cost.append(f"{1e3 * at_most:.0f}" if at_most else "")
     return [*lead, *bytes_, most, *cost, spoken]
