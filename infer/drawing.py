@@ -42,13 +42,14 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.ESTALE, er
 class Started(NamedTuple):
     """A batch that the device has been given: its images uint8 and which are finite, perhaps unfinished.
 
-    `since` says when, `compiling` for how many seconds of that it was compiled.
+    `since` says when, `compiled` how many seconds had gone into compiling by then, and `compiling` how many this took.
     """
 
     batch: FilledBatch
     images: Any
     finite: Any
     since: float
+    compiled: float
     compiling: float
 
 
@@ -78,7 +79,8 @@ class Drawing:
         self._lock = threading.Lock()  # of what writers change
         self._on_device: tuple[FilledBatch, float] | None = None  # and since when
         self._took: dict[int, float] = {}  # seconds of a batch of each bucket
-        self._ended = 0.0  # when the last batch was drawn
+        self._ended = 0.0, 0.0  # when the last batch was drawn, and the seconds of compiling by then
+        self._told = False  # how long the others will take
 
     def run(self, batches: Sequence[FilledBatch], rows: Sequence[Row], clock: CompileClock, leaving: Leaving) -> bool:
         """Draw the batches of these rows; return whether it was interrupted.
@@ -98,12 +100,12 @@ class Drawing:
                         if more and (started := self._start(self._left.popleft(), device, clock, bar)) is not None:
                             given.append(started)
                         if given and (len(given) > 1 or not self._left or leaving.told):
-                            self._finish(given, writers, bar)
+                            self._finish(given, writers, clock, bar)
                 interrupted = bool(self._left)
             except KeyboardInterrupt:
                 interrupted = True
                 while given and given[0].finite.is_ready():
-                    self._finish(given, writers, bar)
+                    self._finish(given, writers, clock, bar)
             finally:
                 writers.close()
             writers.check()
@@ -130,9 +132,9 @@ class Drawing:
             self._split(batch, error, bar)
             return None
         device.started(images)
-        return Started(batch, images, finite, since, clock.seconds - compiled)
+        return Started(batch, images, finite, since, compiled, clock.seconds - compiled)
 
-    def _finish(self, given: collections.deque[Started], writers: Writers, bar: Any) -> None:
+    def _finish(self, given: collections.deque[Started], writers: Writers, clock: CompileClock, bar: Any) -> None:
         """Wait for the first of the batches that the device has, and have its pictures written."""
         batch = given[0].batch
         try:
@@ -143,19 +145,32 @@ class Drawing:
             return
         started = given.popleft()  # now: an interruption may come while it waits
         now = time.monotonic()
-        took = max(0.0, now - max(started.since, self._ended) - started.compiling)
-        self._took[id(batch.bucket)], self._ended = took, now
+        took = self._measured(started, now, clock.seconds)
+        self._ended = now, clock.seconds
+        if took is not None:
+            self._took[id(batch.bucket)] = took
         self._on_device = (given[0].batch, now) if given else None
-        if not bar.done and (left := bar.total - len(batch.rows)):
+        if took is not None and not self._told and (left := bar.total - bar.done - len(batch.rows)) > 0:
+            self._told = True
             told = format_seconds(left * took / len(batch.rows))
-            bar.write(f"expected time: {told} for the other {left} images, as the first batch took, without compiling")
+            bar.write(f"expected time: {told} for the other {left} images, as this batch took, without compiling")
+        each = None if took is None else took / len(batch.rows)
         for row, place in zip(batch.rows, batch.kept, strict=True):
             if finite[place]:
-                writers.hand(functools.partial(self._write, row, images[place], bar, took / len(batch.rows)))
+                writers.hand(functools.partial(self._write, row, images[place], bar, each))
             else:
                 self._fail(row, f"the result {NOT_FINITE}", bar)
         bar.update(len(batch.rows))
         writers.check()
+
+    def _measured(self, started: Started, now: float, compiled: float) -> float | None:
+        """Return the seconds that the device took for a batch, None if another was compiled while it worked."""
+        ended, by_then = self._ended
+        if started.since >= ended:  # it was compiled, and then the device began
+            seconds, other = now - started.since - started.compiling, compiled - started.compiled - started.compiling
+        else:  # the device began when it had done the one before
+            seconds, other = now - ended, compiled - by_then
+        return max(0.0, seconds) if other <= 0.05 * max(seconds, 0.0) else None
 
     def _split(self, batch: FilledBatch, error: Exception, bar: Any) -> None:
         """Put batches of half its size in the place of one that did not fit into memory; raises other errors."""
@@ -178,10 +193,9 @@ class Drawing:
         for started in [*self._given]:
             if started.finite.is_ready():
                 images, finite = np.asarray(started.images), np.asarray(started.finite)
-                took = max(0.0, time.monotonic() - started.since) / len(started.batch.rows)
                 for row, place in zip(started.batch.rows, started.batch.kept, strict=True):
                     if finite[place]:
-                        self._write(row, images[place], sys.stderr, took)
+                        self._write(row, images[place], sys.stderr, None)
         self._writers.wait()
 
     def _tell(self, bar: Any) -> None:
@@ -196,7 +210,7 @@ class Drawing:
         else:
             bar.tick(f"about step {min(steps, 1 + int(steps * passed / max(took, 1e-9)))} of {steps}")
 
-    def _write(self, row: Row, image: np.ndarray, bar: Any, took: float) -> None:
+    def _write(self, row: Row, image: np.ndarray, bar: Any, took: float | None) -> None:
         """Make the PNG of a picture, in a thread of its own, and keep it; drawing it `took` so many seconds."""
         began = time.monotonic()
         height, width = image.shape[:2]
@@ -204,7 +218,8 @@ class Drawing:
         factor = self.pipe.vae.config.factor
         shape = [height // factor, width // factor, self.pipe.latent_shape[-1]]
         extra: dict[str, Any] = {"width": width, "height": height, "latents": shape, "bytes": len(content)}
-        extra |= {"seconds": round(took, 4), "devices": devices_of(self.times.devices)}
+        if took is not None:
+            extra |= {"seconds": round(took, 4), "devices": devices_of(self.times.devices)}
         self._keep(row, content, extra, bar)
         self._beside(row, image)
         with self._lock:
