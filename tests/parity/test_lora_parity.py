@@ -10,7 +10,6 @@ import pytest
 import jaxmix
 from jaxmix import LoRA, apply_loras
 from jaxmix.models.unet import AddedCond
-from jaxmix.pipeline.blocks import halves
 from jaxmix.tuning import lora as low_rank
 
 torch = pytest.importorskip("torch")
@@ -210,27 +209,27 @@ def test_we_read_the_kohya_files_that_diffusers_converts_and_reads(clean, tmp_pa
     clean.assert_same((lora, 1.0))
 
 
-def test_halves_of_a_b_lora_are_those_of_its_authors_filter(tmp_path):
+def test_halves_of_a_b_lora_are_those_of_its_authors_filter(clean, tmp_path):
     """Its authors keep a half by the name of its block in the keys, and load what is left into diffusers' UNet."""
-    both = Both("sdxl", tmp_path / "base")
-    folder = tmp_path / "lora"
-    inside = r"up_blocks\.0\.attentions\.[01].*attn[12]\.to_"
-    made = both.random_lora(3, (2.0,), inside)
+    modules = low_rank.targets(clean.ours.params["unet"])
+    content, style, *_ = sorted({m.split(".transformer")[0] for m in modules if re.match(r"up_blocks.*attn2", m)})
+    made = clean.random_lora(3, (2.0,), rf"({content}|{style})\..*attn[12]\.to_")
+    # Their script knows no alpha.
     factors = {module: {**f, "alpha": np.float32(f["down"].shape[-1])} for module, f in made.parts["unet"].items()}
-    made = LoRA({"unet": factors}, blocks=halves(both.ours))  # their script knows no alpha
-    made.save(folder / FILE, both.ours)
-    read = LoRA.load(folder / FILE, both.ours)
-    states = load_file(folder / FILE)
-    for name, block in (("style", "unet.up_blocks.0.attentions.1"), ("content", "unet.up_blocks.0.attentions.0")):
+    blocks = {"style": rf"^{re.escape(style)}\.", "content": rf"^{re.escape(content)}\."}
+    LoRA({"unet": factors}, blocks=blocks).save(tmp_path / FILE, clean.ours)
+    read, states = LoRA.load(tmp_path / FILE, clean.ours), load_file(tmp_path / FILE)
+    for name, block in (("style", f"unet.{style}"), ("content", f"unet.{content}")):
         half = {key: x for key, x in states.items() if block in key}
         assert 0 < len(half) < len(states)
-        both.theirs.load_lora_weights({**half})
-        for lora in ((read.only(name), 1.0), (read, {name: 1.0}), (LoRA.load(folder / FILE), {name: 1.0})):
-            _, got = both.our_outputs(lora)
-            _, expected = both.torch_outputs()
-            assert np.abs(expected - both.base[1]).max() > 1e-2 * np.abs(expected).max()
-            np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-        both.theirs.unload_lora_weights()
-    both.theirs.load_lora_weights(folder, weight_name=FILE)
-    _, got = both.our_outputs((read, {"style": 1.0, "content": 1.0}))
-    np.testing.assert_allclose(got, both.torch_outputs()[1], rtol=0, atol=TOLERANCE * np.abs(got).max())
+        clean.theirs.load_lora_weights({**half})
+        expected, base = clean.torch_outputs()[1], clean.base[1]
+        largest = np.abs(expected).max()
+        assert np.abs(expected - base).max() > 1e-2 * largest
+        for lora in ((read.only(name), 1.0), (LoRA.load(tmp_path / FILE), {name: 1.0})):
+            np.testing.assert_allclose(clean.our_outputs(lora)[1], expected, rtol=0, atol=TOLERANCE * largest)
+        clean.theirs.unload_lora_weights()
+    clean.theirs.load_lora_weights(tmp_path, weight_name=FILE)
+    expected = clean.torch_outputs()[1]
+    got = clean.our_outputs((read, {"style": 1.0, "content": 1.0}))[1]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
