@@ -61,7 +61,12 @@ class Cluster:
         # What this machine has is for the actors on it, and cannot be shared. Here only rows are checked.
         jax.config.update("jax_platforms", "cpu")
         if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            except (OSError, RuntimeError, ValueError) as error:
+                where = os.environ.get("RAY_ADDRESS", "not set")
+                said = " ".join(str(error).split())[:300]
+                raise InputError(f"--engine ray: found no cluster (RAY_ADDRESS={where}): {said}") from None
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         self._config, self._opening = config, opening

@@ -99,6 +99,17 @@ def test_resources_are_named_as_ray_names_them():
     assert [on_ray._fitting({"TPU": 4, "CPU": 50}, host) for host in hosts] == [1, 1, 0]
 
 
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
+    def init(**flags):
+        raise ConnectionError("Ray is trying to start at 10.0.0.1:6379,\nbut it is not running")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray.init", init)
+    words = "--engine ray: found no cluster (RAY_ADDRESS=10.0.0.1:6379): Ray is trying to start at 10.0.0.1:6379, but"
+    with pytest.raises(InputError, match=re.escape(words)):
+        Cluster(Config(prompt="x", engine="ray"), Opening(print, print, print))
+
+
 def test_without_ray_the_engine_is_one_line_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=re.escape("pip install 'jaxmix-diffusion[ray]'")):
