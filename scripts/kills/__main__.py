@@ -217,7 +217,7 @@ def kill_one(jobs: Jobs, kill: Kill, victim: int) -> list[str]:
     if kill.kind == "clock":
         log = jobs.folder / "parts.drawn"
         before, since = lines_in(log), time.monotonic()
-        while lines_in(log) < before + kill.number and time.monotonic() < since + 60 and not kill.early:
+        while lines_in(log) < before + kill.number and time.monotonic() < since + 900 and not kill.early:
             time.sleep(0.001)
         time.sleep(kill.seconds)
         os.kill(started[victim], signal.SIGKILL)
