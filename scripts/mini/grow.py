@@ -67,6 +67,10 @@ def main(cfg: Config) -> int:
     command.enable_compilation_cache()
     pipe = jaxmix.load(cfg.model)
     vae = AutoencoderKL(VAEConfig.from_dict(read_config(Path(cfg.vae))))
+    if cfg.positions < (least := pipe.text_encoder.config.max_position_embeddings):
+        raise InputError(f"positions: found {cfg.positions}, expected {least} or more, those of {cfg.model}")
+    if cfg.size % vae.config.factor:
+        raise InputError(f"size: found {cfg.size}, expected a multiple of {vae.config.factor}, as {cfg.vae} has it")
     channels = vae.config.latent_channels
     shape = {"in_channels": channels, "out_channels": channels, "sample_size": cfg.size // vae.config.factor}
     unet = UNet2DConditionModel(dataclasses.replace(pipe.unet.config, **shape))
@@ -83,8 +87,6 @@ def main(cfg: Config) -> int:
         np.concatenate([np.asarray(one.encode_images(x[i : i + cfg.batch_size])) for i in starts])
         for one, x in ((pipe, reduced), (new, images))
     ]
-    if latents[0].shape[:3] != latents[1].shape[:3]:
-        raise InputError(f"vae: its latents are {latents[1].shape[1:]}, expected the grid of {latents[0].shape[1:]}")
     was, now = (x.reshape(-1, x.shape[-1]) for x in latents)
     learnt = cfg.scenes * latents[0].shape[1] * latents[0].shape[2]
     into, out_of = fit(now[:learnt], was[:learnt]), fit(was[:learnt], now[:learnt])
