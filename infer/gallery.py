@@ -74,9 +74,7 @@ def write_gallery(
         write_whole(path, page.encode("utf-8", "replace"))
 
     write()
-    if len(thumbs) < len(set(large)) and not paths.remote(
-        folder
-    ):  # thousands take minutes, and whoever ends the job now has a page all the same
+    if len(thumbs) < len(set(large)):  # thousands take minutes, and whoever ends the job now has a page all the same
         thumbs = make_thumbnails(folder, large)
         write()
     return path

@@ -49,8 +49,6 @@ def make_thumbnails(folder: Path, files: Iterable[str]) -> dict[str, str]:
 
 def there(folder: Path, files: Sequence[str]) -> dict[str, str]:
     """Return where the small copies are that `files` have and that are up to date; remove those of no picture."""
-    if paths.remote(folder):  # which has none: each would have to be fetched to be made
-        return {}
     place = folder / FOLDER
     held = paths.names(place) if paths.remote(place) or place.is_dir() else set()
     if not held:

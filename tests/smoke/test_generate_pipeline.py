@@ -53,7 +53,7 @@ def test_a_row_in_a_batch_is_the_image_it_is_alone(folder, tiny_pipeline, tmp_pa
 
 def test_other_prompts_seeds_and_scales_compile_nothing_new(folder, tmp_path):
     settings = {"model": str(folder), "batch_size": 3, "steps": 2, "devices": 1}
-    first = write_rows(tmp_path / "a.jsonl", [{"prompt": "a cat"}] * 4)
+    first = write_rows(tmp_path / "a.jsonl", [{"prompt": "a cat"}] * 5)
     before = denoise._cache_size()
     assert main(Config(**settings, prompts=first, out=str(tmp_path / "a"))) == 0
     compiled = denoise._cache_size()
