@@ -7,6 +7,7 @@ import pytest
 import jaxmix
 from jaxmix.types import InputError
 from scripts.mini import grow
+from train.text_to_image import load_tokenizer
 
 
 def test_a_grown_model_has_the_new_latents_and_longer_captions_and_keeps_everything_else(tmp_path, capsys):
@@ -14,6 +15,7 @@ def test_a_grown_model_has_the_new_latents_and_longer_captions_and_keeps_everyth
     assert grow.main(grow.Config(scenes=16, batch_size=20, out=str(out))) == 0
     made, first = jaxmix.load(str(out)), jaxmix.load("mini")
     assert made.latent_shape == (16, 16, 8) and made.text_length == 48
+    assert load_tokenizer(str(out / "tokenizer")).model_max_length == 48, "captions are padded to the encoder's length"
     kept = [jax.tree.leaves({k: v for k, v in p.params["unet"].items() if "conv_" not in k}) for p in (made, first)]
     assert all(np.array_equal(a, b) for a, b in zip(*kept, strict=True))
     ids = np.arange(20)[None]
