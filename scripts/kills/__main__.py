@@ -71,8 +71,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
-        if min(self.rows, self.steps, self.batch_size, self.devices, self.processes) < 1 or self.kills < 0:
-            raise InputError("--rows, --steps, --batch-size, --devices, --processes: expected at least 1 each")
+        least = {"rows": 1, "steps": 1, "batch_size": 1, "devices": 1, "processes": 1, "kills": 0}
+        for key, value in least.items():
+            if getattr(self, key) < value:
+                raise InputError(f"--{key.replace('_', '-')}: found {getattr(self, key)}, expected at least {value}")
 
 
 class Jobs:
