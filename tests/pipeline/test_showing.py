@@ -121,6 +121,7 @@ def test_several_images_of_a_prompt_are_those_of_their_seeds(tiny_pipeline):
 
 
 def test_a_bar_is_there_for_those_who_look(tiny_pipeline, capsys, monkeypatch):
+    monkeypatch.setattr("jaxmix.command._given", [])  # whatever commands were run in this process before
     told = []
     draw(tiny_pipeline, progress=lambda done, n: told.append((done, n)), batch_size=2)
     assert told == [(2, 3), (3, 3)]
