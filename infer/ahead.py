@@ -63,23 +63,24 @@ class Writers:
 class DeviceClock:
     """Measures how long the device had nothing to do between the batches that it was given.
 
-    ``waited`` are the seconds from the end of a batch to the moment at which it was given the next one, less those in
-    which this was compiled, which ``compiled()`` adds up; ``busy`` are those of the batches. A thread waits for the end
-    of each; that each is given is an event.
+    ``waited`` are the seconds from the end of a batch to the moment at which it was given the next one, ``busy`` those
+    of the batches, both less those of compiling, which ``compiled()`` adds up. A thread waits for the end of each
+    batch; that each is given is an event, after which its program is compiled.
     """
 
     def __init__(self, compiled: Callable[[], float]) -> None:
         self.busy = self.waited = 0.0
         self._compiled = compiled
-        self._batches: queue.SimpleQueue[tuple[float, float, Any] | None] = queue.SimpleQueue()
-        self._given = self._ended = 0.0
+        self._batches: queue.SimpleQueue[tuple[float, float, float, Any] | None] = queue.SimpleQueue()
+        self._ended = 0.0
         self._before = compiled()
+        self._given = 0.0, self._before  # when, and the seconds of compiling by then
         self._thread = threading.Thread(target=self._watch, name="device clock", daemon=True)
 
     def started(self, result: Any) -> None:
         """Say that the batch that the device was given last will give ``result``, which may be unfinished."""
-        compiled = self._compiled()
-        self._batches.put((self._given or time.monotonic(), compiled - self._before, result))
+        compiled, (given, by_then) = self._compiled(), self._given
+        self._batches.put((given or time.monotonic(), by_then - self._before, compiled - by_then, result))
         self._before = compiled
 
     @property
@@ -89,7 +90,7 @@ class DeviceClock:
 
     def _watch(self) -> None:
         while (batch := self._batches.get()) is not None:
-            given, compiling, result = batch
+            given, before, after, result = batch
             try:
                 result.block_until_ready()
             except Exception:  # told where the pictures are asked for
@@ -97,13 +98,13 @@ class DeviceClock:
                 continue
             now = time.monotonic()
             if self._ended:
-                self.waited += max(0.0, given - self._ended - compiling)
-            self.busy += now - max(given, self._ended)
+                self.waited += max(0.0, given - self._ended - before)
+            self.busy += max(0.0, now - max(given + after, self._ended))
             self._ended = now
 
     def _event(self, event: str, **_: Any) -> None:
         if event == GIVEN:
-            self._given = time.monotonic()
+            self._given = time.monotonic(), self._compiled()
 
     def __enter__(self) -> DeviceClock:
         jax.monitoring.register_event_listener(self._event)

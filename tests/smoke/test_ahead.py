@@ -76,7 +76,12 @@ def test_a_device_waits_from_the_end_of_a_batch_until_it_is_given_the_next_and_n
         compiled[0] += 0.2
         jax.monitoring.record_event(GIVEN)
         most = time.monotonic() - before - 0.2
-        clock.started(third)
+        busy = clock.busy
+        time.sleep(0.3)
+        compiled[0] += 0.3  # of the third, after it was given
         third.ended.set()
+        clock.started(third)
+        third.seen.wait(10)
     assert 0 < clock.waited <= most
+    assert clock.busy - busy < 0.25, "compiling counted as work of the device"
     assert 0 < clock.share < 1
