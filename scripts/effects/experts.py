@@ -1,8 +1,8 @@
-"""Train experts on the objects that the embedded model was never shown, for `scripts.effects.subjects --experts`.
+"""Train experts on what the embedded model was never shown, for `scripts.effects.subjects --experts`.
 
-Each object is learnt from the same few pictures by each recipe, and kept at each number of steps. The class that its
-prompts name is the known object whose scenes look most like its own, by CLIP. What is there is not trained again: the
-command may be stopped, and goes on.
+Four objects and a style are learnt, each from the same few pictures by each recipe, and kept at each number of steps.
+The class that its prompts name is the known object or style whose scenes look most like its own, by CLIP. What is there
+is not trained again: the command may be stopped, and goes on.
 
     python -m scripts.effects.experts --out runs/experts
     python -m scripts.effects.subjects --experts runs/experts --cases 50 --steps 10 --out runs/subjects
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +27,12 @@ from jaxmix.command import near_misses
 from jaxmix.types import InputError
 from scripts.effects.studio import check_counts
 from train.scenes import Scenes
-from train.scenes.splits import held_out_objects
+from train.scenes.captions import STYLE_WORDS, with_article
+from train.scenes.scenes import STYLES
+from train.scenes.splits import HELD_OUT_STYLE, held_out_objects
 
 PLAN = "plan.json"
+STYLE = STYLE_WORDS[HELD_OUT_STYLE]
 _SCENES = 24  # of each object, whose mean says what it looks like
 _LOOKED = 4000  # scenes in which these are looked for
 
@@ -62,11 +66,11 @@ class Config:
     Attributes:
         model: the model that learns.
         image_encoder: the CLIP that finds each object's class.
-        subjects: the objects; null for all that no model is trained on.
+        subjects: objects, and the style by its name in captions; null for all that no model is trained on.
         recipes: by which; null for all.
         steps: numbers of steps, ascending; an expert is kept at each.
         pictures: scenes of the subject that are shown.
-        style: the style of these.
+        style: the style of objects.
         size: side of the scenes, in pixels.
         seed: of the trainings.
         out: folder with a folder for each subject, recipe and number of steps.
@@ -93,12 +97,12 @@ class Config:
                 raise InputError(f"recipes: found {name!r}{near_misses(name, RECIPES)}")
 
 
-def looks_of(judge: jaxmix.ImageEncoder, scenes: Scenes, name: str) -> np.ndarray:
-    """Return the mean direction (p,) of scenes that show one object."""
+def looks_of(judge: jaxmix.ImageEncoder, scenes: Scenes, name: str = "") -> np.ndarray:
+    """Return the mean direction (p,) of scenes that show one object, or any."""
     found = []
     for i in range(_LOOKED):
         scene = scenes[i]
-        if scene["object_names"] == (name,):
+        if not name or scene["object_names"] == (name,):
             found.append(scene["image"])
         if len(found) == _SCENES:
             break
@@ -108,15 +112,20 @@ def looks_of(judge: jaxmix.ImageEncoder, scenes: Scenes, name: str) -> np.ndarra
 
 
 def classes_of(cfg: Config, subjects: list[str]) -> dict[str, tuple[str, float]]:
-    """Return for each subject the known object that looks most like it, and the cosine of the two."""
+    """Return for each subject the known object or style that looks most like it, and the cosine of the two."""
     judge = jaxmix.ImageEncoder.load(cfg.image_encoder)
-    shares = {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0}
-    known = Scenes(cfg.size, split="all", styles=(cfg.style,), seed=1, **shares)
-    unknown = Scenes(cfg.size, split="held_out_objects", styles=(cfg.style,), seed=1, **shares)
-    looks = {name: looks_of(judge, known, name) for name in known.object_names}
+    shares: dict[str, Any] = {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0, "seed": 1}
+    known = Scenes(cfg.size, split="all", styles=(cfg.style,), **shares)
+    objects = {name: looks_of(judge, known, name) for name in known.object_names}
+    styles = {
+        words: looks_of(judge, Scenes(cfg.size, split="all", styles=(style,), **shares))
+        for style, words in STYLE_WORDS.items()
+        if style in STYLES
+    }
     found = {}
     for name in subjects:
-        own = looks_of(judge, unknown, name)
+        looks = styles if name == STYLE else objects
+        own = looks_of(judge, Scenes(cfg.size, **shares | scenes_of(name, cfg.style)), "" if name == STYLE else name)
         like = max(looks, key=lambda other: float(own @ looks[other]))
         found[name] = (like, float(own @ looks[like]))
     return found
@@ -124,18 +133,25 @@ def classes_of(cfg: Config, subjects: list[str]) -> dict[str, tuple[str, float]]
 
 def flags_of(cfg: Config, recipe: Recipe, subject: str, known: str) -> list[str]:
     """Return the flags that say what is to be learnt."""
-    scenes = {"size": cfg.size, "split": "held_out_objects", "styles": [cfg.style]}
+    scenes = {"size": cfg.size, **scenes_of(subject, cfg.style)}
     scenes |= {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0}
-    flags = ["--pretrained_model_name_or_path", cfg.model, "--scenes", json.dumps(scenes), "--scene_object", subject]
+    flags = ["--pretrained_model_name_or_path", cfg.model, "--scenes", json.dumps(scenes)]
+    flags += ["--scene_object", "" if subject == STYLE else subject]
     flags += ["--num_instance_images", str(cfg.pictures), "--validation_steps", "0", "--seed", str(cfg.seed)]
     if recipe.trainer == "textual_inversion":
         token = f"<{subject.replace(' ', '-')}>"
         return [*flags, "--placeholder_token", token, "--initializer_token", known.split()[-1], *recipe.flags]
-    flags += ["--instance_prompt", f"a 3d render of a sks {known}"]
+    told = "" if subject == STYLE else f"{with_article(STYLE_WORDS[cfg.style])} of "
+    flags += ["--instance_prompt", f"{told}a sks {known}"]
     if recipe.prior:
         classes = Path(cfg.out) / "class" / known.replace(" ", "_")
-        flags += ["--class_prompt", f"a 3d render of a {known}", "--class_data_dir", str(classes)]
+        flags += ["--class_prompt", f"{told}{with_article(known)}", "--class_data_dir", str(classes)]
     return [*flags, *recipe.flags]
+
+
+def scenes_of(subject: str, style: str) -> dict[str, Any]:
+    """Return what makes scenes show a subject that no model is trained on: an object in one style, or the style."""
+    return {"split": "held_out_style"} if subject == STYLE else {"split": "held_out_objects", "styles": [style]}
 
 
 def folder_of(out: str | Path, subject: str, recipe: str) -> Path:
@@ -168,7 +184,7 @@ def train(cfg: Config, name: str, subject: str, known: str) -> None:
 def main(cfg: Config) -> int:
     """Find the classes, train what is missing."""
     command.enable_compilation_cache()
-    reserved = held_out_objects(Scenes().atlas.objects)
+    reserved = (*held_out_objects(Scenes().atlas.objects), STYLE)
     subjects = list(reserved if cfg.subjects is None else cfg.subjects)
     for subject in subjects:
         if subject not in reserved:

@@ -30,6 +30,7 @@ from scripts.effects.studio import Measured, Studio, check_counts, check_parts, 
 from scripts.effects.vmix import load_model
 from train.scenes import DIMENSIONS, Plan, Scenes, measure
 from train.scenes.captions import BACKGROUND_WORDS, with_article
+from train.scorer import WEIGHTS as SCORER
 from train.scorer import load_scorer
 from train.segmenter import distance_from_middle, load_segmenter
 
@@ -118,8 +119,8 @@ def make_cases(n: int, seed: int) -> list[Case]:
 class Judges:
     """The scorer, the segmenter and the CLIP of the scenes."""
 
-    def __init__(self, encoder: jaxmix.ImageEncoder) -> None:
-        self.encoder, self.scorer, self.segmenter = encoder, load_scorer(), load_segmenter()
+    def __init__(self, encoder: jaxmix.ImageEncoder, scorer: str | Path = SCORER) -> None:
+        self.encoder, self.scorer, self.segmenter = encoder, load_scorer(scorer), load_segmenter()
 
     def see(self, images: np.ndarray) -> np.ndarray:
         """Return unit vectors (n, p) of pictures in CLIP's space."""

@@ -1,4 +1,4 @@
-"""Measure DreamBooth and textual inversion: a subject that the model never saw, in new scenes, beside its class.
+"""Measure DreamBooth and textual inversion: what the model never saw, in new scenes, beside its class.
 
 The subject is the object of configs/dreambooth_mini.yaml. Each model draws the same prompts from the same noise: the
 subject before known backgrounds and in known styles, its class without the word for it, and other objects.
@@ -24,7 +24,7 @@ import jaxmix
 from jaxmix import command
 from jaxmix.types import InputError
 from scripts.effects.draw import digest
-from scripts.effects.experts import PLAN, RECIPES, folder_of
+from scripts.effects.experts import PLAN, RECIPES, STYLE, folder_of, scenes_of
 from scripts.effects.fusion import Fused, average
 from scripts.effects.image_prompts import Judges
 from scripts.effects.pictures import labelled_grid
@@ -32,6 +32,8 @@ from scripts.effects.studio import Studio, check_counts, filled, means, table
 from scripts.effects.vmix import load_model
 from train.scenes import Scenes
 from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
+from train.scenes.splits import HELD_OUT_STYLE
+from train.scorer import WEIGHTS as SCORER
 from train.subjects import SubjectScenes
 
 BASE = "the model itself"
@@ -50,11 +52,12 @@ class Config:
             many cases, and what follows about the subject is read there.
         model: "mini" or a diffusers folder of 64 px images, which the experts were made from.
         image_encoder: the CLIP that compares pictures.
-        subject: the object that they learnt.
-        subject_style: the style of its pictures.
+        scorer: weights of the judge, such as those by configs/scorer_reserved.yaml, which knows the objects, too.
+        subject: the object that they learnt, or the style as captions say it.
+        subject_style: the style of an object's pictures.
         subject_pictures: how many were shown.
         word: what stands for the subject in prompts.
-        known: the class.
+        known: the class, an object or a style that the model knows.
         cases: prompts of each table; each variety is of this many, too.
         steps: of each run.
         grid_rows: cases on the pictures.
@@ -68,6 +71,7 @@ class Config:
     experts: str = ""
     model: str = "mini"
     image_encoder: str = "mini-clip"
+    scorer: str = str(SCORER)
     subject: str = "duck"
     subject_style: str = "3d"
     subject_pictures: int = 5
@@ -115,6 +119,34 @@ def prompts_of(what: str, n: int, seed: int, word: str = "") -> list[Asked]:
     return found
 
 
+def in_style(what: str, n: int, seed: int, word: str = "") -> list[Asked]:
+    """Return n prompts of known objects before known backgrounds in one style, as captions say it, or in a word's."""
+    name = next(style for style, words in STYLE_WORDS.items() if words == what)
+    return [
+        dataclasses.replace(x, style=name, prompt=x.prompt.replace(told, with_article(word or what), 1))
+        for x in prompts_of("", n, seed)
+        for told in [with_article(STYLE_WORDS[x.style])]
+    ]
+
+
+def asked_of(cfg: Config) -> dict[str, list[Asked]]:
+    """Return the tables: the prompts of each, and their answers."""
+    if cfg.subject == STYLE:
+        style = [
+            dataclasses.replace(x, style=HELD_OUT_STYLE) for x in in_style(cfg.known, cfg.cases, cfg.seed, cfg.word)
+        ]
+        return {
+            "The style for known objects": style,
+            "The known style, without the word": in_style(cfg.known, cfg.cases, cfg.seed + 1),
+            "Other styles": prompts_of("", cfg.cases, cfg.seed + 2),
+        }
+    return {
+        "The subject in new scenes": prompts_of(cfg.known, cfg.cases, cfg.seed, cfg.word),
+        "Its class, without the word": prompts_of(cfg.known, cfg.cases, cfg.seed + 1),
+        "Other objects": prompts_of("", cfg.cases, cfg.seed + 2),
+    }
+
+
 def opened(pipe: jaxmix.Pipeline, path: str) -> tuple[jaxmix.Pipeline, tuple[Any, ...]]:
     """Return a pipeline and methods for an expert: its own, or the model's with a LoRA."""
     if path.endswith(".safetensors"):
@@ -127,8 +159,11 @@ def main(cfg: Config) -> int:
     command.enable_compilation_cache()
     each = each_subject(cfg) if cfg.experts else []
     pipe = load_model(cfg.model)
-    judges = Judges(jaxmix.ImageEncoder.load(cfg.image_encoder))
-    found = pooled([measure(one, pipe, judges) for one in each]) if each else measure(cfg, pipe, judges)
+    judges = Judges(jaxmix.ImageEncoder.load(cfg.image_encoder), cfg.scorer)
+    kinds = [[x for x in each if x.subject != STYLE], [x for x in each if x.subject == STYLE]] if each else [[cfg]]
+    found = {}
+    for some in filter(None, kinds):
+        found |= pooled([measure(one, pipe, judges) for one in some])
     out = Path(cfg.out)
     told = "\n\n".join(table(title, measured, BASE, {}) for title, measured in found.items())
     print(told)
@@ -178,19 +213,16 @@ def measure(cfg: Config, pipe: jaxmix.Pipeline, judges: Judges) -> dict[str, Any
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     studio = Studio(out, pipe, cfg.seed)
-    plain: dict[str, Any] = {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0, "styles": (cfg.subject_style,)}
-    scenes = Scenes(judges.scorer.size, split="held_out_objects", **plain)
-    shown = SubjectScenes(scenes, cfg.subject, 8 * cfg.subject_pictures)
+    plain: dict[str, Any] = {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0}
+    scenes = Scenes(judges.scorer.size, **plain, **scenes_of(cfg.subject, cfg.subject_style))
+    shown = SubjectScenes(scenes, "" if cfg.subject == STYLE else cfg.subject, 8 * cfg.subject_pictures)
     pictures = np.stack([row["image"] for row in shown.rows])
     subject, unseen = judges.see(pictures[: cfg.subject_pictures]), pictures[cfg.subject_pictures :]
     experts = {BASE: (pipe, ())} | {
         name: opened(pipe, path) for name, _, path in (named.partition("=") for named in cfg.models)
     }
-    asked = {
-        "The subject in new scenes": prompts_of(cfg.known, cfg.cases, cfg.seed, cfg.word),
-        "Its class, without the word": prompts_of(cfg.known, cfg.cases, cfg.seed + 1),
-        "Other objects": prompts_of("", cfg.cases, cfg.seed + 2),
-    }
+    asked = asked_of(cfg)
+    first = next(iter(asked))
     if cfg.words and not cfg.models:  # nothing else would differ
         asked = dict(list(asked.items())[:1])
     found: dict[str, Any] = {}
@@ -204,21 +236,21 @@ def measure(cfg: Config, pipe: jaxmix.Pipeline, judges: Judges) -> dict[str, Any
             weights = digest([expert.params, *(m.lora.parts for m in methods)])
             key = ["subjects", weights, cfg.steps, [x.prompt for x in some]]
             drawn[name] = studio.draw(key, len(some), filled(each, cfg.batch_size), cfg.batch_size, f"{title}: {name}")
-        for name, _, path in (named.partition("=") for named in cfg.words if title.startswith("The subject")):
+        for name, _, path in (named.partition("=") for named in cfg.words if title == first):
             drawn[name] = _with_word(cfg, studio, pipe, path, name, some)
         found[title] = {name: _measure(judges, images, some, subject, cfg.subject) for name, images in drawn.items()}
-        if title.startswith("The subject"):
+        if title == first:
             real = _measure(judges, unseen, [Asked("", "", "", "")] * len(unseen), subject, cfg.subject)
             found[title]["real scenes of the subject"] = {
                 key: values if "subject" in key else np.full(len(unseen), np.nan) for key, values in real.items()
             }
         rows = slice(0, cfg.grid_rows)
         file = title.lower().replace(",", "").split()[1] + ".png"
-        columns = [("shown", pictures[: cfg.grid_rows])] if title.startswith("The subject") else []
+        columns = [("shown", pictures[: cfg.grid_rows])] if title == first else []
         columns += [(name, images[rows]) for name, images in drawn.items()]
         _show(out / file, columns, [x.prompt for x in some[rows]])
     whole = [(name, expert) for name, (expert, methods) in experts.items() if name != BASE and not methods]
-    if whole:
+    if whole and cfg.subject != STYLE:
         title, some = "Beside another object", prompts_of("", cfg.cases, cfg.seed + 3)
         drawn = _beside(cfg, studio, pipe, *whole[0], some)
         found[title] = {name: _measure(judges, images, some, subject, cfg.subject, 2) for name, images in drawn.items()}
@@ -293,7 +325,7 @@ def _measure(
         known, most = getattr(judges.scorer, f"{kind}s"), first if kind == "object" else 1
         found = [[known[k] for k in row] for row in np.argsort(-said[kind], -1)[:, :most]]
         right[kind] = np.asarray([getattr(x, kind) in names for names, x in zip(found, some, strict=True)], float)
-        if name in known:
+        if name in known and kind == "object":
             named = np.asarray([name in names for names in found], float)
     groups = [range(i, i + SPREAD) for i in range(0, len(seen) - SPREAD + 1, SPREAD)]
     apart = [1 - (seen[list(g)] @ seen[list(g)].T)[np.triu_indices(SPREAD, 1)].mean() for g in groups]

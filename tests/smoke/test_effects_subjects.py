@@ -20,6 +20,18 @@ def test_prompts_name_the_word_in_known_styles_and_do_not_change_when_there_are_
     assert len({x.object for x in script.prompts_of("", 30, 3)}) > 5
 
 
+def test_a_style_is_asked_for_by_its_word_and_judged_as_itself():
+    cfg = script.Config(subject="pixel art", known="ink drawing", word="sks ink drawing", cases=4)
+    style, known, other = script.asked_of(cfg).values()
+    assert all(x.prompt.startswith("a sks ink drawing of a") and x.style == "pixel" for x in style)
+    assert all(x.prompt.startswith("an ink drawing of a") and x.style == "ink" for x in known)
+    assert {x.object for x in style} <= set(script.Scenes().object_names) and other == script.prompts_of("", 4, 31)
+    flags = experts.flags_of(experts.Config(), experts.RECIPES["prior"], "pixel art", "ink drawing")
+    said = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert json.loads(said["--scenes"])["split"] == "held_out_style" and said["--scene_object"] == ""
+    assert (said["--instance_prompt"], said["--class_prompt"]) == ("a sks ink drawing", "an ink drawing")
+
+
 def test_a_run_of_four_cases_writes_tables_and_pictures(tmp_path):
     cfg = script.Config(models=["itself=mini"], cases=4, steps=2, batch_size=4, grid_rows=1, out=str(tmp_path))
     assert script.main(cfg) == 0
