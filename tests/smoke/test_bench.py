@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmix.types import InputError
+from scripts.bench import profile
 from scripts.bench.changes import CHANGES, without
 from scripts.bench.ours import Program
 from scripts.bench.programs import program
@@ -209,3 +210,16 @@ def test_an_unknown_change_is_one_line_and_status_2():
     done = run("scripts.bench.memory", "--without=product")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: --without: 'product' is not known; did you mean 'products'?\n"
+
+
+def test_a_profile_names_every_convolution_and_its_work(capsys):
+    assert profile.main(profile.Config(tiny=True, latents=8, batch=1, calls=2)) == 0
+    told = capsys.readouterr().out
+    assert "| convolutions |" in told and "| products |" in told and "GFLOP/s" in told
+    text = """
+  %x = f32[2,8,8,3]{3,2,1,0} parameter(0)
+  %k = f32[3,3,3,5]{3,2,1,0} parameter(1)
+  ROOT %conv = f32[2,8,8,5]{3,2,1,0} convolution(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f"""
+    assert profile.convolutions(text) == {"conv": 2 * 2 * 8 * 8 * 5 * 9 * 3}
+    with pytest.raises(InputError, match="calls: found 0, expected 1 or more"):
+        profile.Config(calls=0)
