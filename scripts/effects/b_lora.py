@@ -54,6 +54,7 @@ class Config:
         adapter: an image prompt beside the style half, at InstantStyle's blocks, of the same picture; none if empty.
         cases: prompts of each table.
         steps: of each run.
+        inversion_steps: of StyleAligned, which inverts the picture and follows it from the sixth on.
         grid_rows: cases on the pictures.
         batch_size: pictures drawn at a time.
         seed: of the cases and of the first picture.
@@ -70,6 +71,7 @@ class Config:
     adapter: str = "mini-ip"
     cases: int = 200
     steps: int = 25
+    inversion_steps: int = 25
     grid_rows: int = 5
     batch_size: int = 20
     seed: int = 31
@@ -78,7 +80,7 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse values that would fail later."""
         check_parts(self.parts, PARTS)
-        check_counts(self, cases=4, steps=2, grid_rows=1, batch_size=1)
+        check_counts(self, cases=4, steps=2, inversion_steps=6, grid_rows=1, batch_size=2)
 
 
 def told_otherwise(some: Sequence[Asked], seed: int) -> list[Asked]:
@@ -174,7 +176,9 @@ def measure_halves(bench: Bench) -> dict[str, Any]:
     cfg = bench.cfg
     files = [jaxmix.LoRA.load(path, bench.pipe) for path in cfg.loras]
     plain: dict[str, Any] = {"two_objects": 0.0, "three_objects": 0.0, "labelled": 0.0, "styles": (cfg.subject_style,)}
-    (shown,) = (row["image"] for row in SubjectScenes(Scenes(split="held_out_objects", **plain), cfg.subject, 1).rows)
+    (row,) = SubjectScenes(Scenes(split="held_out_objects", **plain), cfg.subject, 1).rows
+    shown = row["image"]
+    told = f"a {cfg.word} of {row['template'].partition(' of ')[2].format(cfg.subject)}"
     picture, colours = bench.judges.see(shown[None])[0], palette(shown[None])[0]
     some = prompts_of("", cfg.cases, cfg.seed + 2)
     asked = {
@@ -205,6 +209,21 @@ def measure_halves(bench: Bench) -> dict[str, Any]:
                 return (adapter.on([shown] * len(index), scale=1.0, blocks="style"),)
 
             drawn["InstantStyle"] = bench.draw(f"{title}: InstantStyle", prompts, follow, [cfg.adapter, "style"])
+        if title.startswith("The picture's style"):
+
+            def aligned(index: list[int], seeds: list[int], prompts: list[str] = prompts) -> np.ndarray:
+                texts, both = (
+                    [x for i in index for x in (told, prompts[i])],
+                    [x for seed in seeds for x in (seed, seed)],
+                )
+                method = jaxmix.StyleAligned([2] * len(index), pictures=dict.fromkeys(range(len(index)), shown))
+                return bench.pipe.generate(texts, both, cfg.inversion_steps, methods=(method,), sampler="ddim")[1::2]
+
+            key = ["b_lora", "StyleAligned", cfg.inversion_steps, told, digest(shown), prompts]
+            each = filled(aligned, cfg.batch_size // 2)
+            drawn["StyleAligned"] = bench.studio.draw(
+                key, len(prompts), each, cfg.batch_size // 2, f"{title}: StyleAligned"
+            )
         found[title] = {}
         for name, images in drawn.items():
             seen = answers(bench.judges, images)

@@ -37,13 +37,16 @@ def test_a_run_of_four_cases_writes_tables_and_pictures(tmp_path):
     jaxmix.LoRA({"unet": made}, blocks={"style": r"up_blocks\.2", "content": r"up_blocks\.1"}).save(
         tmp_path / "one.safetensors"
     )
-    told = {"cases": 4, "steps": 2, "batch_size": 4, "grid_rows": 1, "adapter": "", "parts": "halves"}
+    told = {"cases": 4, "steps": 2, "inversion_steps": 6, "batch_size": 4, "grid_rows": 1, "adapter": ""}
     files = [str(tmp_path / "one.safetensors")]
-    assert script.main(script.Config(loras=files, out=str(tmp_path), **told)) == 0
+    assert script.main(script.Config(parts="halves", loras=files, out=str(tmp_path), **told)) == 0
     written = json.loads((tmp_path / "effects.json").read_text())
-    for title in ("The picture's style for known objects", "The picture's content in known styles"):
-        assert set(written[title]) == {script.BASE, "both halves", "style half", "content half"}
-        assert len({json.dumps(found) for found in written[title].values()}) == 4, "each half draws something else"
+    drawn = {script.BASE, "both halves", "style half", "content half"}
+    titles = {"The picture's style for known objects": {"StyleAligned"}, "The picture's content in known styles": set()}
+    for title, beside in titles.items():
+        assert set(written[title]) == drawn | beside
+        told = {json.dumps(found) for found in written[title].values()}
+        assert len(told) == len(written[title]), "each half draws something else"
     assert {path.name for path in tmp_path.glob("*.png")} == {"style.png", "content.png"}
 
 
