@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,11 +41,14 @@ def labelled_grid(
 
 
 def _wrapped(title: str, width: float, length: Callable[[str], float]) -> list[str]:
-    """Return the lines of a title, each as many of its words as fit."""
+    """Return the lines of a title, each as much of it as fits, broken at spaces, long words after dots."""
     lines: list[str] = []
     for word in title.split():
-        if lines and length(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+        pieces = re.findall(r"[^.]+\.?|\.", word) if length(word) > width else [word]
+        for k, piece in enumerate(pieces):
+            joined = f"{lines[-1]}{'' if k else ' '}{piece}" if lines else piece
+            if lines and length(joined) <= width:
+                lines[-1] = joined
+            else:
+                lines.append(piece)
     return lines or [""]
