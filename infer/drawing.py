@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,8 @@ class Started(NamedTuple):
 class Drawing:
     """The part of a job in which pictures are made.
 
-    `failed` are rows that turned out not to be drawable, `times` what the others took.
+    `failed` are rows that turned out not to be drawable, `times` what the others took. Of the rows whose numbers are in
+    `there`, which are drawn only because others of their group are not, nothing is written again.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Drawing:
         out: Path,
         manifest: Manifest,
         common: Mapping[str, Any],
+        there: Container[int] = frozenset(),
     ) -> None:
         self.pipe, self.mesh, self.tile, self.methods = pipe, mesh, tile, methods
-        self.out, self.manifest, self.common = out, manifest, common
+        self.out, self.manifest, self.common, self.there = out, manifest, common, there
         self.times = Times(devices=1 if mesh is None else mesh.size)
         self.failed: list[BadRow] = []
         self._left: collections.deque[FilledBatch] = collections.deque()
@@ -155,13 +157,19 @@ class Drawing:
             told = format_seconds(left * took / len(batch.rows))
             bar.write(f"expected time: {told} for the other {left} images, as this batch took, without compiling")
         each = None if took is None else took / len(batch.rows)
-        for row, place in zip(batch.rows, batch.kept, strict=True):
+        for row, place in self._wanted(batch):
             if finite[place]:
                 writers.hand(functools.partial(self._write, row, images[place], bar, each))
             else:
                 self._fail(row, f"the result {NOT_FINITE}", bar)
         bar.update(len(batch.rows))
         writers.check()
+
+    def _wanted(self, batch: FilledBatch) -> Iterator[tuple[Row, int]]:
+        """Yield the rows of a batch whose pictures are not there yet, and their places."""
+        for row, place in zip(batch.rows, batch.kept, strict=True):
+            if row.number not in self.there:
+                yield row, place
 
     def _measured(self, started: Started, now: float, compiled: float) -> float | None:
         """Return the seconds that the device took for a batch, None if another was compiled while it worked."""
@@ -193,7 +201,7 @@ class Drawing:
         for started in [*self._given]:
             if started.finite.is_ready():
                 images, finite = np.asarray(started.images), np.asarray(started.finite)
-                for row, place in zip(started.batch.rows, started.batch.kept, strict=True):
+                for row, place in self._wanted(started.batch):
                     if finite[place]:
                         self._write(row, images[place], sys.stderr, None)
         self._writers.wait()

@@ -173,7 +173,7 @@ def draw(
             report(bad)
         run = "" if config.dry_run else claim(folder, hosts)
         manifest = stack.enter_context(Manifest(folder.path))
-        todo = undone(rows, manifest, methods, common, pipe, hosts)
+        todo, there = undone(rows, manifest, methods, common, pipe, hosts)
         devices = engine.devices if engine is not None else 1 if mesh is None else mesh.size
         batches = plan(config, folder.path, rows, todo, devices, methods, pipe, hosts)
         tile = cells_of(config.tile, pipe.vae.config.factor)
@@ -187,11 +187,12 @@ def draw(
         hosts.leave()
         mine = [row for batch in batches for row in batch.rows]
         drawing = (Drawing if engine is None else engine.drawing)(
-            pipe, mesh, config.tile, methods, folder.path, manifest, common
+            pipe, mesh, config.tile, methods, folder.path, manifest, common, there
         )
 
         def left() -> str:
-            return f"{drawing.times.images} of {len(mine)} images{{}}; go on with: {folder.again()}"
+            wanted = sum(row.number not in there for row in mine)
+            return f"{drawing.times.images} of {wanted} images{{}}; go on with: {folder.again()}"
 
         def last(name: str, seconds: float) -> None:
             saving = threading.Thread(target=drawing.salvage, daemon=True)
@@ -283,20 +284,24 @@ def prepare(
 
 def undone(
     rows: Sequence[Row], manifest: Manifest, methods: Methods, common: Mapping[str, Any], pipe: Any, hosts: Hosts
-) -> list[Row]:
-    """Return the rows that are still to be drawn, as the first process finds it."""
+) -> tuple[list[Row], frozenset[int]]:
+    """Return the rows that are to be drawn and the numbers of those that are there, as the first process finds it.
+
+    A row may be in both: groups are drawn whole, and of theirs what is there is not written again.
+    """
 
     def held(row: Row) -> bool:
         sides = (side // pipe.vae.config.factor for side in size_of(row))
         latents = {"latents": [*sides, pipe.latent_shape[2]]}
         return manifest.holds(row.file_name, {**methods.settings(row), **common}, latents)
 
-    def first() -> list[int]:
+    def first() -> tuple[list[int], list[int]]:
         done = [held(row) for row in rows]
-        return [row.number for row in methods.undone(rows, done)]
+        there = [row.number for row, held in zip(rows, done, strict=True) if held]
+        return [row.number for row in methods.undone(rows, done)], there
 
-    left = set(hosts.from_first(first))
-    return [row for row in rows if row.number in left]
+    left, there = map(frozenset, hosts.from_first(first))
+    return [row for row in rows if row.number in left], there
 
 
 def complete(

@@ -145,7 +145,9 @@ class RayDrawing(Drawing):
         row = left.pop(result["row"], None)
         if row is None:  # it has come before
             return
-        if result["png"]:
+        if row.number in self.there:
+            pass
+        elif result["png"]:
             self._keep(row, result["png"], json.loads(result["told"]), bar)
             self.times.images += 1
         else:

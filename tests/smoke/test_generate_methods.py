@@ -153,8 +153,11 @@ def test_groups_are_drawn_in_one_batch_and_resumed_whole(files, tmp_path, capsys
     assert status == 0 and len([n for n in first if n[0] == "0"]) == 6
     assert "6 images in 3 batches of 2" in capsys.readouterr().out  # two groups do not fit
     only(out, "0003_seed3.png").unlink()
+    beside = only(out, "0002_seed2.png").stat().st_mtime_ns
     status, again = go(style_aligned, files, out, rows, batch_size=3, resume=True)
-    assert "2 images with" in capsys.readouterr().out  # its group alone
+    said = capsys.readouterr().out
+    assert "2 images with" in said and "manifest.jsonl and 1 PNGs" in said  # its group alone, and of it what was gone
+    assert only(out, "0002_seed2.png").stat().st_mtime_ns == beside
     assert all((first[name] == again[name]).all() for name in first)
     _, wide = go(style_aligned, files, tmp_path / "wide", rows, batch_size=8)
     assert all(np.abs(first[name] - wide[name]).max() <= 2 for name in first if name[0] == "0")
