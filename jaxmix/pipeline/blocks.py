@@ -40,7 +40,8 @@ HALVES = {
     ),
 }
 """B-LoRA's two blocks (arXiv 2403.14572) for SDXL; for Stable Diffusion 1.5 and 2 those in the same place, which nobody
-has measured; for the three levels of the embedded model a pair whose halves were looked at on one picture alone."""
+has measured; for the three levels of the embedded model those that the paper's way to look for them finds (see
+scripts/README.md)."""
 
 
 def _family(pipe: Parts) -> int:

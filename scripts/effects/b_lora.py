@@ -1,18 +1,21 @@
 """Measure B-LoRA: which blocks of the model hold style and content, and what each half of a trained file moves.
 
 `blocks` is the paper's way to find them, training nothing: one block alone is told another object in another style
-(P+), and the judge says which of both it drew. `halves` draws with both halves of a B-LoRA and with each alone, under
-prompts that give the picture's style to known objects, and the picture's content to known styles. Pictures are kept
-under `out`.
+(P+), and the judge says which of both it drew. `pairs` tells each block another object and each other block another
+style, and the judge says whether both were drawn. `halves` draws with both halves of a B-LoRA and with each alone,
+under prompts that give the picture's style to known objects, and the picture's content to known styles. Pictures are
+kept under `out`.
 
     python -m train.b_lora --config configs/b_lora_mini.yaml --output_dir runs/b_lora
     python -m scripts.effects.b_lora --parts blocks --steps 10
+    python -m scripts.effects.b_lora --parts pairs --steps 10 --cases 50
     python -m scripts.effects.b_lora --parts halves --steps 10 --loras runs/b_lora/pytorch_lora_weights.safetensors
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -34,7 +37,7 @@ from train.scenes import Scenes
 from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
 from train.subjects import SubjectScenes
 
-PARTS = ("blocks", "halves")
+PARTS = ("blocks", "pairs", "halves")
 BASE = "the model itself"
 BINS = 4  # of each colour, for the palette
 
@@ -44,7 +47,7 @@ class Config:
     """What to measure.
 
     Attributes:
-        parts: some of blocks, halves, separated by commas.
+        parts: some of blocks, pairs, halves, separated by commas.
         model: "mini" or a diffusers folder of 64 px images.
         image_encoder: the CLIP that compares pictures.
         loras: B-LoRA files of one picture each; halves are measured of the first, mixtures of all.
@@ -142,15 +145,54 @@ class Bench:
         print(f"wrote {path}, {path.stat().st_size / 1e3:.0f} kB", flush=True)
 
 
+def pattern_of(block: str) -> str:
+    """Return the pattern of a block's layers."""
+    return f"^{re.escape(block)}\\."
+
+
+def blocks_of(pipe: jaxmix.Pipeline) -> list[str]:
+    """Return the names of the blocks with cross-attention, in the order in which they run."""
+    return list(dict.fromkeys(name.split(".transformer_blocks")[0] for name in layer_names(pipe).values()))
+
+
+def measure_pairs(bench: Bench) -> dict[str, dict[str, np.ndarray]]:
+    """Tell each block another object and each other block another style, and measure whether both are drawn."""
+    some = prompts_of("", bench.cfg.cases, bench.cfg.seed)
+    other = told_otherwise(some, bench.cfg.seed + 1)
+
+    def said(style: Asked, thing: Asked) -> str:
+        where = BACKGROUND_WORDS[thing.background]
+        return f"{with_article(STYLE_WORDS[style.style])} of {with_article(thing.object)} {where}"
+
+    prompts = [x.prompt for x in some]
+    objects = [said(x, y) for x, y in zip(some, other, strict=True)]
+    styles = [said(y, x) for x, y in zip(some, other, strict=True)]
+    plain = bench.draw(f"blocks: {BASE}", prompts)
+    found = {BASE: _both(answers(bench.judges, plain), other)}
+    for content, style in itertools.permutations(blocks_of(bench.pipe), 2):
+        at = {pattern_of(content): objects, pattern_of(style): styles}
+
+        def told(index: list[int], at: Any = at) -> tuple[Any, ...]:
+            return (jaxmix.LayerPrompts([{".": prompts[i], **{k: v[i] for k, v in at.items()}} for i in index]),)
+
+        name = f"object: {content}, style: {style}"
+        found[name] = _both(answers(bench.judges, bench.draw(f"pairs: {name}", prompts, told, at)), other)
+    return found
+
+
+def _both(seen: dict[str, list[str]], other: Sequence[Asked]) -> dict[str, np.ndarray]:
+    right = {f"{kind} told": share(seen[kind], [getattr(x, kind) for x in other]) for kind in ("object", "style")}
+    return {**right, "both": right["object told"] * right["style told"]}
+
+
 def measure_blocks(bench: Bench) -> dict[str, dict[str, np.ndarray]]:
     """Tell each block alone another prompt, and measure which object and which style is drawn."""
     some = prompts_of("", bench.cfg.cases, bench.cfg.seed)
     other = told_otherwise(some, bench.cfg.seed + 1)
     prompts, drawn = [x.prompt for x in some], {}
     drawn[BASE] = bench.draw(f"blocks: {BASE}", prompts)
-    for name in layer_names(bench.pipe).values():
-        block = name.split(".transformer_blocks")[0]
-        pattern = f"^{re.escape(block)}\\."
+    for block in blocks_of(bench.pipe):
+        pattern = pattern_of(block)
 
         def told(index: list[int], pattern: str = pattern) -> tuple[Any, ...]:
             # All layers are named, the others by the prompt itself, so that one program serves every block.
@@ -245,6 +287,8 @@ def main(cfg: Config) -> int:
     bench, found = Bench(cfg), dict[str, Any]()
     if "blocks" in cfg.parts:
         found["One block is told another object in another style"] = measure_blocks(bench)
+    if "pairs" in cfg.parts:
+        found["One block is told another object, and one another style"] = measure_pairs(bench)
     if "halves" in cfg.parts and cfg.loras:
         found |= measure_halves(bench)
     told = "\n\n".join(table(title, measured, BASE, {}) for title, measured in found.items())

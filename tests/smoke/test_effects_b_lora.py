@@ -22,6 +22,24 @@ def test_a_block_is_told_another_object_in_another_style_before_the_same_backgro
         assert x.object in x.prompt and x.prompt != one.prompt
 
 
+def test_every_pair_of_blocks_is_told_an_object_and_a_style(tmp_path, monkeypatch):
+    bench = script.Bench(script.Config(cases=4, steps=2, batch_size=4, out=str(tmp_path)))
+    told = []
+
+    def draw(title, prompts, methods=lambda index: (), key=""):
+        told.extend(method.prompts for method in methods([0, 1, 2, 3]))
+        return np.zeros((4, 64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(bench, "draw", draw)
+    blocks, found = script.blocks_of(bench.pipe), script.measure_pairs(bench)
+    assert len(blocks) == 7 and len(found) == 1 + 7 * 6 and len(told) == 7 * 6
+    some, other = prompts_of("", 4, 31), script.told_otherwise(prompts_of("", 4, 31), 32)
+    for rows in told:
+        for row, x, y in zip(rows, some, other, strict=True):
+            plain, thing, look = row.values()
+            assert plain == x.prompt and y.object in thing and x.object in look and thing != look
+
+
 def test_a_palette_is_the_shares_of_colours():
     pictures = np.zeros((2, 4, 4, 3), np.uint8)
     pictures[1, :2] = 255
