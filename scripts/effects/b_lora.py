@@ -112,11 +112,15 @@ def share(seen: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
     return np.asarray([a == b for a, b in zip(seen, wanted, strict=True)], float)
 
 
-def palette(images: np.ndarray) -> np.ndarray:
-    """Return the histograms (n, bins) of the colours of uint8 pictures, which sum to 1."""
-    cells = (images.reshape(len(images), -1, 3).astype(int) * BINS) // 256
-    flat = (cells * [BINS * BINS, BINS, 1]).sum(-1)
-    return np.stack([np.bincount(x, minlength=BINS**3) / len(x) for x in flat])
+def palette(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Return the histograms (n, bins) of the colours of uint8 pictures within masks (n, h, w), which sum to 1."""
+    cells = ((images.astype(int) * BINS) // 256 * [BINS * BINS, BINS, 1]).sum(-1)
+    return np.stack([np.bincount(x[m], minlength=BINS**3) / max(m.sum(), 1) for x, m in zip(cells, masks, strict=True)])
+
+
+def overlap(masks: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the intersections of masks (n, h, w) with others over their unions."""
+    return (masks & others).sum((1, 2)) / np.maximum((masks | others).sum((1, 2)), 1)
 
 
 class Bench:
@@ -221,7 +225,11 @@ def measure_halves(bench: Bench) -> dict[str, Any]:
     (row,) = SubjectScenes(Scenes(split="held_out_objects", **plain), cfg.subject, 1).rows
     shown = row["image"]
     told = f"a {cfg.word} of {row['template'].partition(' of ')[2].format(cfg.subject)}"
-    picture, colours = bench.judges.see(shown[None])[0], palette(shown[None])[0]
+
+    def masks_of(images: np.ndarray) -> np.ndarray:
+        return bench.judges.segmenter(images, min(128, len(images))) > 0.5
+
+    picture, colours = bench.judges.see(shown[None])[0], palette(shown[None], masks_of(shown[None]))[0]
     some = prompts_of("", cfg.cases, cfg.seed + 2)
     asked = {
         "The picture's style for known objects": [
@@ -267,11 +275,13 @@ def measure_halves(bench: Bench) -> dict[str, Any]:
                 key, len(prompts), each, cfg.batch_size // 2, f"{title}: StyleAligned"
             )
         found[title] = {}
+        own = masks_of(drawn[BASE])
         for name, images in drawn.items():
-            seen = answers(bench.judges, images)
+            seen, masks = answers(bench.judges, images), masks_of(images)
             found[title][name] = {
                 "CLIP-I picture": bench.judges.see(images) @ picture,
-                "palette": np.minimum(palette(images), colours).sum(-1),
+                "colours": np.minimum(palette(images, masks), colours).sum(-1),
+                "shape kept": overlap(masks, own),
                 "picture's style": share(seen["style"], [cfg.subject_style] * len(some)),
                 **{k: share(seen[k], [getattr(x, k) for x in some]) for k in ("object", "style", "background")},
             }

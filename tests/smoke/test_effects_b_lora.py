@@ -40,12 +40,16 @@ def test_every_pair_of_blocks_is_told_an_object_and_a_style(tmp_path, monkeypatc
             assert plain == x.prompt and y.object in thing and x.object in look and thing != look
 
 
-def test_a_palette_is_the_shares_of_colours():
+def test_a_palette_is_the_shares_of_colours_of_what_is_masked():
     pictures = np.zeros((2, 4, 4, 3), np.uint8)
     pictures[1, :2] = 255
-    first, second = script.palette(pictures)
+    whole = np.ones((2, 4, 4), bool)
+    first, second = script.palette(pictures, whole)
     assert first[0] == 1 and second[0] == second[-1] == 0.5
     assert np.minimum(first, second).sum() == 0.5
+    upper = whole & (np.arange(4) < 2)[None, :, None]
+    assert script.palette(pictures, upper)[1][-1] == 1
+    assert script.overlap(upper, whole).tolist() == [0.5, 0.5]
 
 
 def test_a_run_of_four_cases_writes_tables_and_pictures(tmp_path):
@@ -69,7 +73,7 @@ def test_a_run_of_four_cases_writes_tables_and_pictures(tmp_path):
 
 
 def test_a_mistake_is_one_line():
-    with pytest.raises(InputError, match="parts: found 'half', expected some of blocks, halves"):
+    with pytest.raises(InputError, match="parts: found 'half', expected some of blocks, pairs, halves"):
         script.Config(parts="half")
     with pytest.raises(InputError, match="cases: found 2, expected 4 or more"):
         script.Config(cases=2)
