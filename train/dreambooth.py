@@ -94,8 +94,6 @@ class Config(LowRankConfig, SubjectConfig):
         self.check_low_rank()
         if not self.instance_prompt.strip():
             raise InputError('instance_prompt: not given, expected one with a rare word, "a photo of sks dog"')
-        if bool(self.scenes) != bool(self.scene_object):
-            raise InputError("scene_object: expected with scenes, and only there, the object that is the subject")
         for name in ("num_class_images", "sample_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
