@@ -20,6 +20,7 @@ from tests.jobs import TWO_STEPS, killed_after
 from train import dreambooth
 from train.class_pictures import PLAN, class_pictures
 from train.diffusion import make_tokenize
+from train.subjects import open_instances
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WEIGHTS = Path(dreambooth.FOLDER) / "unet" / "diffusion_pytorch_model.safetensors"
@@ -150,6 +151,13 @@ def test_a_mistake_is_one_line(tmp_path, base, changes, words):
         dreambooth.main(shrunk(base, tmp_path, **changes))
     assert words in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "class").exists()
+
+
+def test_scenes_without_an_object_are_of_any_as_a_style_asks_for(tmp_path, base):
+    cfg = shrunk(base, tmp_path, scene_object="", num_instance_images=12)
+    rows = open_instances(cfg, jaxmix.load("mini"), cfg.instance_prompt).rows
+    shown = {name for row in rows for name in ("robot", "duck", "ghost", "teddy bear") if name in row["template"]}
+    assert len(rows) == 12 and len(shown) > 1
 
 
 @pytest.mark.parametrize("name", ["dreambooth_mini", "dreambooth_sd15", "dreambooth_sdxl"])
