@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -43,7 +44,7 @@ class Config:
 
     Attributes:
         rows: of the job.
-        kills: how many.
+        kills: how many; a job that is done before them is begun again.
         model: "none" (noise instead of pictures: files alone are tested), "tiny" (random weights), "mini" or another.
         mixed: rows of several methods and three sizes for the embedded model, ten of them bad.
         steps: of each picture.
@@ -212,27 +213,34 @@ def moments(config: Config, seconds: float) -> Iterator[Kill]:
                 yield Kill(kind, number, numbers.uniform(0, seconds if early else 0.05), early)
 
 
-def kill_one(jobs: Jobs, kill: Kill, victim: int) -> list[str]:
-    """Run the job until one of its processes is killed; return what was wrong with the others."""
+def kill_one(jobs: Jobs, kill: Kill, victim: int) -> list[str] | None:
+    """Run the job until one of its processes is killed; return what was wrong, None if it was done before."""
     config = jobs.config
     started = jobs.start("parts", {victim: kill}, config.processes)
     if kill.kind == "clock":
         log = jobs.folder / "parts.drawn"
         before, since = lines_in(log), time.monotonic()
         while lines_in(log) < before + kill.number and time.monotonic() < since + 900 and not kill.early:
+            if os.waitid(os.P_PID, started[victim], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break  # there was not so much left to draw
             time.sleep(0.001)
         time.sleep(kill.seconds)
-        os.kill(started[victim], signal.SIGKILL)
+        os.kill(started[victim], signal.SIGKILL)  # nothing, if it has ended
     statuses = [ended(process) for process in started]
     said = [jobs.said(index).read_text() for index in range(config.processes) if index != victim]
     others = [status for index, status in enumerate(statuses) if index != victim]
-    if statuses[victim] == 0 and not any(others):
-        return []  # it was done before
+    if statuses[victim] == expected_of(config) and all(status == expected_of(config) for status in others):
+        return None
     wrong = [] if statuses[victim] == -signal.SIGKILL else [f"the process to kill ended with {statuses[victim]}"]
     for status, text in zip(others, said, strict=True):
         if status not in (0, 1, 2) or (status == 1 and f"process {victim} of" not in text):
             wrong.append(f"another process ended with {status}: {text[-500:]}")
     return wrong
+
+
+def expected_of(config: Config) -> int:
+    """Return the status of a job that has drawn what it can."""
+    return 2 if config.mixed else 0
 
 
 def lines_in(path: Path) -> int:
@@ -290,7 +298,7 @@ def main(config: Config) -> int:
         folder = Path(config.out or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         jobs = Jobs(config, folder)
-        expected = 2 if config.mixed else 0
+        expected = expected_of(config)
         began = time.monotonic()
         status = ended(jobs.start("whole")[0])
         if status != expected:
@@ -299,25 +307,40 @@ def main(config: Config) -> int:
         found: list[str] = []
         kinds: Counter[str] = Counter()
         numbers = random.Random(config.seed + 1)
-        for number, kill in zip(range(config.kills), moments(config, undisturbed / 2), strict=False):
+        rounds = 0
+        whole = pictures(folder / "whole")
+        when = moments(config, undisturbed / 2)
+        kill = next(when)
+        for _ in range(10 + 4 * config.kills):
+            if kinds.total() == config.kills:
+                break
             if config.engine == "ray":
-                found += kill_actor(jobs)
+                wrong: list[str] | None = kill_actor(jobs)
                 kill = Kill("actor")
             else:
-                found += kill_one(jobs, kill, numbers.randrange(config.processes))
+                wrong = kill_one(jobs, kill, numbers.randrange(config.processes))
+            if wrong is None:  # the job is done, and kills are left: once more from the beginning
+                found += faults(folder / "whole", folder / "parts", folder / "parts.drawn")
+                rounds += 1
+                shutil.rmtree(folder / "parts", ignore_errors=True)
+                (folder / "parts.drawn").unlink(missing_ok=True)
+                continue
+            found += wrong
             kinds[kill.kind] += 1
-            whole = pictures(folder / "whole")
+            made, kill = kill, next(when)
             there = pictures(folder / "parts")
             found += [f"{name}: half-written" for name, content in there.items() if content != whole.get(name)]
-            print(
-                f"kill {number + 1} ({kill.kind}): {len(there)} of {len(whole)} pictures", file=sys.stderr, flush=True
-            )
+            line = f"kill {kinds.total()} ({made.kind}): {len(there)} of {len(whole)} pictures"
+            print(line, file=sys.stderr, flush=True)
+        if kinds.total() < config.kills:
+            found.append(f"{kinds.total()} kills of {config.kills} could be made")
         statuses = [ended(process) for process in jobs.start("parts", processes=config.processes)]
         if any(status != expected for status in statuses):
             found.append(f"the last run ended with {statuses}: {jobs.said(0).read_text()[-2000:]}")
         found += faults(folder / "whole", folder / "parts", folder / "parts.drawn")
         told = {
-            "pictures": len(pictures(folder / "whole")),
+            "pictures": len(whole),
+            "jobs": rounds + 1,
             "kills": dict(kinds),
             "faults": found,
             "undisturbed_seconds": round(undisturbed, 1),
