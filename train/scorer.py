@@ -30,9 +30,8 @@ from jaxmix.types import InputError
 from jaxmix.weights.load import load_tree
 from jaxmix.weights.safetensors import read_header
 from jaxmix.weights.store import save_tree
-from train.scenes import BACKGROUNDS, HELD_OUT_STYLE, STYLES, Scenes
+from train.scenes import BACKGROUNDS, HELD_OUT_STYLE, SIZE, STYLES, Scenes
 
-SIZE = 64  # of the pictures for the shipped judges
 CHANNELS = (32, 64, 128, 128)
 WEIGHTS = Path(__file__).parent / "scenes" / "scorer.safetensors"
 HEADS = ("object", "style", "background")
@@ -230,7 +229,7 @@ def augment(images: jax.Array, key: jax.Array, blur: float, noise: float) -> jax
     which, how_much, how_noisy, grain = jax.random.split(key, 4)
     rows = (images.shape[0], 1, 1, 1)
     soft = images
-    step = max(images.shape[1] // SIZE, 1)
+    step = max(images.shape[1] // 64, 1)
     for axis in (1, 2):
         pad = [(0, 0)] * 4
         pad[axis] = (step, step)

@@ -33,8 +33,8 @@ from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
 from jaxmix.weights.load import load_tree
 from jaxmix.weights.store import save_tree
-from train.scenes import off_centre, place_of, relation_of, told
-from train.scorer import SIZE, augment, check_images, make_scenes, read_facts
+from train.scenes import SIZE, off_centre, place_of, relation_of, told
+from train.scorer import augment, check_images, make_scenes, read_facts
 
 WEIGHTS = Path(__file__).parent / "scenes" / "segmenter.safetensors"
 CHANNELS = (24, 40, 56)

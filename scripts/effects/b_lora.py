@@ -48,7 +48,7 @@ class Config:
 
     Attributes:
         parts: some of blocks, pairs, halves, separated by commas.
-        model: "mini" or a diffusers folder of 64 px images.
+        model: "mini" or a diffusers folder whose images have the judges' size.
         image_encoder: the CLIP that compares pictures.
         loras: B-LoRA files of one picture each; halves are measured of the first, mixtures of all.
         subject: the object of their picture.

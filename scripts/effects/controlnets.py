@@ -45,7 +45,7 @@ class Config:
 
     Attributes:
         parts: which of edges, tile, masks, together (two nets, and other scenes' maps) and layouts.
-        model: "mini" or a diffusers folder of 64 px images.
+        model: "mini" or a diffusers folder whose images have the judges' size.
         edges: "mini-edges" or the folder of a net that follows Canny's edges.
         tile: "mini-tile" or the folder of a net that follows small pictures.
         masks: "mini-masks" or the folder of a net that follows masks by colour.

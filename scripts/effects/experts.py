@@ -26,7 +26,7 @@ from jaxmix import command
 from jaxmix.command import near_misses
 from jaxmix.types import InputError
 from scripts.effects.studio import check_counts
-from train.scenes import Scenes
+from train.scenes import SIZE, Scenes
 from train.scenes.captions import STYLE_WORDS, with_article
 from train.scenes.scenes import STYLES
 from train.scenes.splits import HELD_OUT_STYLE, held_out_objects
@@ -83,7 +83,7 @@ class Config:
     steps: list[int] = dataclasses.field(default_factory=lambda: [100, 200])
     pictures: int = 4
     style: str = "3d"
-    size: int = 64
+    size: int = SIZE
     seed: int = 0
     out: str = "runs/experts"
 

@@ -46,7 +46,7 @@ class Config:
 
     Attributes:
         parts: some of alone, scales, text, blocks, subtract, vmix, separated by commas.
-        model: "mini" or a diffusers folder of 64 px images.
+        model: "mini" or a diffusers folder whose images have the judges' size.
         adapter: "mini-ip" or the file of a base adapter for it.
         plus: "mini-ip-plus" or the file of a plus adapter for it; left out if empty.
         image_encoder: the CLIP that they read with, and that judges pictures.

@@ -38,7 +38,7 @@ class Config:
 
     Attributes:
         parts: which of methods (beside others) and ablations.
-        model: "mini" or a diffusers folder of 64 px images.
+        model: "mini" or a diffusers folder whose images have the judges' size.
         adapter: "mini-ip" or the file of an IP-Adapter for it, which shows content and style.
         tile: "mini-tile" or the folder of a tile ControlNet for it.
         image_encoder: the CLIP that it reads with, that guides, and that judges pictures.

@@ -16,9 +16,9 @@ from jaxmix.control import Site
 from jaxmix.controls.dense_diffusion import DenseDiffusionControl
 from jaxmix.rows import dataclass
 from jaxmix.types import Array
-from train.scenes import Scenes
+from train.scenes import SIZE, Scenes
 from train.scenes.captions import BACKGROUND_WORDS, STYLE_WORDS, with_article
-from train.scorer import SIZE, Scorer
+from train.scorer import Scorer
 from train.segmenter import Segmenter
 
 MARGIN = 2  # pixels around an object that its place holds
@@ -44,7 +44,7 @@ class Case:
 
 
 def box_mask(box: tuple[int, int, int, int]) -> np.ndarray:
-    """Return the mask (64, 64) of a box (left, top, right, bottom)."""
+    """Return the mask (side, side) of a box (left, top, right, bottom)."""
     left, top, right, bottom = box
     mask = np.zeros((SIZE, SIZE), bool)
     mask[top:bottom, left:right] = True

@@ -49,7 +49,7 @@ def with_words(caption: str, dimensions: Sequence[str]) -> str:
 def measure_pictures(
     images: np.ndarray, rows: Sequence[Mapping[str, Any]], segmenter: Segmenter, scorer: Scorer
 ) -> Measures:
-    """Measure uint8 pictures (n, 64, 64, 3) of n prompts.
+    """Measure uint8 pictures (n, side, side, 3) of n prompts.
 
     color: saturation; light: luminance; focus: mean absolute Laplacian; composition: minus the distance of the
     objects' bounding box from the centre, a share of the width, by the segmenter, NaN if it finds none.
@@ -77,7 +77,7 @@ def real_scenes(
     labels: Sequence[str],
     negative: Mapping[str, float] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Paint n scenes of the prompts without labels (""), with each label alone, and with all: uint8 (n, 64, 64, 3).
+    """Paint n scenes of the prompts without labels (""), with each label alone, and with all: uint8 (n, side, side, 3).
 
     Picture i differs between the sets only in its labels. A share `negative` of the pictures has the opposite of a
     label (blurred, off-centre) in the sets without it, as pictures without that label do in training.

@@ -40,7 +40,7 @@ class Config:
     """What to measure.
 
     Attributes:
-        model: "mini" or a diffusers folder of 64 px images.
+        model: "mini" or a diffusers folder whose images have the judges' size.
         style: "mini-style" or the file of a StyleAdapter for it; left out if empty.
         adapter: "mini-ip" or the file of an IP-Adapter for it; left out if empty.
         image_encoder: the CLIP that they read with, and that judges pictures.

@@ -96,7 +96,7 @@ def strips(images: np.ndarray) -> np.ndarray:
 
 
 def measure_sets(images: np.ndarray, some: Sequence[StyledSet], scorer: Scorer) -> dict[str, np.ndarray]:
-    """Measure uint8 pictures (4 n, 64, 64, 3), one value per set, of the other three against the reference.
+    """Measure uint8 pictures (4 n, side, side, 3), one value per set, of the other three against the reference.
 
     agree: the dot product of the scorer's style probabilities; gram: distance of patch covariances; object: share drawn
     right.
@@ -172,7 +172,7 @@ def by_pairing() -> dict[str, dict[str, dict[str, Any]]]:
 def transfer(
     pipe: jaxmix.Pipeline, some: Pairs, rows: slice, pairing: str, transfers: Iterable[Mapping[str, Any]], steps: int
 ) -> np.ndarray:
-    """Invert pairs of a slice once and draw them by each of the transfers, uint8 (pairs, transfers, 64, 64, 3)."""
+    """Invert pairs of a slice once and draw them by each of the transfers, uint8 (pairs, transfers, side, side, 3)."""
     label = "own" if pairing == "reference" else "next"
     both = np.concatenate([some.content[rows], some.style[rows]])
     found = pipe.invert(both, steps=steps, label=label, record=style_id_sites(pipe, pairing))

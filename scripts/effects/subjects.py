@@ -50,7 +50,7 @@ class Config:
             since other prompts draw what the model itself does.
         experts: instead of both, a folder by `scripts.effects.experts`; the tables then pool its subjects, each with as
             many cases, and what follows about the subject is read there.
-        model: "mini" or a diffusers folder of 64 px images, which the experts were made from.
+        model: "mini" or a diffusers folder whose images have the judges' size, which the experts were made from.
         image_encoder: the CLIP that compares pictures.
         scorer: weights of the judge, such as those by configs/scorer_reserved.yaml, which knows the objects, too.
         subject: the object that they learnt, or the style as captions say it.

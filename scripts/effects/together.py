@@ -38,7 +38,7 @@ class Config:
 
     Attributes:
         lora: a LoRA for the model that has learnt the held-out style.
-        model: "mini" or a diffusers folder of 64 px images.
+        model: "mini" or a diffusers folder whose images have the judges' size.
         vmix: "mini-vmix" or the file of a VMix adapter for it.
         adapter: "mini-ip" or the file of an IP-Adapter for it.
         masks: "mini-masks" or the folder of a ControlNet that was trained on masks.

@@ -25,6 +25,7 @@ from scripts.effects.measures import round_trip
 from scripts.effects.pictures import labelled_grid
 from scripts.effects.studio import Studio, means, table
 from scripts.effects.vmix import load_model
+from train.scenes import SIZE
 from train.scorer import load_scorer
 from train.segmenter import load_segmenter
 
@@ -37,7 +38,7 @@ class Config:
 
     Attributes:
         methods: some of dense, aligned, styleid, fusion, separated by commas.
-        model: "mini" or a diffusers folder of 64 px images.
+        model: "mini" or a diffusers folder whose images have the judges' size.
         expert: diffusers folder of the expert for fusion (configs/mini_pixel.yaml trains one); left out if empty.
         cases: layouts of each number of objects, sets, pairs of pictures or of prompts; each drawn once per condition.
         steps: steps of StyleID and its inversions; the other methods take the model's own.
@@ -102,7 +103,7 @@ def dense(cfg: Config, studio: Studio, judges: Any) -> dict[str, Any]:
 
 def _layout(case: layouts.Case) -> np.ndarray:
     colors = np.asarray([[230, 90, 90], [90, 170, 90], [90, 110, 220]], np.uint8)
-    image = np.full((64, 64, 3), 245, np.uint8)
+    image = np.full((SIZE, SIZE, 3), 245, np.uint8)
     for color, segment in zip(colors, case.segments, strict=False):
         image[np.asarray(segment.mask)] = color
     return image

@@ -34,8 +34,8 @@ from scripts.effects.measures import (
 from scripts.effects.pictures import labelled_grid
 from scripts.effects.report import SCORES, Findings, as_json, markdown, report
 from scripts.effects.stats import Matrix, paired
-from train.scenes import DIMENSIONS
-from train.scorer import SIZE, load_scorer
+from train.scenes import DIMENSIONS, SIZE
+from train.scorer import load_scorer
 from train.segmenter import load_segmenter
 
 HELD_OUT, FINETUNED = "held_out_pairs", "held_out_style"
@@ -47,7 +47,7 @@ class Config:
 
     Attributes:
         adapter: "mini-vmix" or the safetensors file of a VMix adapter for color, light, focus and composition.
-        model: "mini" or a diffusers folder of 64 px images that the adapter was trained for.
+        model: "mini" or a diffusers folder whose images have the judges' size that the adapter was trained for.
         lora: strength of the LoRA that was trained along with the adapter; 0, or a file without one, leaves it out.
         scales: strengths (lambda) at which all labels are drawn; 1 is always included.
         lora_only: ablation, a VMix file of which only the LoRA is applied, at strength 1; left out if empty.

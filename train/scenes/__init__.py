@@ -7,7 +7,7 @@ from .layout import PLACES, place_of, relation_of, told
 from .photometric import DIMENSIONS, apply_labels, measure, off_centre
 from .plan import Plan
 from .prompts import eval_prompts
-from .scenes import MAX_OBJECTS, STYLES, Scenes
+from .scenes import MAX_OBJECTS, SIZE, STYLES, Scenes
 from .splits import HELD_OUT_STYLE, SPLITS
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "MAX_OBJECTS",
     "PLACES",
     "RELATIONS",
+    "SIZE",
     "SPLITS",
     "STYLES",
     "STYLE_WORDS",

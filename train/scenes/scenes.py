@@ -21,6 +21,7 @@ from .splits import HELD_OUT_STYLE, SPLITS, WHOLE_OBJECTS, pair_held_out, relati
 
 MAX_OBJECTS = 3
 STYLES = ("3d", "flat", "ink", "cartoon")
+SIZE = 64  # pixels, of the pictures of the embedded model and of its judges
 
 # Longer side of a single object, as a share of the width: (from, to) by size word.
 SIZES = {"small": (0.43, 0.50), "": (0.54, 0.66), "big": (0.70, 0.78)}
@@ -55,7 +56,7 @@ class Scenes:
         reserved: with split "all": also show the objects at the end of the atlas that no model is trained on.
     """
 
-    size: int = 64
+    size: int = SIZE
     objects: int = 24
     styles: Sequence[str] = STYLES
     seed: int = 0
