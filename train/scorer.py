@@ -30,7 +30,7 @@ from jaxmix.types import InputError
 from jaxmix.weights.load import load_tree
 from jaxmix.weights.safetensors import read_header
 from jaxmix.weights.store import save_tree
-from train.scenes import BACKGROUNDS, HELD_OUT_STYLE, SIZE, STYLES, Scenes
+from train.scenes import ARRANGEMENT, BACKGROUNDS, HELD_OUT_STYLE, SIZE, STYLES, Scenes
 
 CHANNELS = (32, 64, 128, 128)
 WEIGHTS = Path(__file__).parent / "scenes" / "scorer.safetensors"
@@ -267,7 +267,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
         "one object, with aesthetic labels": {"two_objects": 0.0, "three_objects": 0.0, "labelled": 1.0},
         "two objects, neutral": {"two_objects": 1.0, "three_objects": 0.0, "labelled": 0.0},
     }
-    if cfg.scenes.get("arrangement") == "anywhere":
+    if cfg.scenes.get("arrangement", ARRANGEMENT) == "anywhere":
         kinds["three objects, neutral"] = {"two_objects": 0.0, "three_objects": 1.0, "labelled": 0.0}
     results = []
     for kind, shares in kinds.items():

@@ -33,7 +33,7 @@ from jaxmix.tuning.update import TrainState, make_optimizer, make_update
 from jaxmix.types import InputError
 from jaxmix.weights.load import load_tree
 from jaxmix.weights.store import save_tree
-from train.scenes import SIZE, off_centre, place_of, relation_of, told
+from train.scenes import ARRANGEMENT, SIZE, off_centre, place_of, relation_of, told
 from train.scorer import augment, check_images, make_scenes, read_facts
 
 WEIGHTS = Path(__file__).parent / "scenes" / "segmenter.safetensors"
@@ -295,7 +295,7 @@ def evaluate(cfg: Config) -> dict[str, dict[str, float]]:
         "one object, with aesthetic labels": {"two_objects": 0.0, "labelled": 1.0},
         "two objects, neutral": {"two_objects": 1.0, "labelled": 0.0},
     }
-    if cfg.scenes.get("arrangement") == "anywhere":
+    if cfg.scenes.get("arrangement", ARRANGEMENT) == "anywhere":
         kinds["three objects, neutral"] = {"two_objects": 0.0, "three_objects": 1.0, "labelled": 0.0}
     results = {}
     for kind, shares in kinds.items():

@@ -60,7 +60,13 @@ def cases(n: int, seed: int, count: int, worded: bool = False) -> list[Case]:
     """
     split = "held_out_relations" if worded and count == 2 else "all"
     scenes = Scenes(
-        split=split, seed=seed, two_objects=float(count == 2), three_objects=float(count == 3), labelled=0.0
+        split=split,
+        seed=seed,
+        two_objects=float(count == 2),
+        three_objects=float(count == 3),
+        labelled=0.0,
+        place_words=float(worded),
+        counts=0.0,
     )
     found = []
     for index in range(n):

@@ -23,7 +23,7 @@ import jaxmix
 from jaxmix import command
 from jaxmix.types import InputError
 from train.grid import save_grid
-from train.scenes import Scenes, eval_prompts, told
+from train.scenes import ARRANGEMENT, Scenes, eval_prompts, told
 from train.scorer import HEADS, Scorer, judge, load_scorer
 from train.scorer import WEIGHTS as SCORER
 from train.segmenter import WEIGHTS as SEGMENTER
@@ -79,7 +79,7 @@ class Config:
     model: str = "mini"
     prompts: int = 288
     kinds: list[Name] | None = None
-    arrangement: Literal["centred", "anywhere"] = "centred"
+    arrangement: Literal["centred", "anywhere"] = ARRANGEMENT
     scorer: str = str(SCORER)
     segmenter: str = str(SEGMENTER)
     objects: int = 24

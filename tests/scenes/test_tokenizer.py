@@ -29,14 +29,15 @@ def test_special_tokens_are_the_last_ids(tokenizer):
 
 
 def test_every_caption_fits_the_text_length(tokenizer):
-    assert tokenizer.model_max_length == 32
+    length = json.loads((FOLDER.parent / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    assert tokenizer.model_max_length == length <= 48
     for settings in ({}, {"objects": 96, "label_words": 1.0, "labelled": 1.0}):
         scenes = Scenes(**settings)
         texts = []
         for i in range(10_000):
             plan = scenes.plan(np.random.Generator(np.random.Philox(key=[0, i])))
             texts.append(", ".join(filter(None, [scenes.caption(plan), label_phrase(plan.labels)])))
-        assert max(len(ids) for ids in tokenizer(texts).input_ids) <= 32
+        assert max(len(ids) for ids in tokenizer(texts).input_ids) <= length
 
 
 def test_captions_of_places_fit_the_longer_text_length(tokenizer):

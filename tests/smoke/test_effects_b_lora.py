@@ -12,6 +12,7 @@ from jaxmix.tuning import lora
 from jaxmix.types import InputError
 from scripts.effects import b_lora as script
 from scripts.effects.subjects import prompts_of
+from train.scenes import SIZE
 
 
 def test_a_block_is_told_another_object_in_another_style_before_the_same_background():
@@ -28,7 +29,7 @@ def test_every_pair_of_blocks_is_told_an_object_and_a_style(tmp_path, monkeypatc
 
     def draw(title, prompts, methods=lambda index: (), key=""):
         told.extend(method.prompts for method in methods([0, 1, 2, 3]))
-        return np.zeros((4, 64, 64, 3), np.uint8)
+        return np.zeros((4, SIZE, SIZE, 3), np.uint8)
 
     monkeypatch.setattr(bench, "draw", draw)
     blocks, found = script.blocks_of(bench.pipe), script.measure_pairs(bench)

@@ -11,6 +11,7 @@ import jaxmix
 from jaxmix.types import InputError
 from scripts.effects import image_prompts as script
 from scripts.effects import style_references
+from train.scenes import SIZE
 from train.scorer import load_scorer
 
 
@@ -24,7 +25,7 @@ def test_prompts_name_another_object_elsewhere_and_no_style(cases):
         assert case.object != case.other and case.background != case.elsewhere
         assert case.other in case.prompt and case.object in case.caption
         assert not any(word in case.prompt for word in ("render", "illustration", "drawing", "cartoon"))
-        assert case.image.shape == (64, 64, 3) and 0 < case.mask.mean() < 1
+        assert case.image.shape == (SIZE, SIZE, 3) and 0 < case.mask.mean() < 1
     again = script.make_cases(5, 3)
     assert [c.caption for c in again] == [c.caption for c in cases[:5]]
 

@@ -11,6 +11,7 @@ from jaxmix.types import InputError
 from jaxmix.weights.embedding_write import write_embedding
 from scripts.effects import experts
 from scripts.effects import subjects as script
+from train.scenes import SIZE
 
 
 def test_prompts_name_the_word_in_known_styles_and_do_not_change_when_there_are_more():
@@ -72,7 +73,7 @@ def test_experts_are_found_by_subject_recipe_and_steps_and_their_tables_pooled(t
         for name, steps in (("prior", 100), ("prior", 200), ("one vector", 100)):
             (experts.folder_of(tmp_path, subject, name) / str(steps)).mkdir(parents=True)
     about = {"duck": {"known": "penguin"}, "teddy bear": {"known": "cat"}}
-    held = {"pictures": 4, "style": "3d", "size": 64, "model": "mini", "subjects": about}
+    held = {"pictures": 4, "style": "3d", "size": SIZE, "model": "mini", "subjects": about}
     (tmp_path / experts.PLAN).write_text(json.dumps(held))
     duck, bear = script.each_subject(script.Config(experts=str(tmp_path), out=str(tmp_path / "out")))
     assert (bear.subject, bear.known, bear.word, bear.subject_pictures) == ("teddy bear", "cat", "sks cat", 4)

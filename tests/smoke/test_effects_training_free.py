@@ -12,6 +12,7 @@ from jaxmix import Site
 from jaxmix.types import InputError
 from scripts.effects import fusion, layouts, styles
 from scripts.effects import training_free as script
+from train.scenes import SIZE
 from train.scorer import load_scorer
 from train.segmenter import load_segmenter
 
@@ -147,7 +148,7 @@ def test_transfers_of_one_inversion(mini):
     some = styles.pairs(2, 1)
     chosen = {"strength": 0.0, "adain": False}, {}
     both = styles.transfer(mini, some, slice(0, 2), "reference", chosen, 2)
-    assert both.shape == (2, 2, 64, 64, 3) and both.dtype == np.uint8
+    assert both.shape == (2, 2, SIZE, SIZE, 3) and both.dtype == np.uint8
     again = styles.transfer(mini, some, slice(0, 2), "reference", chosen[:1], 2)
     np.testing.assert_array_equal(both[:, :1], again)
     assert (both[:, 0] != both[:, 1]).any()

@@ -12,7 +12,7 @@ from jaxmix.types import InputError
 from jaxmix.weights.store import save_tree
 from scripts.mini import score as command_
 from scripts.mini.score import Config, line, score, share, wilson
-from train.scenes import Scenes
+from train.scenes import SIZE, Scenes
 from train.scorer import load_scorer
 from train.segmenter import SegmentNet
 
@@ -23,10 +23,10 @@ SMALL = {"prompts": 2, "batch_size": 2, "steps": 1, "real_scenes": 2, "round_tri
 def segmenter(tmp_path_factory):
     """Return weights of a segmenter that has learnt nothing but names the objects."""
     file = tmp_path_factory.mktemp("judge") / "segmenter.safetensors"
-    shapes = jax.eval_shape(SegmentNet(24, (8, 8, 8)).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    shapes = jax.eval_shape(SegmentNet(24, (8, 8, 8)).init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-    facts = {"size": 64, "channels": [8, 8, 8], "names": Scenes().object_names}
+    facts = {"size": SIZE, "channels": [8, 8, 8], "names": Scenes().object_names}
     save_tree(params, file, jnp.float16, {key: json.dumps(value) for key, value in facts.items()})
     return str(file)
 
@@ -53,7 +53,10 @@ def test_every_kind_is_scored_and_written_with_its_intervals(segmenter, tmp_path
         (["--prompts", "0"], "prompts: found 0, expected 1 or more"),
         (["--out", "folder"], "out: found folder, expected a file that ends in .json"),
         (["--kinds", "[places]"], "kinds: found places under arrangement 'centred'"),
-        (["--arrangement", "anywhere"], "found a segmenter of 64 px that names 0 objects, expected one of 64 px"),
+        (
+            ["--arrangement", "anywhere"],
+            f"found a segmenter of {SIZE} px that names 0 objects, expected one of {SIZE} px",
+        ),
         (["--objects", "30"], "objects: found 30, expected at most 24"),
     ],
 )
@@ -67,13 +70,13 @@ def test_what_cannot_be_scored_is_one_clear_line(flags, words, capsys):
 
 def test_judges_of_another_size_are_refused(segmenter):
     class Small:
-        latent_shape = (16, 16, 8)
+        latent_shape = (32, 32, 4)
 
         class vae:
             class config:
                 factor = 8
 
-    with pytest.raises(InputError, match="mini: found pictures of 128 px, expected 64 px"):
+    with pytest.raises(InputError, match=f"mini: found pictures of 256 px, expected {SIZE} px"):
         command_.open_judges(Config(), Small)
 
 

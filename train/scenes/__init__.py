@@ -7,10 +7,11 @@ from .layout import PLACES, place_of, relation_of, told
 from .photometric import DIMENSIONS, apply_labels, measure, off_centre
 from .plan import Plan
 from .prompts import eval_prompts
-from .scenes import MAX_OBJECTS, SIZE, STYLES, Scenes
+from .scenes import ARRANGEMENT, MAX_OBJECTS, SIZE, STYLES, Scenes
 from .splits import HELD_OUT_STYLE, SPLITS
 
 __all__ = [
+    "ARRANGEMENT",
     "BACKGROUNDS",
     "BACKGROUND_WORDS",
     "DIMENSIONS",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from .backgrounds import BACKGROUNDS
 from .layout import PLACES, told
 from .plan import Plan
-from .scenes import Scenes
+from .scenes import ARRANGEMENT, Arrangement, Scenes
 
 
 def eval_prompts(
@@ -21,7 +21,7 @@ def eval_prompts(
     count: int = 1,
     objects: int = 24,
     styles: tuple[str, ...] | None = None,
-    arrangement: Literal["centred", "anywhere"] = "centred",
+    arrangement: Arrangement = ARRANGEMENT,
     place_words: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Draw n neutral prompts of `count` objects (1 to 3) from a split, each with its answer.

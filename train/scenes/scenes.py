@@ -22,6 +22,8 @@ from .splits import HELD_OUT_STYLE, SPLITS, WHOLE_OBJECTS, pair_held_out, relati
 MAX_OBJECTS = 3
 STYLES = ("3d", "flat", "ink", "cartoon")
 SIZE = 64  # pixels, of the pictures of the embedded model and of its judges
+Arrangement = Literal["centred", "anywhere"]
+ARRANGEMENT: Arrangement = "centred"  # of the scenes that the embedded model was trained on
 
 # Longer side of a single object, as a share of the width: (from, to) by size word.
 SIZES = {"small": (0.43, 0.50), "": (0.54, 0.66), "big": (0.70, 0.78)}
@@ -67,7 +69,7 @@ class Scenes:
     positive: float | Mapping[str, float] = 0.35
     negative: float | Mapping[str, float] = 0.35
     label_words: float = 0.2
-    arrangement: Literal["centred", "anywhere"] = "centred"
+    arrangement: Arrangement = ARRANGEMENT
     place_words: float = 0.6
     counts: float = 0.15
     length: int = 10_000_000
