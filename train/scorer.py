@@ -123,7 +123,7 @@ class Scorer:
     objects: tuple[str, ...]
     styles: tuple[str, ...]
     backgrounds: tuple[str, ...]
-    size: int = SIZE
+    size: int = 64  # of the first files, which do not say it
     channels: tuple[int, ...] = CHANNELS
 
     @property

@@ -125,7 +125,7 @@ class Segmenter:
     """A trained SegmentNet: probabilities that each pixel belongs to an object, and each cell to one by name."""
 
     params: Any
-    size: int = SIZE
+    size: int = 64  # of the first files, which do not say it
     channels: tuple[int, ...] = CHANNELS
     names: tuple[str, ...] = ()
 

@@ -69,7 +69,7 @@ def test_masks_cover_the_objects(everything, style):
 
 
 def test_masks_of_one_scene_are_disjoint_and_stand_in_the_stated_relation():
-    scenes = Scenes(two_objects=1.0, three_objects=0.0)
+    scenes = Scenes(size=64, arrangement="centred", two_objects=1.0, three_objects=0.0)
     for i in range(200):
         scene = scenes[i]
         masks = scene["masks"]
@@ -80,7 +80,7 @@ def test_masks_of_one_scene_are_disjoint_and_stand_in_the_stated_relation():
 
 
 def test_objects_of_a_row_stand_left_to_right():
-    scenes = Scenes(two_objects=0.0, three_objects=1.0)
+    scenes = Scenes(arrangement="centred", two_objects=0.0, three_objects=1.0)
     for i in range(50):
         across = [np.argwhere(m)[:, 1].mean() for m in scenes[i]["masks"]]
         assert across == sorted(across) and scenes[i]["caption"].count(" in a row ") == 1

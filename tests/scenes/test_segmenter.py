@@ -11,7 +11,7 @@ import pytest
 from jaxmix import command
 from jaxmix.types import InputError
 from train import segmenter as segmenter_module
-from train.scenes import Scenes, off_centre, told
+from train.scenes import SIZE, Scenes, off_centre, told
 from train.segmenter import SegmentNet, distance_from_middle, middle, scores, stands
 
 CONFIG = Path(__file__).parents[2] / "configs" / "segmenter.yaml"
@@ -33,7 +33,7 @@ def test_the_committed_segmenter_finds_the_objects_of_real_scenes(segmenter, lab
     rows = rows_of(labelled)
     images = np.stack([row["image"] for row in rows])
     found = scores(segmenter, images, rows)
-    assert found["iou"] > 0.9 and found["centre_error"] < 0.6 and found["lost"] == 0
+    assert found["iou"] > 0.9 and found["centre_error"] < 0.01 * SIZE and found["lost"] == 0
     assert found["correlation"] > 0.8
     assert scores(segmenter, images, rows[1:] + rows[:1])["iou"] < 0.75
 
@@ -80,7 +80,7 @@ def test_two_steps_train_a_segmenter_that_loads(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         command.run(segmenter_module.main, [*flags, *short])
     assert stop.value.code == 0
-    assert segmenter_module.load_segmenter(weights)(np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, 64, 64)
+    assert segmenter_module.load_segmenter(weights)(np.zeros((1, SIZE, SIZE, 3), np.uint8)).shape == (1, SIZE, SIZE)
 
 
 class Oracle:
@@ -149,7 +149,7 @@ def test_the_network_follows_the_size_and_names_cells(size, names):
 
 def test_a_segmenter_without_names_says_so(segmenter):
     with pytest.raises(InputError, match="by_name: found a segmenter without names"):
-        segmenter.by_name(np.zeros((1, 64, 64, 3), np.uint8))
+        dataclasses.replace(segmenter, names=()).by_name(np.zeros((1, SIZE, SIZE, 3), np.uint8))
     with pytest.raises(InputError, match="size: found 100, expected a multiple of 64"):
         segmenter_module.main(segmenter_module.Config(size=100))
 
