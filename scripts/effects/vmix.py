@@ -47,7 +47,7 @@ class Config:
 
     Attributes:
         adapter: "mini-vmix" or the safetensors file of a VMix adapter for color, light, focus and composition.
-        model: "mini" or a diffusers folder whose images have the judges' size that the adapter was trained for.
+        model: "mini" or a diffusers folder that the adapter was trained for; its images have the judges' size.
         lora: strength of the LoRA that was trained along with the adapter; 0, or a file without one, leaves it out.
         scales: strengths (lambda) at which all labels are drawn; 1 is always included.
         lora_only: ablation, a VMix file of which only the LoRA is applied, at strength 1; left out if empty.

@@ -24,6 +24,7 @@ from jaxmix import command
 from jaxmix.types import InputError
 from train.grid import save_grid
 from train.scenes import ARRANGEMENT, Scenes, eval_prompts, told
+from train.scenes.scenes import Arrangement
 from train.scorer import HEADS, Scorer, judge, load_scorer
 from train.scorer import WEIGHTS as SCORER
 from train.segmenter import WEIGHTS as SEGMENTER
@@ -79,7 +80,7 @@ class Config:
     model: str = "mini"
     prompts: int = 288
     kinds: list[Name] | None = None
-    arrangement: Literal["centred", "anywhere"] = ARRANGEMENT
+    arrangement: Arrangement = ARRANGEMENT
     scorer: str = str(SCORER)
     segmenter: str = str(SEGMENTER)
     objects: int = 24
