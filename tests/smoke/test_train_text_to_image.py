@@ -114,7 +114,9 @@ def test_the_share_of_dropped_captions_is_the_configured_one():
     assert np.mean(np.asarray(ids) == 0) == pytest.approx(0.1, abs=0.02)
 
 
-@pytest.mark.parametrize(("config", "most"), [("mini_text_to_image.yaml", 32), ("mini2_text_to_image.yaml", 48), ("mini2_sharpen.yaml", 48)])
+@pytest.mark.parametrize(
+    ("config", "most"), [("mini_text_to_image.yaml", 32), ("mini2_text_to_image.yaml", 48), ("mini2_sharpen.yaml", 48)]
+)
 def test_the_validation_prompts_fit_the_text_length(config, most):
     prompts = parse(text_to_image.main, ["--config", str(CONFIGS / config), "--output_dir", "x"]).validation_prompts
     tokenizer = text_to_image.load_tokenizer(str(CONFIGS.parent / "jaxmix/assets/mini/tokenizer"))
