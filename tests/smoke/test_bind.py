@@ -40,6 +40,20 @@ def test_a_place_is_covered_by_the_share_of_it_that_an_object_s_box_fills():
             )
 
 
+def test_bound_counts_the_right_one_of_the_objects_that_a_scene_has():
+    shares = np.zeros((2, 8, 8, 5), np.float32)
+    shares[..., 0] = 1
+    shares[0, 2:4, :4], shares[0, 2:4, 4:] = np.eye(5)[1], np.eye(5)[3]  # object 0 left of object 2
+    shares[1, :, 2:6] = np.eye(5)[2]  # one alone, which cannot be mistaken
+    other = shares[..., [0, 3, 2, 1, 4]]
+    elsewhere = np.array([9.0, 0, 0, 0, 9.0])  # neither no object nor one of another scene is a choice
+    for logits, bound in ((shares, 1.0), (other, 0.0), (shares + elsewhere, 1.0)):
+        assert float(bind.rightly_bound(logits, shares)) == bound
+    half = np.where(np.arange(8)[:, None, None] == 2, shares, other)
+    assert float(bind.rightly_bound(half, shares)) == 0.5
+    assert float(bind.rightly_bound(shares[1:], shares[1:])) == 0.0
+
+
 def test_two_steps_change_the_text_encoder_alone_and_are_saved_as_a_pipeline(tmp_path):
     assert bind.main(config(tmp_path)) == 0
     made, first = jaxmix.load(tmp_path / "pipeline"), jaxmix.load("mini")
