@@ -108,9 +108,7 @@ def main(cfg: Config) -> int:
     if unknown := [t for t in cfg.timesteps if not 0 <= t <= last]:
         raise InputError(f"timesteps: found {unknown}, expected 0 to {last}")
     if pipe.text_encoder_2 is not None:
-        raise InputError(
-            f"{cfg.model}: found an SDXL model, expected one that was trained on scenes"
-        )
+        raise InputError(f"{cfg.model}: found an SDXL model, expected one that was trained on scenes")
     side = pipe.latent_shape[0] * pipe.vae.config.factor
     told = {"labelled": 0.0, "counts": 0.0, "place_words": 1.0, "two_objects": 0.7, "three_objects": 0.0}
     kinds: dict[str, list[tuple[np.ndarray, str, str]]] = {}
