@@ -162,7 +162,13 @@ def make_net(pipe: Pipeline, cfg: Config) -> ControlNet:
     if cfg.pretrained_controlnet:
         found = ControlNet.load(cfg.pretrained_controlnet, pipe)
     else:
-        found = ControlNet.init(jax.random.key(cfg.seed), pipe, cfg.conditioning_embedding_out_channels)
+        widths, factor = cfg.conditioning_embedding_out_channels, pipe.vae.config.factor
+        if widths and (smaller := 2 ** (len(widths) - 1)) != factor:
+            raise InputError(
+                f"conditioning_embedding_out_channels: found {len(widths)}, which make hints {smaller} times smaller, "
+                f"expected {factor.bit_length()}: {factor} times, as the model's autoencoder does"
+            )
+        found = ControlNet.init(jax.random.key(cfg.seed), pipe, widths)
     params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), found.params)
     return dataclasses.replace(found, params=params)
 

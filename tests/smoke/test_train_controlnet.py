@@ -126,7 +126,10 @@ def test_rows_come_from_scenes_pictures_and_caches_of_the_same_hints(one_level, 
         ({"validation_images": ["a.png"]}, "validation_images: found 1, expected one for each of 0"),
         ({"caption_dropout_rate": 2.0}, "caption_dropout_rate: found 2.0, expected 0 to 1"),
         ({"pretrained_controlnet": "gone"}, "gone: found no such file or folder"),
-        ({"conditioning_embedding_out_channels": [16]}, "it makes pictures 1 times smaller, expected"),
+        (
+            {"conditioning_embedding_out_channels": [16]},
+            "_out_channels: found 1, which make hints 1 times smaller, expected ",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, base, changes, words):
